@@ -1,0 +1,259 @@
+"""The schema of an experiment: frozen dataclasses, checked when they are made.
+
+A file in `configs/` defines `get_config() -> Config`; the command line overrides single values
+(`--model.d_state=8`); the resolved configuration is saved in the run's folder as `config.json`.
+"""
+
+import dataclasses
+import json
+from typing import Any, Literal, get_type_hints
+
+from sisma_jax.errors import InputError
+
+
+def _require(condition: bool, key: str, wanted: str, got: Any) -> None:
+    if not condition:
+        raise InputError(f"--{key} must be {wanted}, got {got!r}.")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where examples come from and the form in which they reach the device."""
+
+    name: Literal["synthetic_faces", "celebamask_hq"] = "synthetic_faces"
+    root: str = ""
+    """Folder of the raw download (celebamask_hq only)."""
+    cache_dir: str = "data"
+    """Folder of the prepared array_record shards."""
+    image_size: int = 64
+    """Height and width of a training image in pixels."""
+    split: Literal["by_id", "celeba"] = "by_id"
+    """by_id: the last `num_test` ids are the test split; celeba: by the CelebA mapping file."""
+    num_train: int = 4096
+    """Number of training faces to draw (synthetic_faces only)."""
+    num_test: int = 2000
+    """Number of test faces: the last ids of celebamask_hq, or the number drawn by synthetic_faces."""
+    flip: bool = True
+    """Mirror half of the training examples, with left and right classes exchanged."""
+    num_threads: int = 4
+    """Threads that decode ahead of the training step."""
+
+    def __post_init__(self) -> None:
+        _require(8 <= self.image_size <= 2048, "data.image_size", "in 8..2048", self.image_size)
+        _require(self.num_train > 0, "data.num_train", "positive", self.num_train)
+        _require(self.num_test > 0, "data.num_test", "positive", self.num_test)
+        _require(self.num_threads > 0, "data.num_threads", "positive", self.num_threads)
+        if self.name == "celebamask_hq" and not self.root:
+            raise InputError(
+                "--data.root is empty: name the folder of the CelebAMask-HQ download, the one that holds "
+                "CelebA-HQ-img/ and CelebAMask-HQ-mask-anno/ (or images/ and labels/)."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The SISMA denoiser. `d_inner`, `dt_rank` follow from the fields as in Mamba (arXiv 2312.00752)."""
+
+    depth: int = 12
+    """Number of SISMA blocks."""
+    d_model: int = 768
+    """Channels of a token."""
+    patch_size: int = 2
+    """Side of the latent patch that makes one token."""
+    d_state: int = 16
+    """State dimension N of the selective scan."""
+    expand: int = 2
+    """d_inner / d_model."""
+    d_conv: int = 3
+    """Side of the depthwise convolution's kernel."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the feed-forward over d_model."""
+    orders_per_layer: Literal[1, 2, 4] = 1
+    """Scan orders that one mixer runs and sums."""
+    cross_wiring: Literal["state_from_mask", "readout_from_mask"] = "state_from_mask"
+    """state_from_mask: Δ and B from the mask, C from the image; readout_from_mask: Δ and B from the image, C from
+    the mask. The scan's input u comes from the mask in both."""
+    d_label: int = 32
+    """Channels of the label embedding at image resolution in the mask encoder."""
+    autoencoder: Literal["identity"] = "identity"
+    """identity: the denoiser works on pixels."""
+
+    def __post_init__(self) -> None:
+        for name in ("depth", "d_model", "patch_size", "d_state", "expand", "d_conv", "d_label"):
+            _require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
+        _require(self.d_conv % 2 == 1, "model.d_conv", "odd", self.d_conv)
+        _require(self.d_model % 4 == 0, "model.d_model", "a multiple of 4 (2-D position embedding)", self.d_model)
+        _require(self.mlp_ratio > 0, "model.mlp_ratio", "positive", self.mlp_ratio)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching (arXiv 2209.03003, 2210.02747) and classifier-free guidance (arXiv 2207.12598)."""
+
+    prediction: Literal["velocity", "data"] = "velocity"
+    """What the network's output means. `data` is turned into a velocity for the loss (arXiv 2511.13720): in
+    pixel space the data lie on a far smaller manifold than the velocity, so a narrow network learns it sooner."""
+    time_mean: float = 0.0
+    """t = sigmoid(Normal(time_mean, time_std)); t = 0 is noise, t = 1 is data."""
+    time_std: float = 1.0
+    mask_dropout: float = 0.1
+    """Probability that an example trains without its mask."""
+
+    def __post_init__(self) -> None:
+        _require(self.time_std > 0, "flow.time_std", "positive", self.time_std)
+        _require(0 <= self.mask_dropout < 1, "flow.mask_dropout", "in [0, 1)", self.mask_dropout)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with clipping by global norm, linear warm-up and an optional cosine decay."""
+
+    learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    decay_steps: int = 0
+    """Step at which a cosine decay reaches zero; 0 keeps the rate constant after warm-up."""
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Global gradient norm above which gradients are scaled down."""
+    ema_decay: float = 0.9999
+
+    def __post_init__(self) -> None:
+        _require(self.learning_rate > 0, "optim.learning_rate", "positive", self.learning_rate)
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", "non-negative", self.warmup_steps)
+        _require(
+            self.decay_steps == 0 or self.decay_steps > self.warmup_steps,
+            "optim.decay_steps",
+            "0 or more than optim.warmup_steps",
+            self.decay_steps,
+        )
+        _require(self.weight_decay >= 0, "optim.weight_decay", "non-negative", self.weight_decay)
+        _require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
+        _require(0 <= self.ema_decay < 1, "optim.ema_decay", "in [0, 1)", self.ema_decay)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    num_steps: int = 400_000
+    batch_size: int = 64
+    """Examples a step, over all devices and processes."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of matrix products and activations; parameters, norms and scan carries stay float32."""
+    seed: int = 0
+    log_every_steps: int = 50
+    checkpoint_every_steps: int = 5_000
+    keep_checkpoints: int = 3
+
+    def __post_init__(self) -> None:
+        for name in ("num_steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+            _require(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleConfig:
+    """Defaults of sampling; a call may override each."""
+
+    steps: int = 25
+    """Solver steps from noise to data."""
+    solver: Literal["euler", "heun"] = "euler"
+    guidance: float = 1.5
+    """Classifier-free guidance scale; 1 is the plain conditional model."""
+    batch_size: int = 16
+    """Images that one call of the jit-ed sampler paints."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.steps > 0, "sample.steps", "positive", self.steps)
+        _require(self.guidance >= 0, "sample.guidance", "non-negative", self.guidance)
+        _require(self.batch_size > 0, "sample.batch_size", "positive", self.batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on held-out data at the end."""
+
+    num_samples: int = 256
+    """Held-out masks to paint for the mask agreement (at most the size of the test split)."""
+    segmenter_steps: int = 600
+    """Training steps of the small segmenter that reads masks back from images."""
+    segmenter_width: int = 32
+    """Channels of the segmenter's first level."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _require(getattr(self, field.name) > 0, f"evaluate.{field.name}", "positive", getattr(self, field.name))
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """One experiment."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    flow: FlowConfig = FlowConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    def __post_init__(self) -> None:
+        if self.data.image_size % self.model.patch_size:
+            raise InputError(
+                f"--data.image_size {self.data.image_size} is not a multiple of --model.patch_size "
+                f"{self.model.patch_size}; choose a size that the patches tile."
+            )
+
+
+# What may differ between a run's saved configuration and the one that resumes it: these change how
+# long a run goes on and what is made of it, never what its checkpoints mean.
+MAY_CHANGE_ON_RESUME = (
+    "data.root",
+    "data.cache_dir",
+    "data.num_threads",
+    "train.num_steps",
+    "train.log_every_steps",
+    "train.checkpoint_every_steps",
+    "train.keep_checkpoints",
+    "sample",
+    "evaluate",
+)
+
+
+def to_json(config: Config) -> str:
+    """Returns the configuration as indented JSON."""
+    return json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+
+
+def from_json(text: str, source: str) -> Config:
+    """Reads what `to_json` wrote.
+
+    Raises:
+      InputError: the text is not JSON, or has keys that the schema does not know.
+    """
+    try:
+        values = json.loads(text)
+        sections = get_type_hints(Config)
+        return Config(**{key: sections[key](**value) for key, value in values.items()})
+    except (json.JSONDecodeError, AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{source} is not a configuration of this version ({error!r}).") from error
+
+
+def differences(saved: Config, given: Config) -> list[str]:
+    """Returns one line for each value that differs and may not change when a run is resumed."""
+
+    def flatten(config: Config) -> dict[str, Any]:
+        return {
+            f"{section}.{key}": value
+            for section, values in dataclasses.asdict(config).items()
+            for key, value in values.items()
+        }
+
+    before, after = flatten(saved), flatten(given)
+    return [
+        f"--{key}: the run has {before[key]!r}, given {after[key]!r}"
+        for key in before
+        if before[key] != after[key] and not key.startswith(MAY_CHANGE_ON_RESUME)
+    ]

@@ -5,19 +5,41 @@ A file in `configs/` defines `get_config() -> Config`; the command line override
 """
 
 import dataclasses
+import difflib
+import importlib.util
 import json
-from typing import Any, Literal, get_type_hints
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sisma_jax.errors import InputError
 
 
-def _require(condition: bool, key: str, wanted: str, got: Any) -> None:
-    if not condition:
-        raise InputError(f"--{key} must be {wanted}, got {got!r}.")
+class _Section:
+    """A part of the configuration: every value is of its field's type and range, or the section is not made."""
+
+    def __post_init__(self) -> None:
+        for name, hint in get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal:
+                self._require(value in get_args(hint), name, f"one of {', '.join(map(repr, get_args(hint)))}")
+            else:
+                accepted = (int, float) if hint is float else hint
+                is_right = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
+                self._require(is_right, name, f"of type {hint.__name__}")
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        """Raises InputError for a value of the right type that makes no sense."""
+
+    def _require(self, condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            section = type(self).__name__.removesuffix("Config").lower()
+            raise InputError(f"--{section}.{name} must be {wanted}, got {getattr(self, name)!r}.")
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(_Section):
     """Where examples come from and the form in which they reach the device."""
 
     name: Literal["synthetic_faces", "celebamask_hq"] = "synthetic_faces"
@@ -38,11 +60,11 @@ class DataConfig:
     num_threads: int = 4
     """Threads that decode ahead of the training step."""
 
-    def __post_init__(self) -> None:
-        _require(8 <= self.image_size <= 2048, "data.image_size", "in 8..2048", self.image_size)
-        _require(self.num_train > 0, "data.num_train", "positive", self.num_train)
-        _require(self.num_test > 0, "data.num_test", "positive", self.num_test)
-        _require(self.num_threads > 0, "data.num_threads", "positive", self.num_threads)
+    def _check_ranges(self) -> None:
+        self._require(8 <= self.image_size <= 2048, "image_size", "in 8..2048")
+        self._require(self.num_train > 0, "num_train", "positive")
+        self._require(self.num_test > 0, "num_test", "positive")
+        self._require(self.num_threads > 0, "num_threads", "positive")
         if self.name == "celebamask_hq" and not self.root:
             raise InputError(
                 "--data.root is empty: name the folder of the CelebAMask-HQ download, the one that holds "
@@ -51,14 +73,14 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(_Section):
     """The SISMA denoiser. `d_inner`, `dt_rank` follow from the fields as in Mamba (arXiv 2312.00752)."""
 
     depth: int = 12
     """Number of SISMA blocks."""
     d_model: int = 768
     """Channels of a token."""
-    patch_size: int = 2
+    patch_size: Literal[1, 2, 4, 8] = 2
     """Side of the latent patch that makes one token."""
     d_state: int = 16
     """State dimension N of the selective scan."""
@@ -78,16 +100,16 @@ class ModelConfig:
     autoencoder: Literal["identity"] = "identity"
     """identity: the denoiser works on pixels."""
 
-    def __post_init__(self) -> None:
-        for name in ("depth", "d_model", "patch_size", "d_state", "expand", "d_conv", "d_label"):
-            _require(getattr(self, name) > 0, f"model.{name}", "positive", getattr(self, name))
-        _require(self.d_conv % 2 == 1, "model.d_conv", "odd", self.d_conv)
-        _require(self.d_model % 4 == 0, "model.d_model", "a multiple of 4 (2-D position embedding)", self.d_model)
-        _require(self.mlp_ratio > 0, "model.mlp_ratio", "positive", self.mlp_ratio)
+    def _check_ranges(self) -> None:
+        for name in ("depth", "d_model", "d_state", "expand", "d_conv", "d_label"):
+            self._require(getattr(self, name) > 0, name, "positive")
+        self._require(self.d_conv % 2 == 1, "d_conv", "odd")
+        self._require(self.d_model % 4 == 0, "d_model", "a multiple of 4 (2-D position embedding)")
+        self._require(self.mlp_ratio > 0, "mlp_ratio", "positive")
 
 
 @dataclasses.dataclass(frozen=True)
-class FlowConfig:
+class FlowConfig(_Section):
     """Flow matching (arXiv 2209.03003, 2210.02747) and classifier-free guidance (arXiv 2207.12598)."""
 
     prediction: Literal["velocity", "data"] = "velocity"
@@ -99,13 +121,13 @@ class FlowConfig:
     mask_dropout: float = 0.1
     """Probability that an example trains without its mask."""
 
-    def __post_init__(self) -> None:
-        _require(self.time_std > 0, "flow.time_std", "positive", self.time_std)
-        _require(0 <= self.mask_dropout < 1, "flow.mask_dropout", "in [0, 1)", self.mask_dropout)
+    def _check_ranges(self) -> None:
+        self._require(self.time_std > 0, "time_std", "positive")
+        self._require(0 <= self.mask_dropout < 1, "mask_dropout", "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimConfig:
+class OptimConfig(_Section):
     """AdamW with clipping by global norm, linear warm-up and an optional cosine decay."""
 
     learning_rate: float = 1e-4
@@ -119,22 +141,21 @@ class OptimConfig:
     """Global gradient norm above which gradients are scaled down."""
     ema_decay: float = 0.9999
 
-    def __post_init__(self) -> None:
-        _require(self.learning_rate > 0, "optim.learning_rate", "positive", self.learning_rate)
-        _require(self.warmup_steps >= 0, "optim.warmup_steps", "non-negative", self.warmup_steps)
-        _require(
+    def _check_ranges(self) -> None:
+        self._require(self.learning_rate > 0, "learning_rate", "positive")
+        self._require(self.warmup_steps >= 0, "warmup_steps", "non-negative")
+        self._require(
             self.decay_steps == 0 or self.decay_steps > self.warmup_steps,
-            "optim.decay_steps",
+            "decay_steps",
             "0 or more than optim.warmup_steps",
-            self.decay_steps,
         )
-        _require(self.weight_decay >= 0, "optim.weight_decay", "non-negative", self.weight_decay)
-        _require(self.clip_norm > 0, "optim.clip_norm", "positive", self.clip_norm)
-        _require(0 <= self.ema_decay < 1, "optim.ema_decay", "in [0, 1)", self.ema_decay)
+        self._require(self.weight_decay >= 0, "weight_decay", "non-negative")
+        self._require(self.clip_norm > 0, "clip_norm", "positive")
+        self._require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(_Section):
     """The training loop."""
 
     num_steps: int = 400_000
@@ -147,13 +168,13 @@ class TrainConfig:
     checkpoint_every_steps: int = 5_000
     keep_checkpoints: int = 3
 
-    def __post_init__(self) -> None:
+    def _check_ranges(self) -> None:
         for name in ("num_steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
-            _require(getattr(self, name) > 0, f"train.{name}", "positive", getattr(self, name))
+            self._require(getattr(self, name) > 0, name, "positive")
 
 
 @dataclasses.dataclass(frozen=True)
-class SampleConfig:
+class SampleConfig(_Section):
     """Defaults of sampling; a call may override each."""
 
     steps: int = 25
@@ -165,14 +186,14 @@ class SampleConfig:
     """Images that one call of the jit-ed sampler paints."""
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        _require(self.steps > 0, "sample.steps", "positive", self.steps)
-        _require(self.guidance >= 0, "sample.guidance", "non-negative", self.guidance)
-        _require(self.batch_size > 0, "sample.batch_size", "positive", self.batch_size)
+    def _check_ranges(self) -> None:
+        self._require(self.steps > 0, "steps", "positive")
+        self._require(self.guidance >= 0, "guidance", "non-negative")
+        self._require(self.batch_size > 0, "batch_size", "positive")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(_Section):
     """What is measured on held-out data at the end."""
 
     num_samples: int = 256
@@ -182,9 +203,9 @@ class EvaluateConfig:
     segmenter_width: int = 32
     """Channels of the segmenter's first level."""
 
-    def __post_init__(self) -> None:
+    def _check_ranges(self) -> None:
         for field in dataclasses.fields(self):
-            _require(getattr(self, field.name) > 0, f"evaluate.{field.name}", "positive", getattr(self, field.name))
+            self._require(getattr(self, field.name) > 0, field.name, "positive")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +226,48 @@ class Config:
                 f"--data.image_size {self.data.image_size} is not a multiple of --model.patch_size "
                 f"{self.model.patch_size}; choose a size that the patches tile."
             )
+
+
+def load(path: Path) -> Config:
+    """Returns `get_config()` of a configuration file.
+
+    Raises:
+      InputError: there is no such file, it defines no `get_config`, or it sets a key or value that the schema refuses.
+    """
+    if not path.is_file() or path.suffix != ".py":
+        beside = ", ".join(sorted(map(str, path.parent.glob("*.py"))))
+        raise InputError(f"--config {path} is not a Python file." + (f" There are {beside}." if beside else ""))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except TypeError as error:
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None:
+            raise
+        raise InputError(
+            f"{path} sets {unknown[1]!r}, which is no key of the schema. {_nearest(unknown[1])}"
+        ) from error
+    except AttributeError as error:
+        if hasattr(module, "get_config"):
+            raise
+        raise InputError(f"{path} does not define get_config() -> sisma_jax.config.Config.") from error
+    if not isinstance(config, Config):
+        raise InputError(f"get_config() of {path} returns {type(config).__name__}, want sisma_jax.config.Config.")
+    return config
+
+
+def _nearest(name: str) -> str:
+    keys = {
+        field.name: f"{section}.{field.name}"
+        for section, hint in get_type_hints(Config).items()
+        for field in dataclasses.fields(hint)
+    }
+    near = difflib.get_close_matches(name, keys, n=3)
+    return (
+        f"Perhaps you meant {' or '.join(keys[key] for key in near)}." if near else f"Keys: {', '.join(keys.values())}."
+    )
 
 
 # What may differ between a run's saved configuration and the one that resumes it: these change how

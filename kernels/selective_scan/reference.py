@@ -1,0 +1,74 @@
+"""The selective scan step by step (Mamba, arXiv 2312.00752, algorithm 2): the meaning of the op, written for reading."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.typing import Array, Float
+
+
+def selective_scan_reference(
+    u: Float[Array, "B L D"],
+    delta: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    D: Float[Array, "D"] | None = None,
+    z: Float[Array, "B L D"] | None = None,
+    delta_bias: Float[Array, "D"] | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Float[Array, "B D N"] | None = None,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+    """Returns (y, final_state); see `selective_scan` for the formula and the arguments."""
+    dtype = compute_dtype(u, delta, A, B, C)
+    step_size = discretization_step(delta, delta_bias, delta_softplus, dtype)
+    A = A.astype(dtype)
+
+    def step(h, inputs):  # h: (B, D, N); u_t, step_size_t: (B, D); B_t, C_t: (B, N)
+        u_t, step_size_t, B_t, C_t = inputs
+        decay = jnp.exp(step_size_t[:, :, None] * A[None])
+        h = decay * h + (step_size_t * u_t)[:, :, None] * B_t[:, None, :]
+        return h, jnp.sum(h * C_t[:, None, :], axis=-1)
+
+    by_time = [jnp.moveaxis(x.astype(dtype), 1, 0) for x in (u, step_size, B, C)]
+    final_state, y = jax.lax.scan(step, first_state(initial_state, u, A, dtype), by_time, reverse=reverse)
+    return skip_and_gate(jnp.moveaxis(y, 0, 1), u, D, z), final_state
+
+
+def compute_dtype(*arrays: Array) -> jnp.dtype:
+    """The type of carries, reductions and exponentials: float32, or float64 when an input is float64."""
+    return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def discretization_step(
+    delta: Float[Array, "B L D"], delta_bias: Float[Array, "D"] | None, delta_softplus: bool, dtype: jnp.dtype
+) -> Float[Array, "B L D"]:
+    """The recurrence's Δ: delta + delta_bias, through a softplus if asked, in the type of the computation."""
+    delta = delta.astype(dtype)
+    if delta_bias is not None:
+        delta = delta + delta_bias.astype(dtype)[None, None, :]
+    return jax.nn.softplus(delta) if delta_softplus else delta
+
+
+def first_state(
+    initial_state: Float[Array, "B D N"] | None, u: Float[Array, "B L D"], A: Float[Array, "D N"], dtype: jnp.dtype
+) -> Float[Array, "B D N"]:
+    """The state before the first scanned step: zeros where none is given."""
+    if initial_state is None:
+        return jnp.zeros((u.shape[0], *A.shape), dtype)
+    return initial_state.astype(dtype)
+
+
+def skip_and_gate(
+    y: Float[Array, "B L D"],
+    u: Float[Array, "B L D"],
+    D: Float[Array, "D"] | None,
+    z: Float[Array, "B L D"] | None,
+) -> Float[Array, "B L D"]:
+    """(y + D u) silu(z) in the type of y, then rounded once to the type of u."""
+    if D is not None:
+        y = y + D.astype(y.dtype)[None, None, :] * u.astype(y.dtype)
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(y.dtype))
+    return y.astype(u.dtype)

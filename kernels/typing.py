@@ -1,0 +1,14 @@
+"""Axis letters and array types for the annotations of kernels: the one place that lists them.
+
+    B  batch
+    L  sequence (tokens, in the order they are scanned)
+    D  inner channels
+    N  state of one channel
+
+`B` and `D` also name parameters of the state-space model, so code unpacks axes as words:
+`batch, length, d_inner = u.shape`; `d_state = A.shape[1]`.
+"""
+
+from jaxtyping import Array, Float
+
+__all__ = ["Array", "Float"]

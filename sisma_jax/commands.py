@@ -1,0 +1,163 @@
+"""What the command line can do with a configuration: one function a command."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Literal
+
+import jax
+import numpy as np
+
+from sisma_jax.config import Config
+from sisma_jax.data import images, loading
+from sisma_jax.errors import InputError
+from sisma_jax.evaluation import grids, mask_agreement, segmenter
+from sisma_jax.evaluation.held_out_loss import held_out_loss
+from sisma_jax.pipeline import Pipeline, load
+from sisma_jax.training import loop
+from sisma_jax.training.metrics import METRICS_NAME, read_metrics
+from sisma_jax.training.step import make_held_out_loss
+from sisma_jax.training.workdir import open_workdir, read_config, write_atomically
+
+logger = logging.getLogger(__name__)
+
+GRID_ROWS = 8
+GRID_SAMPLES = 4
+GRID_HEIGHT = 128
+"""Height of one picture in a sample grid, in pixels, at least."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleOptions:
+    """What `sample` paints; values not given are those of the configuration's `sample` section."""
+
+    mask: str
+    """A mask file (PNG of class indices 0..18), or a folder of them."""
+    out: str = ""
+    """Folder for the pictures; WORKDIR/samples/painted if empty."""
+    num: int = 4
+    """Faces a mask."""
+    steps: int | None = None
+    solver: Literal["euler", "heun"] | None = None
+    guidance: float | None = None
+    seed: int | None = None
+
+
+def prepare(config: Config) -> None:
+    """Builds the data set's shards."""
+    loading.prepare(config.data)
+    counts = ", ".join(f"{loading.num_examples(config.data, split)} {split}" for split in ("train", "test"))
+    print(f"Data: {config.data.name} in {config.data.cache_dir} ({counts} examples)")
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Prepares the data, trains, and draws the loss curve."""
+    prepare(config)
+    loop.train(config, workdir)
+    grids.loss_curve(read_metrics(workdir / METRICS_NAME), workdir / "loss.png")
+    print(f"Checkpoints: {workdir / loop.CHECKPOINTS_NAME}")
+    print(f"Loss curve: {workdir / 'loss.png'}")
+
+
+def sample(config: Config, workdir: Path, options: SampleOptions) -> None:
+    """Paints faces into the user's masks."""
+    files = images.image_files(options.mask)
+    masks = [images.read_mask_file(file) for file in files]
+    pipeline = _load_run(config, workdir)
+    size = config.data.image_size
+    masks = np.stack([images.resize_mask(mask, size) for mask in masks])
+    out = Path(options.out) if options.out else workdir / "samples" / "painted"
+    _make_folder(out)
+    seed = config.sample.seed if options.seed is None else options.seed
+    faces = pipeline(
+        masks,
+        key=jax.random.key(seed),
+        num_samples=options.num,
+        steps=options.steps,
+        solver=options.solver,
+        guidance=options.guidance,
+    ).reshape(len(masks), options.num, size, size, 3)
+    for file, row in zip(files, faces, strict=True):
+        for number, face in enumerate(row):
+            grids.save_png(out / f"{file.stem}_{number}.png", face)
+    grids.save_png(out / "grid.png", grids.sample_grid(masks, faces, None, scale=_grid_scale(size)))
+    print(f"Faces: {len(masks) * options.num} in {out}, side by side in {out / 'grid.png'}")
+
+
+def evaluate(config: Config, workdir: Path) -> None:
+    """Paints faces into held-out masks, measures them, and shows them beside the originals."""
+    pipeline = _load_run(config, workdir)
+    batches = list(
+        loading.eval_batches(
+            config.data, "test", batch_size=config.sample.batch_size, limit=config.evaluate.num_samples
+        )
+    )
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    originals = np.concatenate([batch["image"] for batch in batches])
+    loss = held_out_loss(
+        jax.jit(make_held_out_loss(config)),
+        pipeline.params,
+        config.data,
+        batch_size=config.sample.batch_size,
+        num_examples=len(masks),
+    )
+    key = jax.random.key(config.sample.seed)
+    logger.info("Painting %d held-out masks.", len(masks))
+    faces = pipeline(masks, key=key)
+    shown = pipeline(masks[:GRID_ROWS], key=key, num_samples=GRID_SAMPLES)
+    size = config.data.image_size
+    shown = shown.reshape(-1, GRID_SAMPLES, size, size, 3)
+    folder = workdir / "samples"
+    _make_folder(folder)
+    grid_path = folder / f"grid_{pipeline.step:07d}.png"
+    grid = grids.sample_grid(masks[:GRID_ROWS], shown, originals[:GRID_ROWS], scale=_grid_scale(size))
+    grids.save_png(grid_path, grid)
+    agreement = mask_agreement.agreement_report(faces, originals, masks, _segmenter(config, workdir))
+    report = {"step": pipeline.step, "held_out_loss": loss, "mask_agreement": agreement}
+    write_atomically(workdir / "evaluation.json", json.dumps(report, indent=2) + "\n")
+    print(mask_agreement.format_report(agreement))
+    print(f"Held-out loss at step {pipeline.step}: {loss:.4f}")
+    print(f"Measurements: {workdir / 'evaluation.json'}")
+    print(f"Sample grid (mask | samples | held-out original): {grid_path}")
+
+
+def run_all(config: Config, workdir: Path) -> None:
+    """Does the whole job of a configuration: prepare, train, sample, evaluate."""
+    train(config, workdir)
+    evaluate(config, workdir)
+
+
+def _load_run(config: Config, workdir: Path) -> Pipeline:
+    """Loads the run after checking that it is one of this configuration."""
+    read_config(workdir)  # a folder without a run is refused, not made into one
+    open_workdir(workdir, config)
+    return load(workdir)
+
+
+def _segmenter(config: Config, workdir: Path) -> segmenter.Params:
+    """Returns the segmenter of this data set and size, trained once a run."""
+    path = workdir / f"segmenter_{config.evaluate.segmenter_width}x{config.evaluate.segmenter_steps}.npz"
+    if path.exists():
+        return segmenter.load(path)
+    batches = loading.train_iterator(config.data, batch_size=16, seed=config.train.seed)
+    logger.info("Training the segmenter that reads masks back from faces.")
+    params = segmenter.train_segmenter(
+        batches,
+        num_steps=config.evaluate.segmenter_steps,
+        width=config.evaluate.segmenter_width,
+        key=jax.random.key(config.train.seed),
+    )
+    segmenter.save(params, path)
+    return params
+
+
+def _grid_scale(size: int) -> int:
+    return max(1, GRID_HEIGHT // size)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"The folder {path} cannot be created ({error}); name another with --out.") from error

@@ -1,0 +1,358 @@
+"""CelebAMask-HQ (Lee et al., arXiv 1907.11922) from the raw download to array_record shards.
+
+Two layouts of the raw files are read. The official download:
+
+    CelebA-HQ-img/<id>.jpg
+    CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png      white where the part is; no file, no part
+
+and label maps that somebody has already painted from the parts:
+
+    images/<id>.jpg (or .png)
+    labels/<id>.png                                           one channel, class indices 0..18
+
+A record holds the bytes of the image file as they are, the label map as a lossless PNG, and the id.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import hashlib
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+import tqdm
+
+from sisma_jax.config import DataConfig
+from sisma_jax.data import images, labels
+from sisma_jax.errors import InputError
+
+MAPPING_FILE = "CelebA-HQ-to-CelebA-mapping.txt"
+
+# CelebA's own partition by original index (list_eval_partition.txt): train, then val, then test.
+CELEBA_FIRST_VAL = 162771
+CELEBA_FIRST_TEST = 182638
+
+# About 60 MB of full-size faces; TFDS holds one shard in memory while it writes it.
+FACES_PER_SHARD = 512
+
+_OBTAIN = (
+    "Expected are CelebA-HQ-img/<id>.jpg with CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png (the official "
+    "download, unpacked), or images/<id>.jpg with labels/<id>.png. The data set is to be had, for non-commercial "
+    "research only, by the Google Drive link at https://github.com/switchablenorms/CelebAMask-HQ."
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Face:
+    """The raw files of one example."""
+
+    id: int
+    image: str
+    mask: str | tuple[str, ...]
+    """The file of the label map, or the files of the parts in the order in which they are painted."""
+
+    def read(self) -> dict[str, bytes | int]:
+        """Returns the example's record: encoded image, encoded label map, id.
+
+        Raises:
+          InputError: a file is damaged, holds a label that is no class, or image and mask differ in shape.
+        """
+        image_bytes = images.read_bytes(self.image)
+        image = images.decode_image(image_bytes, self.image)
+        if isinstance(self.mask, str):
+            mask, source = images.read_mask_file(self.mask), self.mask
+        else:
+            mask, source = paint_parts(self.mask), f"{self.mask[0]} and its sister parts"
+        (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
+        # Equal up to the rounding of one pixel of the mask.
+        if abs(height * mask_width - width * mask_height) >= max(height, width):
+            raise InputError(
+                f"{self.image} is {width}x{height} pixels and {source} is {mask_width}x{mask_height}: the image and "
+                "the mask of a face must have the same aspect ratio."
+            )
+        return {"image": image_bytes, "mask": images.encode_png(mask), "id": self.id}
+
+
+def paint_parts(files: Iterable[str]) -> np.ndarray:
+    """Returns the label map, uint8 (H, W), that part files `<id>_<part>.png` make, the later painted over the earlier.
+
+    Raises:
+      InputError: a file is damaged, or differs from the first in size.
+    """
+    mask = None
+    for file in files:
+        part = images.decode_part(images.read_bytes(file), file)
+        if mask is None:
+            mask = np.zeros(part.shape, np.uint8)
+        if part.shape != mask.shape:
+            raise InputError(f"{file} has height and width {part.shape}; the other parts of this face, {mask.shape}.")
+        mask[part] = labels.INDEX[_part_name(file)]
+    assert mask is not None, "a face without parts is refused when the folder is listed"
+    return mask
+
+
+def _part_name(file: str) -> str:
+    return Path(file).stem.split("_", 1)[-1]
+
+
+class _File(NamedTuple):
+    path: str
+    stem: str
+    size: int
+    mtime_ns: int
+
+
+def _list_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[_File]:
+    """Yields the files of a folder that have one of the suffixes; hidden files are no data."""
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                stem, suffix = os.path.splitext(entry.name)
+                if suffix.lower() in suffixes and not stem.startswith("."):
+                    stat = entry.stat()
+                    yield _File(entry.path, stem, stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error
+
+
+def _examples(items: Sequence) -> str:
+    """'3 (a, b, c)': how many, and the first few."""
+    return f"{len(items)} ({', '.join(map(str, items[:5]))}{', ...' if len(items) > 5 else ''})"
+
+
+def _by_id(files: Iterable[_File]) -> dict[int, _File]:
+    found: dict[int, _File] = {}
+    for file in files:
+        if not re.fullmatch("[0-9]+", file.stem):
+            raise InputError(f"{file.path} is not named by its id, such as 00012{Path(file.path).suffix}.")
+        other = found.setdefault(int(file.stem), file)
+        if other is not file:
+            raise InputError(f"{other.path} and {file.path} have the same id; keep one of them.")
+    return found
+
+
+def _parts_by_id(folder: Path) -> dict[int, dict[str, _File]]:
+    found: dict[int, dict[str, _File]] = {}
+    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for file in _list_files(subfolder, (".png",)):
+            match = re.fullmatch("([0-9]+)_(.+)", file.stem)
+            if match is None or labels.INDEX.get(match[2], 0) == 0:
+                raise InputError(
+                    f"{file.path} is not named <id>_<part>.png with a part among {', '.join(labels.NAMES[1:])}."
+                )
+            other = found.setdefault(int(match[1]), {}).setdefault(match[2], file)
+            if other is not file:
+                raise InputError(f"{other.path} and {file.path} are the same part of the same face; keep one of them.")
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class RawFolder:
+    """What a listing of the raw folder tells, before any file is opened."""
+
+    faces: tuple[Face, ...]
+    """In the order of their ids."""
+    files: tuple[_File, ...]
+
+    def fingerprint(self, root: Path, *others: Path) -> str:
+        """Returns a short hash of the names, sizes and modification times of the raw files."""
+        stats = [(path, path.stat()) for path in others]
+        rows = [(file.path, file.size, file.mtime_ns) for file in self.files]
+        rows += [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
+        digest = hashlib.sha256()
+        for path, size, mtime_ns in sorted(rows):
+            digest.update(f"{path[len(str(root)) :]}\0{size}\0{mtime_ns}\n".encode())
+        return digest.hexdigest()[:10]
+
+
+def list_raw_folder(root: Path) -> RawFolder:
+    """Pairs the images and masks of a raw folder by id.
+
+    Raises:
+      InputError: the folder is missing or holds neither layout, an image has no mask or a mask no image, or a file
+        is empty or strangely named.
+    """
+    if not root.is_dir():
+        raise InputError(f"--data.root: there is no folder {root}. {_OBTAIN}")
+    official = root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno"
+    painted = root / "images", root / "labels"
+    layout = official if any(folder.is_dir() for folder in official) else painted
+    missing = [folder.name for folder in layout if not folder.is_dir()]
+    if missing:
+        nested = root / "CelebAMask-HQ"
+        hint = f" Did you mean --data.root {nested}?" if nested.is_dir() else ""
+        raise InputError(f"--data.root: {root} has no {' and no '.join(missing)} folder.{hint} {_OBTAIN}")
+
+    image_folder, mask_folder = layout
+    image_files = _by_id(_list_files(image_folder, images.IMAGE_SUFFIXES))
+    if layout is official:
+        parts = {
+            id: [files[name] for name in labels.NAMES if name in files]
+            for id, files in _parts_by_id(mask_folder).items()
+        }
+        mask_files = [file for files in parts.values() for file in files]
+        masks = {id: tuple(file.path for file in files) for id, files in parts.items()}
+    else:
+        label_maps = _by_id(_list_files(mask_folder, (".png",)))
+        mask_files = list(label_maps.values())
+        masks = {id: file.path for id, file in label_maps.items()}
+
+    if not image_files and not masks:
+        raise InputError(f"--data.root: {image_folder} and {mask_folder} hold no faces. {_OBTAIN}")
+    if unpaired := sorted(image_files.keys() - masks.keys()):
+        raise InputError(f"{mask_folder} has no mask for these ids of {image_folder}: {_examples(unpaired)}.")
+    if unpaired := sorted(masks.keys() - image_files.keys()):
+        raise InputError(f"{image_folder} has no image for these ids of {mask_folder}: {_examples(unpaired)}.")
+    files = (*image_files.values(), *mask_files)
+    if empty := sorted(file.path for file in files if file.size == 0):
+        raise InputError(f"Empty files (0 bytes): {_examples(empty)}; copy or download them again.")
+    return RawFolder(tuple(Face(id, image_files[id].path, masks[id]) for id in sorted(image_files)), files)
+
+
+def split_by_id(faces: Sequence[Face], num_test: int) -> dict[str, Sequence[Face]]:
+    """Returns the splits of the synthesis papers: the last `num_test` ids (28000-29999 of the full set) are the test.
+
+    Raises:
+      InputError: no face would be left to train on.
+    """
+    if num_test >= len(faces):
+        raise InputError(f"--data.num_test {num_test} leaves no face to train on: --data.root holds {len(faces)}.")
+    return {"train": faces[:-num_test], "test": faces[-num_test:]}
+
+
+def split_by_celeba(faces: Sequence[Face], mapping_file: Path) -> dict[str, Sequence[Face]]:
+    """Returns the splits of the face-parsing papers: those of CelebA, to which a mapping file leads from each id.
+
+    Raises:
+      InputError: the mapping file is missing, malformed or incomplete, or train or test would be empty.
+    """
+    original = read_mapping(mapping_file)
+    if unknown := [face.id for face in faces if face.id not in original]:
+        raise InputError(f"{mapping_file} has no row for these ids: {_examples(unknown)}.")
+    splits: dict[str, list[Face]] = {"train": [], "val": [], "test": []}
+    for face in faces:
+        index = original[face.id]
+        name = "train" if index < CELEBA_FIRST_VAL else "val" if index < CELEBA_FIRST_TEST else "test"
+        splits[name].append(face)
+    for name in ("train", "test"):
+        if not splits[name]:
+            raise InputError(
+                f"--data.split celeba: by {mapping_file} none of the {len(faces)} faces is in the {name} split; "
+                "use --data.split by_id for a part of the data set."
+            )
+    return {name: members for name, members in splits.items() if members}
+
+
+def read_mapping(file: Path) -> dict[int, int]:
+    """Returns {id: CelebA index} from rows `idx orig_idx orig_file`, with or without the header row.
+
+    Raises:
+      InputError: the file is missing, or a row is not of this form.
+    """
+    if not file.is_file():
+        raise InputError(
+            f"--data.split celeba needs {file}; it comes with the download. --data.split by_id does without."
+        )
+    mapping = {}
+    for number, line in enumerate(images.read_bytes(file).decode(errors="replace").splitlines(), 1):
+        fields = line.split()
+        if not fields or (number == 1 and fields[0] == "idx"):
+            continue
+        if len(fields) != 3 or not (fields[0].isdecimal() and fields[1].isdecimal()):
+            raise InputError(f"{file}, line {number}: expected `idx orig_idx orig_file`, got {line!r}.")
+        mapping[int(fields[0])] = int(fields[1])
+    return mapping
+
+
+@dataclasses.dataclass(eq=False)
+class CelebAMaskHQConfig(tfds.core.BuilderConfig):
+    """A named selection of raw files."""
+
+    splits: Mapping[str, Sequence[Face]] = dataclasses.field(default_factory=dict, repr=False)
+
+
+class CelebAMaskHQ(tfds.core.ShardBasedBuilder):
+    """Writes the faces of its config shard by shard, in the order of their ids.
+
+    Not a GeneratorBasedBuilder: above 1 GB that one shuffles through temporary files written by TensorFlow, which is
+    not installed, and the full data set is 3 GB. The order on disk does not matter, for Grain shuffles.
+    """
+
+    name = "celebamask_hq"
+    VERSION = tfds.core.Version("1.0.0")
+    # No checksums of downloads. To look for their file, TFDS would import importlib_resources, which it does not
+    # require on Python 3.9 and newer.
+    url_infos = None
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="Faces with masks of 19 classes.",
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(None, None, 3)),
+                    "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+                    "id": np.int64,
+                }
+            ),
+            homepage="https://github.com/switchablenorms/CelebAMask-HQ",
+            license="Non-commercial research only; no redistribution.",
+            disable_shuffling=True,
+        )
+
+    def _shard_iterators_per_split(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
+        del dl_manager  # Nothing is downloaded: the licence wants to be accepted by a person.
+        splits = self.builder_config.splits
+        # disable=None: a bar on a terminal, silence elsewhere.
+        bar = tqdm.tqdm(total=sum(map(len, splits.values())), desc="CelebAMask-HQ", unit=" faces", disable=None)
+        return {
+            name: [
+                functools.partial(_read_shard, faces[start : start + FACES_PER_SHARD], bar)
+                for start in range(0, len(faces), FACES_PER_SHARD)
+            ]
+            for name, faces in splits.items()
+        }
+
+
+def _read_shard(faces: Sequence[Face], bar: tqdm.tqdm) -> Iterator[tuple[int, dict[str, bytes | int]]]:
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
+    try:
+        for face, record in zip(faces, pool.map(Face.read, faces), strict=True):
+            bar.update()
+            yield face.id, record
+    except BaseException:
+        bar.close()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+    if bar.n == bar.total:
+        bar.close()
+
+
+def builder(config: DataConfig) -> tfds.core.DatasetBuilder:
+    """Returns the builder of the shards in `config.cache_dir` that stand for the raw files in `config.root`.
+
+    The raw folder is listed, not read; the builder's config is named by the split and a fingerprint of the raw files,
+    so a changed folder is another data set and is prepared anew.
+
+    Raises:
+      InputError: as `list_raw_folder`, `split_by_id` and `split_by_celeba` do.
+    """
+    root = Path(config.root).expanduser()
+    raw = list_raw_folder(root)
+    if config.split == "celeba":
+        splits = split_by_celeba(raw.faces, root / MAPPING_FILE)
+        name = f"celeba-{raw.fingerprint(root, root / MAPPING_FILE)}"
+    else:
+        splits = split_by_id(raw.faces, config.num_test)
+        name = f"by_id-{config.num_test}-{raw.fingerprint(root)}"
+    return CelebAMaskHQ(
+        data_dir=os.path.expanduser(config.cache_dir), config=CelebAMaskHQConfig(name=name, splits=splits)
+    )

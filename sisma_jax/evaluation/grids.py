@@ -1,0 +1,123 @@
+"""Pictures of a run for people: a grid of masks and the faces painted into them, and the curve of the loss."""
+
+import io
+import os
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from sisma_jax.data import images, labels
+from sisma_jax.evaluation import atomic
+
+SEPARATOR = 2
+"""Width in pixels of the white lines around and between the cells of a grid."""
+HEADER_HEIGHT = 20
+"""Height in pixels of the strip that holds the column titles."""
+
+
+def sample_grid(
+    masks: np.ndarray, samples: np.ndarray, originals: np.ndarray | None = None, *, scale: int = 1
+) -> np.ndarray:
+    """Returns a picture with one row a mask: the mask in colours | its samples | the original photograph.
+
+    The cell in row i and column j has its upper left pixel at
+    (HEADER_HEIGHT + SEPARATOR + i (scale H + SEPARATOR), SEPARATOR + j (scale W + SEPARATOR)).
+
+    Args:
+      masks: uint8 (n, H, W), class indices.
+      samples: uint8 (n, k, H, W, 3).
+      originals: uint8 (n, H, W, 3), or None for no such column.
+      scale: factor by which each pixel is repeated, so that a small face can be seen.
+
+    Returns:
+      uint8 (height, width, 3), RGB.
+
+    Raises:
+      ValueError: the shapes do not correspond, or `scale` is below 1.
+    """
+    count, height, width = masks.shape
+    if samples.ndim != 5 or samples.shape[0] != count or 0 in samples.shape or samples.shape[2:] != (height, width, 3):
+        raise ValueError(f"samples must be ({count}, k, {height}, {width}, 3) for these masks, got {samples.shape}.")
+    if originals is not None and originals.shape != (count, height, width, 3):
+        raise ValueError(f"originals must be ({count}, {height}, {width}, 3), got {originals.shape}.")
+    if scale < 1:
+        raise ValueError(f"scale must be a positive integer, got {scale}.")
+    columns = [labels.colorize(masks), *np.swapaxes(samples, 0, 1)]
+    titles = {0: "mask", 1: "sample" if samples.shape[1] == 1 else "samples"}
+    if originals is not None:
+        titles[len(columns)] = "original"
+        columns.append(originals)
+
+    cells = np.stack(columns, axis=1).repeat(scale, axis=2).repeat(scale, axis=3)
+    rows, row_step, column_step = len(cells), scale * height + SEPARATOR, scale * width + SEPARATOR
+    top = HEADER_HEIGHT + SEPARATOR
+    picture = np.full((top + rows * row_step, SEPARATOR + len(columns) * column_step, 3), 255, np.uint8)
+    for i, row in enumerate(cells):
+        for j, cell in enumerate(row):
+            y, x = top + i * row_step, SEPARATOR + j * column_step
+            picture[y : y + scale * height, x : x + scale * width] = cell
+    for j, title in titles.items():
+        _draw_title(picture[:HEADER_HEIGHT], title, SEPARATOR + j * column_step, scale * width)
+    return picture
+
+
+def _draw_title(header: np.ndarray, title: str, left: int, width: int) -> None:
+    """Writes a title into `header` in place, as large as fits into `width` and the strip."""
+    font, thickness, size = cv2.FONT_HERSHEY_SIMPLEX, 1, 0.5
+    (text_width, text_height), _ = cv2.getTextSize(title, font, size, thickness)
+    size *= min(1.0, width / text_width)
+    baseline = (HEADER_HEIGHT + text_height) // 2
+    # OpenCV writes only to contiguous memory, which a row slice of the picture is.
+    cv2.putText(header, title, (left, baseline), font, size, (0, 0, 0), thickness, cv2.LINE_AA)
+
+
+def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
+    """Writes a uint8 RGB image (H, W, 3) as PNG; a reader sees the whole file or none."""
+    atomic.write_bytes(path, images.encode_png(image))
+
+
+def loss_curve(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:
+    """Draws the training loss over the steps into a PNG file.
+
+    The loss of every logged step is drawn faintly, and over it the mean of the twentieth of the run around each step.
+    Values that are not finite leave gaps.
+
+    Args:
+      metrics: lines of metrics.jsonl in order of step. Those with "loss" make the curve, those with "held_out_loss",
+        if any, a second one. Other lines are passed over.
+      path: where the picture goes.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="training step", ylabel="flow-matching loss")
+    steps, values = _series(metrics, "loss")
+    if len(steps) > 1:
+        axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, as logged")
+        axes.plot(steps, _smooth(values, reach=len(values) // 40), color="tab:blue", label="training, smoothed")
+    elif len(steps):
+        axes.plot(steps, values, "o", color="tab:blue", label="training, as logged")
+    held_out_steps, held_out_values = _series(metrics, "held_out_loss")
+    if len(held_out_steps):
+        axes.plot(held_out_steps, held_out_values, "o-", color="tab:orange", markersize=3, label="held-out")
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend()
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer)
+    atomic.write_bytes(path, buffer.getvalue())
+
+
+def _series(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    points = np.array([(line["step"], line[name]) for line in metrics if name in line], np.float64).reshape(-1, 2)
+    return points[:, 0], points[:, 1]
+
+
+def _smooth(values: np.ndarray, *, reach: int) -> np.ndarray:
+    """Mean over `reach` values (fewer than half of all) to either side of each; those not finite do not count."""
+    finite = np.isfinite(values)
+    ones = np.ones(2 * reach + 1)
+    total = np.convolve(np.where(finite, values, 0.0), ones, mode="same")
+    count = np.convolve(finite, ones, mode="same")
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)

@@ -1,0 +1,266 @@
+"""A small U-Net (Ronneberger et al., arXiv 1505.04597) that reads a mask back from an image.
+
+The evaluation trains it on real pairs of the data set that is being painted, because no public face parser
+comes with the package. It is small, so what it measures is comparable only within one run: see `mask_agreement`.
+"""
+
+import functools
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
+from tqdm import tqdm
+
+from sisma_jax.data import labels
+from sisma_jax.errors import InputError
+from sisma_jax.evaluation import atomic
+from sisma_jax.models.patches import depth_to_space, space_to_depth
+
+Params = dict[str, Any]
+
+# Halvings between the image and the innermost level: one at the stem, then one a level. At 64 px the innermost
+# feature map is 4x4, so every pixel's label may depend on the whole face (left and right need that).
+_NUM_LEVELS = 3
+_STRIDE = 2 ** (_NUM_LEVELS + 1)
+
+# What NumPy, zipfile and the checks of `load` raise for a truncated, overwritten or foreign file.
+_UNREADABLE = (
+    AssertionError,
+    AttributeError,
+    EOFError,
+    IndexError,
+    KeyError,
+    NotImplementedError,
+    OSError,
+    ValueError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+
+
+class _ResidualBlock(nnx.Module):
+    """x + Conv(SiLU(Conv(LN(x)))), 3x3, with the normalisation over channels."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.norm = nnx.LayerNorm(channels, rngs=rngs)
+        self.conv_in = nnx.Conv(channels, channels, (3, 3), rngs=rngs)
+        self.conv_out = nnx.Conv(channels, channels, (3, 3), kernel_init=nnx.initializers.zeros, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return x + self.conv_out(jax.nn.silu(self.conv_in(self.norm(x))))
+
+
+class _Level(nnx.Module):
+    """One scale of the U: a block, everything coarser, and a block that joins the two."""
+
+    def __init__(self, channels: int, num_coarser: int, *, rngs: nnx.Rngs):
+        self.block_in = _ResidualBlock(channels, rngs=rngs)
+        if num_coarser:
+            self.down = nnx.Linear(4 * channels, 2 * channels, rngs=rngs)
+            self.coarser = _Level(2 * channels, num_coarser - 1, rngs=rngs)
+            self.up = nnx.Linear(2 * channels, 4 * channels, rngs=rngs)
+        else:
+            self.coarser = None
+        self.block_out = _ResidualBlock(channels, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        x = self.block_in(x)
+        if self.coarser is not None:
+            x = x + depth_to_space(self.up(self.coarser(self.down(space_to_depth(x, 2)))), 2)
+        return self.block_out(x)
+
+
+class Segmenter(nnx.Module):
+    """Fully convolutional: image to class logits, at any image size."""
+
+    def __init__(self, width: int, *, num_classes: int = labels.NUM_CLASSES, rngs: nnx.Rngs):
+        """Args: width: channels of the first level, which works at half the image's resolution."""
+        self.num_classes = num_classes
+        self.stem = nnx.Linear(4 * 3, width, rngs=rngs)
+        self.levels = _Level(width, _NUM_LEVELS, rngs=rngs)
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.head = nnx.Linear(width, 4 * num_classes, rngs=rngs)
+
+    def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
+        """Returns the logits of each pixel's class.
+
+        Args:
+          image: float32 in [-1, 1]. Sides that are no multiple of 16 are continued by their last row or column
+            and the logits are cut back.
+        """
+        _, height, width, _ = image.shape
+        padded = jnp.pad(image, ((0, 0), (0, -height % _STRIDE), (0, -width % _STRIDE), (0, 0)), mode="edge")
+        x = self.levels(self.stem(space_to_depth(padded, 2)))
+        return depth_to_space(self.head(self.norm(x)), 2)[:, :height, :width]
+
+
+def _initial_params(key: Key[Array, ""], width: int) -> Params:
+    return nnx.to_pure_dict(nnx.state(Segmenter(width, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def _abstract_params(width: int) -> Params:
+    return jax.eval_shape(functools.partial(_initial_params, width=width), jax.random.key(0))
+
+
+def _apply(params: Params, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
+    width = params["stem"]["kernel"].shape[-1]
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Segmenter(width, rngs=nnx.Rngs(0))))
+    return nnx.merge(graphdef, params)(image)
+
+
+def _normalize(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def _augment(key: Key[Array, ""], image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """Changes brightness, colours and contrast, and adds noise, so that painted images, too, can be read.
+
+    Photometric only: the mask stays that of the image.
+    """
+    contrast_key, shift_key, level_key, noise_key = jax.random.split(key, 4)
+    batch = image.shape[0]
+    contrast = jnp.exp(jax.random.uniform(contrast_key, (batch, 1, 1, 1), minval=-0.3, maxval=0.3))
+    shift = jax.random.uniform(shift_key, (batch, 1, 1, 3), minval=-0.15, maxval=0.15)
+    noise_level = jax.random.uniform(level_key, (batch, 1, 1, 1), maxval=0.1)
+    return contrast * image + shift + noise_level * jax.random.normal(noise_key, image.shape)
+
+
+def _loss(
+    params: Params,
+    image: Float[Array, "B H W 3"],
+    mask: UInt8[Array, "B H W"],
+    class_weights: Float[Array, " K"],
+) -> Float[Array, ""]:
+    """Cross-entropy, averaged with the weight of each pixel's class."""
+    logits = _apply(params, image)
+    nll = optax.softmax_cross_entropy_with_integer_labels(logits, mask.astype(jnp.int32))
+    weights = class_weights[mask]
+    return jnp.sum(weights * nll) / jnp.sum(weights)
+
+
+def _optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
+    warmup_steps = min(50, num_steps // 10)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, num_steps)
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+
+
+def train_segmenter(
+    batches: Iterator[dict[str, np.ndarray]],
+    *,
+    num_steps: int,
+    width: int,
+    key: Key[Array, ""],
+    learning_rate: float = 2e-3,
+) -> Params:
+    """Returns the parameters of a segmenter trained on real pairs.
+
+    The loss weighs a pixel by 1 / sqrt(frequency of its class so far), since brows, eyes and lips together cover
+    about three pixels in a hundred.
+
+    Args:
+      batches: yields {"image": uint8 (B, H, W, 3), "mask": uint8 (B, H, W)}, always of one shape; `num_steps` of them
+        are drawn.
+      num_steps: optimiser steps; Adam with warm-up, and a cosine decay to zero at the last step.
+      width: channels of the first level.
+      key: decides the initial parameters and the augmentation.
+      learning_rate: peak of the schedule.
+
+    Returns:
+      A dict of dicts of float32 arrays, which `predict` and `save` take.
+    """
+    optimizer = _optimizer(learning_rate, num_steps)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def update(params, opt_state, step_key, batch, class_weights):
+        image = _augment(step_key, _normalize(batch["image"]))
+        loss, grads = jax.value_and_grad(_loss)(params, image, batch["mask"], class_weights)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, loss
+
+    init_key, augment_key = jax.random.split(key)
+    params = jax.jit(_initial_params, static_argnames="width")(init_key, width=width)
+    opt_state = optimizer.init(params)
+    counts = np.zeros(labels.NUM_CLASSES, np.int64)
+    progress = tqdm(range(num_steps), desc="segmenter", unit="step", disable=None)
+    for step in progress:
+        batch = {name: np.asarray(value) for name, value in next(batches).items() if name in ("image", "mask")}
+        counts += np.bincount(batch["mask"].ravel(), minlength=labels.NUM_CLASSES)
+        frequencies = np.maximum(counts, 1) / counts.sum()
+        class_weights = (frequencies**-0.5).astype(np.float32)
+        params, opt_state, loss = update(params, opt_state, jax.random.fold_in(augment_key, step), batch, class_weights)
+        if step % 20 == 0 and not progress.disable:
+            progress.set_postfix(loss=f"{float(loss):.3f}")
+    return params
+
+
+@jax.jit
+def _predict_batch(params: Params, image: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B H W"]:
+    return jnp.argmax(_apply(params, _normalize(image)), axis=-1).astype(jnp.uint8)
+
+
+def predict(params: Params, images: np.ndarray, *, batch_size: int = 64) -> np.ndarray:
+    """Returns the mask that the segmenter reads in each image: uint8 (N, H, W).
+
+    Args:
+      params: what `train_segmenter` or `load` returned.
+      images: uint8 (N, H, W, 3).
+      batch_size: images that one call of the jit-ed network reads; the last batch is filled up, so one shape compiles.
+
+    Raises:
+      ValueError: `images` has another dtype or shape.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"images must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}.")
+    masks = np.empty(images.shape[:3], np.uint8)
+    batch_size = max(1, min(batch_size, len(images)))
+    for start in range(0, len(images), batch_size):
+        chunk = images[start : start + batch_size]
+        filled = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *images.shape[1:]), np.uint8)])
+        masks[start : start + len(chunk)] = np.asarray(_predict_batch(params, filled))[: len(chunk)]
+    return masks
+
+
+def save(params: Params, path: str | os.PathLike) -> None:
+    """Writes the parameters as one .npz file; a reader sees the whole file or none."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    flat = {jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf) for keys, leaf in leaves}
+    buffer = io.BytesIO()
+    np.savez(buffer, **flat)
+    atomic.write_bytes(path, buffer.getvalue())
+
+
+def load(path: str | os.PathLike) -> Params:
+    """Reads what `save` wrote.
+
+    Raises:
+      InputError: the file is missing, damaged, or holds another network's parameters.
+    """
+    path = os.fspath(path)
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            flat = {name: file[name] for name in file.files}
+        expected = _abstract_params(flat["stem/kernel"].shape[-1])
+        params = jax.tree_util.tree_map_with_path(
+            lambda keys, _: flat.pop(jax.tree_util.keystr(keys, simple=True, separator="/")), expected
+        )
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
+        if flat:
+            raise KeyError(f"unknown arrays {sorted(flat)}")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such file.") from error
+    except _UNREADABLE as error:
+        raise InputError(
+            f"{path} is damaged or not a segmenter's parameters ({error}); delete it to train anew."
+        ) from error
+    return params

@@ -1,0 +1,170 @@
+"""Self-Mamba and Cross-Mamba: the token mixers of a SISMA block, around the selective scan.
+
+Both are Mamba's mixer (arXiv 2312.00752, figure 3) on a grid of tokens: a depthwise 3x3 convolution takes the
+place of the causal one, and the sequence is a serpentine path over the grid. In Cross-Mamba the scan's inputs
+come from two streams (Mamba-ST, arXiv 2409.10385): the image reads the mask through the state.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from kernels import depthwise_conv2d, selective_scan
+from sisma_jax.models.scan_orders import ScanOrder
+
+# Mamba's range of initial step sizes: log-uniform in [DT_MIN, DT_MAX].
+DT_MIN, DT_MAX = 1e-3, 1e-1
+
+Grid = Float[Array, "B H W D"]
+
+
+class DepthwiseConv(nnx.Module):
+    """3x3 (or `kernel_size`) depthwise convolution with a bias, followed by SiLU."""
+
+    def __init__(self, channels: int, kernel_size: int, *, rngs: nnx.Rngs):
+        bound = 1 / kernel_size  # PyTorch's default for a fan-in of kernel_size ** 2, which Mamba keeps
+        shape = (kernel_size, kernel_size, channels)
+        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+        self.bias = nnx.Param(jnp.zeros((channels,)))
+
+    def __call__(self, x: Grid) -> Grid:
+        y = depthwise_conv2d(x, self.kernel[...].astype(x.dtype))
+        return jax.nn.silu(y + self.bias[...].astype(x.dtype)[None, None, None])
+
+
+class OrderedScan(nnx.Module):
+    """The selective scan of a grid along one path, with the projections that make Δ, B and C of its inputs.
+
+    Δ and B are projected from the stream `drive`, C from the stream `readout`. A state-space model of its own
+    for each path, as in VMamba (arXiv 2401.10166).
+    """
+
+    def __init__(
+        self,
+        d_inner: int,
+        d_state: int,
+        dt_rank: int,
+        order: ScanOrder,
+        *,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        self.order = order
+        self.d_state = d_state
+        self.dt_rank = dt_rank
+        self.drive_proj = nnx.Linear(d_inner, dt_rank + d_state, use_bias=False, dtype=dtype, rngs=rngs)
+        self.readout_proj = nnx.Linear(d_inner, d_state, use_bias=False, dtype=dtype, rngs=rngs)
+        bound = dt_rank**-0.5
+        self.dt_proj = nnx.Param(jax.random.uniform(rngs.params(), (dt_rank, d_inner), minval=-bound, maxval=bound))
+        log_dt = jax.random.uniform(rngs.params(), (d_inner,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX))
+        dt = jnp.exp(log_dt)
+        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # the inverse of softplus
+        # S4D-real initialisation: A[d, n] = -(n + 1).
+        self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=jnp.float32))[None], (d_inner, 1)))
+        self.D = nnx.Param(jnp.ones((d_inner,)))
+
+    def __call__(self, u: Grid, drive: Grid, readout: Grid) -> Grid:
+        height, width = u.shape[1:3]
+        # Projections act on each token alone, so they come before the path and the narrow results are reordered.
+        dt, B = jnp.split(self.drive_proj(drive), [self.dt_rank], axis=-1)
+        C = self.readout_proj(readout)
+        dt, B, C, u = (self.order.to_sequence(x) for x in (dt, B, C, u))
+        y = selective_scan(
+            u,
+            dt @ self.dt_proj[...].astype(dt.dtype),
+            -jnp.exp(self.A_log[...]),
+            B,
+            C,
+            self.D[...],
+            delta_bias=self.dt_bias[...],
+            delta_softplus=True,
+            reverse=self.order.reverse,
+        )
+        return self.order.to_grid(y, height, width)
+
+
+def _scans(orders: Sequence[ScanOrder], d_inner: int, d_state: int, dt_rank: int, dtype, rngs) -> nnx.List:
+    return nnx.List([OrderedScan(d_inner, d_state, dt_rank, order, dtype=dtype, rngs=rngs) for order in orders])
+
+
+class SelfMamba(nnx.Module):
+    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image.
+
+    Args:
+      d_model: channels of a token.
+      d_state, expand, d_conv: as in Mamba; d_inner = expand * d_model, dt_rank = ceil(d_model / 16).
+      orders: the paths that are scanned and summed.
+      dtype: type of the matrix products; parameters, the norm and the scan's carry stay float32.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        d_state: int,
+        expand: int,
+        d_conv: int,
+        orders: Sequence[ScanOrder],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        d_inner = expand * d_model
+        self.in_proj = nnx.Linear(d_model, 2 * d_inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(d_inner, d_conv, rngs=rngs)
+        self.scans = _scans(orders, d_inner, d_state, math.ceil(d_model / 16), dtype, rngs)
+        self.out_norm = nnx.LayerNorm(d_inner, dtype=jnp.float32, rngs=rngs)
+        self.out_proj = nnx.Linear(d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Grid) -> Grid:
+        u, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        u = self.conv(u)
+        y = sum(scan(u, drive=u, readout=u) for scan in self.scans)
+        return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))
+
+
+class CrossMamba(nnx.Module):
+    """Lets the image read the mask, in linear time: the only place where the mask enters the denoiser.
+
+    The scan's input u always comes from the mask features and the gate from the image. With the wiring
+    `state_from_mask`, Δ and B (what the state keeps) come from the mask and C (what is read) from the image;
+    `readout_from_mask` is the other way round.
+
+    Args:
+      d_model: channels of an image token and of a mask feature.
+      wiring: see above.
+      others: as for `SelfMamba`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        *,
+        wiring: Literal["state_from_mask", "readout_from_mask"],
+        d_state: int,
+        expand: int,
+        d_conv: int,
+        orders: Sequence[ScanOrder],
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        d_inner = expand * d_model
+        self.wiring = wiring
+        self.in_proj = nnx.Linear(d_model, 2 * d_inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.mask_proj = nnx.Linear(d_model, d_inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(d_inner, d_conv, rngs=rngs)
+        self.scans = _scans(orders, d_inner, d_state, math.ceil(d_model / 16), dtype, rngs)
+        self.out_norm = nnx.LayerNorm(d_inner, dtype=jnp.float32, rngs=rngs)
+        self.out_proj = nnx.Linear(d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Grid, mask_features: Grid) -> Grid:
+        image, z = jnp.split(self.in_proj(x), 2, axis=-1)
+        image = self.conv(image)
+        mask = self.conv(self.mask_proj(mask_features))
+        drive, readout = (mask, image) if self.wiring == "state_from_mask" else (image, mask)
+        y = sum(scan(mask, drive=drive, readout=readout) for scan in self.scans)
+        return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))

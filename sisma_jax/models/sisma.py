@@ -1,0 +1,172 @@
+"""The SISMA denoiser (arXiv 2509.17651): patchify, N blocks of Self-Mamba, Cross-Mamba and feed-forward, depatchify."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Integer
+
+from sisma_jax.config import ModelConfig
+from sisma_jax.models.mamba import CrossMamba, Grid, SelfMamba
+from sisma_jax.models.mask_encoder import MaskEncoder
+from sisma_jax.models.patches import depth_to_space, space_to_depth
+from sisma_jax.models.scan_orders import ScanOrder, orders_of_layer
+
+TIME_FREQUENCIES = 256
+
+
+def time_features(t: Float[Array, " B"]) -> Float[Array, "B 256"]:
+    """Returns sines and cosines of t in [0, 1]: those of DiT (arXiv 2212.09748) at time step 1000 t."""
+    frequencies = 1000.0 * np.exp(-math.log(10_000) * np.arange(TIME_FREQUENCIES // 2) / (TIME_FREQUENCIES // 2))
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_features(height: int, width: int, d_model: int) -> np.ndarray:
+    """Returns fixed 2-D sine and cosine positions: float32 (height, width, d_model), d_model a multiple of 4."""
+    frequencies = 1.0 / 10_000 ** (np.arange(d_model // 4) / (d_model // 4))
+
+    def features(positions: np.ndarray) -> np.ndarray:
+        angles = positions[:, None] * frequencies[None]
+        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+    rows = np.broadcast_to(features(np.arange(height))[:, None], (height, width, d_model // 2))
+    columns = np.broadcast_to(features(np.arange(width))[None], (height, width, d_model // 2))
+    return np.concatenate([rows, columns], axis=-1).astype(np.float32)
+
+
+def modulate(x: Grid, shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Grid:
+    """Returns x (1 + scale) + shift, the same for all tokens of an example."""
+    return x * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+def layer_norm(x: Grid) -> Grid:
+    """LayerNorm without parameters, in float32: adaLN's scale and shift take their place."""
+    x = x.astype(jnp.float32)
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, d_model: int, d_hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.up = nnx.Linear(d_model, d_hidden, dtype=dtype, rngs=rngs)
+        self.down = nnx.Linear(d_hidden, d_model, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Grid) -> Grid:
+        return self.down(jax.nn.gelu(self.up(x)))
+
+
+class SismaBlock(nnx.Module):
+    """Three residual sub-layers, each shifted and scaled by the time before and gated by it after (adaLN-zero).
+
+    x += g1 SelfMamba(modulate(LN(x))); x += g2 CrossMamba(modulate(LN(x)), S_M); x += g3 FeedForward(modulate(LN(x))).
+    The gates start at zero, so a new block is the identity.
+    """
+
+    def __init__(self, config: ModelConfig, orders: tuple[ScanOrder, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        mixer = {
+            "d_state": config.d_state,
+            "expand": config.expand,
+            "d_conv": config.d_conv,
+            "orders": orders,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
+        self.self_mamba = SelfMamba(config.d_model, **mixer)
+        self.cross_mamba = CrossMamba(config.d_model, wiring=config.cross_wiring, **mixer)
+        d_hidden = int(config.mlp_ratio * config.d_model)
+        self.feed_forward = FeedForward(config.d_model, d_hidden, dtype=dtype, rngs=rngs)
+        zeros = nnx.initializers.zeros
+        self.modulation = nnx.Linear(config.d_model, 9 * config.d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+
+    def __call__(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid) -> Grid:
+        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = jnp.split(
+            self.modulation(jax.nn.silu(condition)), 9, axis=-1
+        )
+
+        def before(x: Grid, shift: Array, scale: Array) -> Grid:
+            return modulate(layer_norm(x), shift, scale).astype(x.dtype)
+
+        def after(y: Grid, gate: Array) -> Grid:
+            return y * gate.astype(y.dtype)[:, None, None]
+
+        x = x + after(self.self_mamba(before(x, shift1, scale1)), gate1)
+        x = x + after(self.cross_mamba(before(x, shift2, scale2), mask_features), gate2)
+        return x + after(self.feed_forward(before(x, shift3, scale3)), gate3)
+
+
+class Sisma(nnx.Module):
+    """The denoiser: noisy latent, time and mask features in, one value a latent element out.
+
+    `encode_mask` is a method of its own because a sampler needs the mask's features once, not once a step.
+
+    Args:
+      config: sizes and wiring.
+      latent_channels: channels of the latent.
+      latent_downsampling: image pixels along the side of a latent position (1 for pixels, 8 for f8 latents).
+      dtype: type of the matrix products; parameters, norms and scan carries stay float32.
+      rngs: initialisation randomness; none is kept.
+    """
+
+    def __init__(
+        self, config: ModelConfig, latent_channels: int, latent_downsampling: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        self.patch_size = config.patch_size
+        self.dtype = dtype
+        d_model = config.d_model
+        d_patch = config.patch_size**2 * latent_channels
+        self.mask_encoder = MaskEncoder(
+            config.patch_size * latent_downsampling, config.d_label, d_model, dtype=dtype, rngs=rngs
+        )
+        self.embed = nnx.Linear(d_patch, d_model, dtype=dtype, rngs=rngs)
+        self.time_up = nnx.Linear(TIME_FREQUENCIES, d_model, rngs=rngs)
+        self.time_down = nnx.Linear(d_model, d_model, rngs=rngs)
+        self.blocks = nnx.List(
+            [
+                SismaBlock(config, orders_of_layer(i, config.orders_per_layer), dtype=dtype, rngs=rngs)
+                for i in range(config.depth)
+            ]
+        )
+        zeros = nnx.initializers.zeros
+        self.modulation = nnx.Linear(d_model, 2 * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+        self.head = nnx.Linear(d_model, d_patch, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+
+    def encode_mask(
+        self, mask: Integer[Array, "B H W"], is_dropped: Bool[Array, " B"] | None = None
+    ) -> Float[Array, "B h w D"]:
+        """Returns S_M: see `MaskEncoder`."""
+        return self.mask_encoder(mask, is_dropped)
+
+    def null_features(self, shape: tuple[int, ...]) -> Float[Array, "B h w D"]:
+        """Returns S_M of "no mask" in the given shape."""
+        return self.mask_encoder.null_features(shape)
+
+    def __call__(
+        self, xt: Float[Array, "B H W C"], t: Float[Array, " B"], mask_features: Float[Array, "B h w D"]
+    ) -> Float[Array, "B H W C"]:
+        """Returns the network's prediction at (xt, t), float32: see `FlowConfig.prediction` for its meaning.
+
+        Args:
+          xt: latent between noise (t = 0) and data (t = 1); H and W multiples of the patch size.
+          t: in [0, 1].
+          mask_features: S_M, one a token.
+
+        Raises:
+          ValueError: the latent is not tiled by patches, or S_M is of another grid.
+        """
+        if xt.shape[1] % self.patch_size or xt.shape[2] % self.patch_size:
+            raise ValueError(f"xt is {xt.shape[1:3]}, want multiples of the patch size {self.patch_size}")
+        x = self.embed(space_to_depth(xt.astype(self.dtype), self.patch_size))
+        if mask_features.shape[:3] != x.shape[:3]:
+            raise ValueError(f"mask_features are {mask_features.shape[:3]}, want the token grid {x.shape[:3]}")
+        x = x + jnp.asarray(position_features(x.shape[1], x.shape[2], x.shape[3]), x.dtype)[None]
+        condition = self.time_down(jax.nn.silu(self.time_up(time_features(t))))
+        for block in self.blocks:
+            x = block(x, condition, mask_features)
+        shift, scale = jnp.split(self.modulation(jax.nn.silu(condition)), 2, axis=-1)
+        return depth_to_space(self.head(modulate(layer_norm(x), shift, scale)).astype(jnp.float32), self.patch_size)

@@ -1,0 +1,65 @@
+"""Everything that a training step changes."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key
+
+from sisma_jax.config import Config, OptimConfig
+from sisma_jax.models.factory import Params, init_params
+
+# Parameters of the scan that weight decay must leave alone whatever their rank: a decayed A_log changes the
+# model's memory, not its complexity.
+_UNDECAYED = ("A_log", "D", "dt_bias", "null")
+
+
+@chex.dataclass(frozen=True)
+class TrainState:
+    """Parameters, their average, the optimiser's state, and where the run is.
+
+    Attributes:
+      step: updates done, int32 scalar.
+      params, ema: nested dictionaries of float32 arrays; `ema` is what samples are drawn from.
+      opt_state: optax's.
+      key: the run's key; a step uses `fold_in(key, step)`, so it never changes.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+    key: Key[Array, ""]
+
+
+def _is_decayed(params: Params) -> Params:
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim > 1 and path[-1].key not in _UNDECAYED, params)
+
+
+def learning_rate(config: OptimConfig) -> optax.Schedule:
+    """Returns the schedule: linear warm-up, then a constant rate or a cosine to zero at `decay_steps`."""
+    if config.decay_steps:
+        after = optax.cosine_decay_schedule(config.learning_rate, config.decay_steps - config.warmup_steps)
+    else:
+        after = optax.constant_schedule(config.learning_rate)
+    warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
+    return optax.join_schedules([warmup, after], [config.warmup_steps])
+
+
+def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+    """Returns AdamW behind clipping by global norm; weight decay touches matrices only."""
+    adamw = optax.adamw(learning_rate(config), config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_decayed)
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+
+
+def init_state(config: Config) -> TrainState:
+    """Returns the state before the first step, a function of the configuration alone."""
+    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
+    params = init_params(config, init_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer(config.optim).init(params),
+        key=run_key,
+    )

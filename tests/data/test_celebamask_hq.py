@@ -1,0 +1,361 @@
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow_datasets as tfds
+from raw_layout import official_mask, part_file, random_mask, write_label_maps, write_official, write_png
+
+from sisma_jax.config import DataConfig
+from sisma_jax.data import celebamask_hq, images, loading
+from sisma_jax.errors import InputError
+
+SAMPLE = Path(__file__).parents[2] / ".." / "shared" / "celebamask_sample"
+
+
+def config(tmp_path: Path, **fields) -> DataConfig:
+    defaults = {
+        "name": "celebamask_hq",
+        "root": str(tmp_path / "raw"),
+        "cache_dir": str(tmp_path / "cache"),
+        "num_test": 2,
+        "image_size": 16,
+    }
+    return DataConfig(**(defaults | fields))
+
+
+def records(data: DataConfig, split: str) -> list[dict]:
+    skip = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
+    return list(celebamask_hq.builder(data).as_data_source(split, decoders=skip))
+
+
+def write_mapping(root: Path, original: dict[int, int], header: bool = False) -> None:
+    rows = ["idx         orig_idx    orig_file"] if header else []
+    rows += [f"{id:<11} {index:<11} {index + 1:06d}.jpg" for id, index in original.items()]
+    (root / celebamask_hq.MAPPING_FILE).write_text("\n".join(rows) + "\n")
+
+
+def test_label_maps_are_read_with_the_image_bytes_unchanged(tmp_path):
+    data = config(tmp_path)
+    masks = write_label_maps(Path(data.root), range(5))
+    loading.prepare(data)
+    train, test = records(data, "train"), records(data, "test")
+    assert [record["id"] for record in train] == [0, 1, 2]
+    assert [record["id"] for record in test] == [3, 4]
+    for record in train + test:
+        assert record["image"] == (Path(data.root) / "images" / f"{record['id']}.jpg").read_bytes()
+        np.testing.assert_array_equal(images.decode_mask(record["mask"], "x"), masks[record["id"]])
+    assert "tensorflow" not in sys.modules
+
+
+def test_png_images_are_read(tmp_path):
+    data = config(tmp_path, num_test=1)
+    write_label_maps(Path(data.root), range(2))
+    (Path(data.root) / "images" / "0.jpg").unlink()
+    write_png(Path(data.root) / "images" / "000000.png", np.full((16, 16, 3), 7, np.uint8))
+    loading.prepare(data)
+    (record,) = records(data, "train")
+    np.testing.assert_array_equal(images.decode_image(record["image"], "x"), 7)
+
+
+def test_parts_are_painted_in_class_order(tmp_path):
+    data = config(tmp_path)
+    write_official(Path(data.root), [7, 1999, 2000, 29999])
+    loading.prepare(data)
+    train, test = records(data, "train"), records(data, "test")
+    assert [record["id"] for record in train + test] == [7, 1999, 2000, 29999]
+    for record in train + test:
+        np.testing.assert_array_equal(images.decode_mask(record["mask"], "x"), official_mask())
+
+
+def test_faces_fill_several_shards_in_the_order_of_their_ids(tmp_path, monkeypatch):
+    monkeypatch.setattr(celebamask_hq, "FACES_PER_SHARD", 3)
+    data = config(tmp_path)
+    write_label_maps(Path(data.root), [11, 2, 5, 3, 20, 100, 9, 8, 4, 6])
+    loading.prepare(data)
+    assert [record["id"] for record in records(data, "train")] == [2, 3, 4, 5, 6, 8, 9, 11]
+    assert celebamask_hq.builder(data).info.splits["train"].num_shards == 3
+
+
+def test_a_changed_folder_is_prepared_anew_and_an_unchanged_one_is_not(tmp_path):
+    data = config(tmp_path)
+    root = Path(data.root)
+    write_label_maps(root, range(4))
+    before = celebamask_hq.builder(data).data_path
+    assert celebamask_hq.builder(data).data_path == before
+    write_png(root / "labels" / "00003.png", random_mask(99, 16))
+    changed = celebamask_hq.builder(data).data_path
+    assert changed != before
+    (tmp_path / "moved").mkdir()
+    root.rename(tmp_path / "moved" / "raw")
+    assert celebamask_hq.builder(config(tmp_path, root=str(tmp_path / "moved" / "raw"))).data_path == changed
+
+
+def test_splits_are_data_sets_of_their_own(tmp_path):
+    write_label_maps(tmp_path / "raw", range(5))
+    write_mapping(tmp_path / "raw", {0: 0, 1: 1, 2: 2, 3: 3, 4: 190000})
+    configs = [config(tmp_path), config(tmp_path, num_test=1), config(tmp_path, split="celeba")]
+    assert len({celebamask_hq.builder(data).data_path for data in configs}) == 3
+
+
+@pytest.mark.parametrize("header", [True, False])
+def test_celeba_splits_follow_the_mapping(tmp_path, header):
+    data = config(tmp_path, split="celeba")
+    write_label_maps(Path(data.root), range(6))
+    write_mapping(Path(data.root), dict(enumerate([202598, 162770, 162771, 182637, 182638, 0])), header)
+    loading.prepare(data)
+    found = {split: [record["id"] for record in records(data, split)] for split in ("train", "val", "test")}
+    assert found == {"train": [1, 5], "val": [2, 3], "test": [0, 4]}
+
+
+def test_full_mapping_gives_the_published_sizes():
+    if not SAMPLE.is_dir():
+        pytest.skip("the sample of CelebAMask-HQ, which may not be distributed, is not on this machine")
+    faces = [celebamask_hq.Face(id, "", "") for id in range(30_000)]
+    splits = celebamask_hq.split_by_celeba(faces, SAMPLE / celebamask_hq.MAPPING_FILE)
+    assert {name: len(members) for name, members in splits.items()} == {"train": 24_183, "val": 2_993, "test": 2_824}
+
+
+def test_by_id_takes_the_last_ids_for_the_test():
+    faces = [celebamask_hq.Face(id, "", "") for id in range(30_000)]
+    splits = celebamask_hq.split_by_id(faces, 2_000)
+    assert [face.id for face in splits["test"]] == list(range(28_000, 30_000))
+    assert len(splits["train"]) == 28_000
+
+
+def test_a_split_without_a_face_is_refused(tmp_path):
+    write_label_maps(tmp_path / "raw", range(3))
+    with pytest.raises(InputError, match="--data.num_test 3 .* holds 3"):
+        celebamask_hq.builder(config(tmp_path, num_test=3))
+    write_mapping(tmp_path / "raw", {0: 1, 1: 2, 2: 170000})
+    with pytest.raises(InputError, match="none of the 3 faces is in the test split"):
+        celebamask_hq.builder(config(tmp_path, split="celeba"))
+
+
+def test_celeba_split_wants_its_mapping(tmp_path):
+    data = config(tmp_path, split="celeba")
+    write_label_maps(Path(data.root), range(8))
+    with pytest.raises(InputError, match="--data.split celeba needs .*mapping.txt"):
+        celebamask_hq.builder(data)
+    write_mapping(Path(data.root), {0: 1, 7: 190000})
+    with pytest.raises(InputError, match=r"no row for these ids: 6 \(1, 2, 3, 4, 5, ...\)"):
+        celebamask_hq.builder(data)
+    (Path(data.root) / celebamask_hq.MAPPING_FILE).write_text("0 1 000002.jpg\n1 one 000003.jpg\n")
+    with pytest.raises(InputError, match="mapping.txt, line 2: expected `idx orig_idx orig_file`, got '1 one"):
+        celebamask_hq.builder(data)
+
+
+def test_missing_folder_is_refused_with_the_way_to_obtain_it(tmp_path):
+    with pytest.raises(InputError, match=r"(?s)--data.root: there is no folder .*raw.*github.com/switchablenorms"):
+        celebamask_hq.builder(config(tmp_path))
+    (tmp_path / "raw" / "CelebAMask-HQ").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"no images and no labels folder. Did you mean .*raw/CelebAMask-HQ\?"):
+        celebamask_hq.builder(config(tmp_path))
+    (tmp_path / "raw" / "images").mkdir()
+    with pytest.raises(InputError, match="has no labels folder"):
+        celebamask_hq.builder(config(tmp_path))
+    (tmp_path / "raw" / "labels").mkdir()
+    with pytest.raises(InputError, match="hold no faces.*non-commercial"):
+        celebamask_hq.builder(config(tmp_path))
+
+
+def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
+    root = tmp_path / "raw"
+    write_label_maps(root, range(12))
+    for id in range(3, 10):
+        (root / "labels" / f"{id:05d}.png").unlink()
+    with pytest.raises(InputError, match=r"no mask for these ids .* 7 \(3, 4, 5, 6, 7, ...\)"):
+        celebamask_hq.builder(config(tmp_path))
+    for id in range(3, 11):
+        (root / "images" / f"{id}.jpg").unlink()
+    with pytest.raises(InputError, match=r"no image for these ids .* 1 \(10\)"):
+        celebamask_hq.builder(config(tmp_path))
+
+
+def test_face_without_any_part_is_named(tmp_path):
+    write_official(tmp_path / "raw", range(3))
+    for part in ("skin", "nose", "hair"):
+        part_file(tmp_path / "raw", 1, part).unlink()
+    with pytest.raises(InputError, match=r"no mask for these ids .* 1 \(1\)"):
+        celebamask_hq.builder(config(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("folder", "name", "message"),
+    [
+        ("images", "face.jpg", "face.jpg is not named by its id"),
+        ("images", "0001.png", "have the same id"),
+        ("labels", "1.png", "have the same id"),
+    ],
+)
+def test_stray_files_are_named(tmp_path, folder, name, message):
+    write_label_maps(tmp_path / "raw", range(3))
+    (tmp_path / "raw" / folder / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=message):
+        celebamask_hq.builder(config(tmp_path))
+
+
+def test_hidden_files_and_other_suffixes_are_no_data(tmp_path):
+    write_label_maps(tmp_path / "raw", range(3))
+    for name in (".DS_Store", "._0.jpg", "Thumbs.db", "README.txt"):
+        (tmp_path / "raw" / "images" / name).write_bytes(b"x")
+    assert len(celebamask_hq.list_raw_folder(tmp_path / "raw").faces) == 3
+
+
+@pytest.mark.parametrize("name", ["00001_beard.png", "00001_background.png", "skin.png"])
+def test_unknown_part_is_named(tmp_path, name):
+    write_official(tmp_path / "raw", range(3))
+    part_file(tmp_path / "raw", 1, "skin").with_name(name).write_bytes(b"x")
+    with pytest.raises(InputError, match=f"{name} is not named <id>_<part>.png"):
+        celebamask_hq.builder(config(tmp_path))
+
+
+def test_part_that_occurs_twice_is_named(tmp_path):
+    write_official(tmp_path / "raw", range(3))
+    part_file(tmp_path / "raw", 1, "skin").with_name("1_skin.png").write_bytes(b"x")
+    with pytest.raises(InputError, match="are the same part of the same face"):
+        celebamask_hq.builder(config(tmp_path))
+
+
+def test_empty_files_are_named_before_anything_is_read(tmp_path):
+    write_label_maps(tmp_path / "raw", range(4))
+    (tmp_path / "raw" / "images" / "2.jpg").write_bytes(b"")
+    (tmp_path / "raw" / "labels" / "00001.png").write_bytes(b"")
+    with pytest.raises(InputError, match=r"Empty files \(0 bytes\): 2 \(.*images/2.jpg, .*labels/00001.png\)"):
+        celebamask_hq.builder(config(tmp_path))
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: _truncate(root / "images" / "2.jpg"), "2.jpg is truncated"),
+        (lambda root: _truncate(root / "labels" / "00002.png"), "00002.png is truncated"),
+        (lambda root: (root / "images" / "2.jpg").write_bytes(b"no picture"), "2.jpg cannot be decoded"),
+        (
+            lambda root: write_png(root / "labels" / "00002.png", np.full((16, 16), 19, np.uint8)),
+            "00002.png: label 19 is outside 0..18",
+        ),
+        (
+            lambda root: write_png(root / "labels" / "00002.png", np.zeros((16, 24), np.uint8)),
+            "2.jpg is 16x16 pixels and .*00002.png is 24x16",
+        ),
+    ],
+)
+def test_damaged_file_is_named_and_nothing_half_written_stays(tmp_path, damage, message):
+    data = config(tmp_path)
+    write_label_maps(Path(data.root), range(6))
+    damage(Path(data.root))
+    with pytest.raises(InputError, match=message):
+        loading.prepare(data)
+    with pytest.raises(InputError, match="not prepared"):
+        loading.num_examples(data, "train")
+    assert not list(Path(data.cache_dir).glob("**/*array_record*"))
+    assert not list(Path(data.cache_dir).glob("**/incomplete*"))
+    write_label_maps(Path(data.root), range(6))
+    loading.prepare(data)
+    assert len(records(data, "train")) == 4
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda file: _truncate(file), "00001_nose.png is truncated"),
+        (lambda file: write_png(file, np.zeros((8, 8), np.uint8)), r"00001_nose.png has height and width \(8, 8\)"),
+    ],
+)
+def test_damaged_part_is_named(tmp_path, damage, message):
+    data = config(tmp_path)
+    write_official(Path(data.root), range(3))
+    damage(part_file(Path(data.root), 1, "nose"))
+    with pytest.raises(InputError, match=message):
+        loading.prepare(data)
+
+
+def test_preparing_twice_builds_once(tmp_path):
+    data = config(tmp_path)
+    write_label_maps(Path(data.root), range(4))
+    loading.prepare(data)
+    times = {path: path.stat().st_mtime_ns for path in Path(data.cache_dir).glob("celebamask_hq/**/*")}
+    loading.prepare(data)
+    assert times == {path: path.stat().st_mtime_ns for path in Path(data.cache_dir).glob("celebamask_hq/**/*")}
+
+
+def test_preparing_is_quiet_off_the_terminal(tmp_path, capfd):
+    data = config(tmp_path)
+    write_label_maps(Path(data.root), range(4))
+    loading.prepare(data)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_killed_prepare_completes_when_run_again(tmp_path):
+    data = config(tmp_path)
+    write_label_maps(Path(data.root), range(8))
+    program = textwrap.dedent(
+        f"""
+        import os, signal
+        from sisma_jax.data import celebamask_hq
+        from sisma_jax.config import DataConfig
+
+        read = celebamask_hq.Face.read
+        def read_until_killed(face):
+            if face.id == 7:  # The test split: the train shard is written by now.
+                os.kill(os.getpid(), signal.SIGKILL)
+            return read(face)
+        celebamask_hq.Face.read = read_until_killed
+        celebamask_hq.builder({data!r}).download_and_prepare(file_format="array_record")
+        """
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert list(Path(data.cache_dir).glob("**/incomplete*/*array_record*"))
+    with pytest.raises(InputError, match="not prepared"):
+        loading.num_examples(data, "train")
+    loading.prepare(data)
+    assert [loading.num_examples(data, split) for split in ("train", "test")] == [6, 2]
+    assert not list(Path(data.cache_dir).glob("**/incomplete*"))
+
+
+def test_cache_dir_that_cannot_be_written_is_named(tmp_path):
+    write_label_maps(tmp_path / "raw", range(4))
+    (tmp_path / "file").touch()
+    data = config(tmp_path, cache_dir=str(tmp_path / "file" / "cache"))
+    with pytest.raises(InputError, match="--data.cache_dir .*file/cache cannot be written"):
+        loading.prepare(data)
+
+
+def test_full_disk_is_named(tmp_path, monkeypatch):
+    data = config(tmp_path)
+    write_label_maps(Path(data.root), range(4))
+
+    def fail(*_):
+        raise RuntimeError("write() failed: No space left on device; writing shard; at byte 2097152")
+
+    monkeypatch.setattr(celebamask_hq, "_read_shard", fail)
+    with pytest.raises(InputError, match="--data.cache_dir .*cache cannot be written .*No space left"):
+        loading.prepare(data)
+
+
+def test_real_faces_are_read(tmp_path):
+    if not SAMPLE.is_dir():
+        pytest.skip("the sample of CelebAMask-HQ, which may not be distributed, is not on this machine")
+    data = config(tmp_path, image_size=64, num_test=4)
+    for folder, suffix in (("images", "jpg"), ("labels", "png")):
+        (Path(data.root) / folder).mkdir(parents=True)
+        for id in range(12):
+            source = (SAMPLE / folder / f"{id:05d}.{suffix}").resolve()
+            (Path(data.root) / folder / source.name).symlink_to(source)
+    loading.prepare(data)
+    (batch,) = loading.eval_batches(data, "test", batch_size=4)
+    assert batch["id"].tolist() == [8, 9, 10, 11]
+    # Skin, nose and hair; skin is not dark.
+    assert {1, 2, 13} <= set(np.unique(batch["mask"]))
+    assert batch["image"][batch["mask"] == 1].mean() > 80

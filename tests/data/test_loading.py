@@ -1,0 +1,237 @@
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from raw_layout import write_label_maps
+
+from sisma_jax.config import DataConfig
+from sisma_jax.data import images, labels, loading
+from sisma_jax.errors import InputError
+
+NUM_TRAIN = 23
+NUM_TEST = 5
+SIZE = 16
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> DataConfig:
+    """A prepared data set of random faces at the size at which they are read, so that pixels compare exactly."""
+    folder = tmp_path_factory.mktemp("loading")
+    write_label_maps(folder / "raw", range(NUM_TRAIN + NUM_TEST), SIZE)
+    data = DataConfig(
+        name="celebamask_hq",
+        root=str(folder / "raw"),
+        cache_dir=str(folder / "cache"),
+        num_test=NUM_TEST,
+        image_size=SIZE,
+        num_threads=2,
+    )
+    loading.prepare(data)
+    return data
+
+
+def take(iterator, num: int) -> list[dict]:
+    return list(itertools.islice(iterator, num))
+
+
+def ids(batches) -> list[int]:
+    return [int(id) for batch in batches for id in batch["id"]]
+
+
+def assert_same(left: list[dict], right: list[dict]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key])
+
+
+def raw_face(config: DataConfig, id: int) -> tuple[np.ndarray, np.ndarray]:
+    root = Path(config.root)
+    image = images.read_image_file(root / "images" / f"{id}.jpg")
+    return image, images.read_mask_file(root / "labels" / f"{id:05d}.png")
+
+
+def is_flipped(config: DataConfig, batch: dict, index: int) -> bool:
+    """Tells how one example was augmented, and checks that it was augmented in no other way."""
+    image, mask = raw_face(config, int(batch["id"][index]))
+    flipped = not np.array_equal(batch["mask"][index], mask)
+    np.testing.assert_array_equal(batch["mask"][index], labels.flip_mask(mask) if flipped else mask)
+    np.testing.assert_array_equal(batch["image"][index], image[:, ::-1] if flipped else image)
+    return flipped
+
+
+def test_num_examples(config):
+    assert loading.num_examples(config, "train") == NUM_TRAIN
+    assert loading.num_examples(config, "test") == NUM_TEST
+
+
+def test_unknown_split_is_refused(config):
+    with pytest.raises(InputError, match="celebamask_hq has no split 'val'; it has test, train"):
+        loading.num_examples(config, "val")
+    with pytest.raises(InputError, match="no split 'val'"):
+        loading.eval_batches(config, "val", batch_size=1)
+
+
+def test_reading_before_preparing_is_refused(config, tmp_path):
+    empty = DataConfig(name="celebamask_hq", root=config.root, cache_dir=str(tmp_path), num_test=NUM_TEST)
+    with pytest.raises(InputError, match=f"not prepared in --data.cache_dir {tmp_path}"):
+        loading.train_iterator(empty, batch_size=1, seed=0)
+
+
+def test_batch_has_the_agreed_form(config):
+    batch = next(loading.train_iterator(config, batch_size=6, seed=0))
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == {
+        "image": ((6, SIZE, SIZE, 3), np.uint8),
+        "mask": ((6, SIZE, SIZE), np.uint8),
+        "id": ((6,), np.int64),
+    }
+
+
+def test_half_of_the_examples_are_flipped_and_nothing_else_is_done_to_them(config):
+    batches = take(loading.train_iterator(config, batch_size=20, seed=0), 20)
+    flips = [is_flipped(config, batch, index) for batch in batches for index in range(20)]
+    assert abs(np.mean(flips) - 0.5) < 0.1  # Four standard deviations of the mean of 400 coin tosses.
+
+
+def test_an_example_is_flipped_in_one_epoch_and_not_in_another(config):
+    batches = take(loading.train_iterator(config, batch_size=NUM_TRAIN, seed=0), 8)
+    flips = [{int(id): is_flipped(config, batch, i) for i, id in enumerate(batch["id"])} for batch in batches]
+    assert all(len({epoch[id] for epoch in flips}) == 2 for id in (0, 1, 2))
+
+
+def test_flip_can_be_turned_off(config):
+    still = DataConfig(**(vars(config) | {"flip": False}))
+    for batch in take(loading.train_iterator(still, batch_size=8, seed=0), 4):
+        assert not any(is_flipped(config, batch, index) for index in range(8))
+
+
+def test_every_epoch_has_each_example_once_in_a_new_order(config):
+    sequence = ids(take(loading.train_iterator(config, batch_size=7, seed=3), 4 * NUM_TRAIN // 7 + 1))
+    epochs = [sequence[start : start + NUM_TRAIN] for start in range(0, 4 * NUM_TRAIN, NUM_TRAIN)]
+    assert all(sorted(epoch) == list(range(NUM_TRAIN)) for epoch in epochs)
+    assert len(set(map(tuple, epochs))) == 4
+    assert epochs[0] != sorted(epochs[0])
+
+
+def test_same_seed_gives_the_same_batches_with_any_number_of_threads(config):
+    threads = DataConfig(**(vars(config) | {"num_threads": 7}))
+    assert_same(
+        take(loading.train_iterator(config, batch_size=6, seed=5), 12),
+        take(loading.train_iterator(threads, batch_size=6, seed=5), 12),
+    )
+
+
+def test_another_seed_gives_another_order(config):
+    first = ids(take(loading.train_iterator(config, batch_size=NUM_TRAIN, seed=0), 1))
+    assert ids(take(loading.train_iterator(config, batch_size=NUM_TRAIN, seed=1), 1)) != first
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9])
+def test_resumed_iterator_continues_the_unbroken_one(config, steps):
+    unbroken = take(loading.train_iterator(config, batch_size=6, seed=0), steps + 6)
+    iterator = loading.train_iterator(config, batch_size=6, seed=0)
+    take(iterator, steps)
+    state = iterator.get_state()
+    take(iterator, 3)
+    resumed = loading.train_iterator(config, batch_size=6, seed=0)
+    resumed.set_state(state)
+    assert_same(take(resumed, 6), unbroken[steps:])
+
+
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_processes_share_the_global_batches_of_one_process(config, process_count):
+    def contents(batch: dict) -> set:
+        return {(int(id), is_flipped(config, batch, i)) for i, id in enumerate(batch["id"])}
+
+    alone = take(loading.train_iterator(config, batch_size=8, seed=0), 9)
+    parts = [
+        take(
+            loading.train_iterator(
+                config, batch_size=8, seed=0, process_index=process_index, process_count=process_count
+            ),
+            9,
+        )
+        for process_index in range(process_count)
+    ]
+    for whole, *shares in zip(alone, *parts, strict=True):
+        assert all(len(share["id"]) == 8 // process_count for share in shares)
+        assert sorted(ids(shares)) == sorted(ids([whole]))
+        assert set().union(*map(contents, shares)) == contents(whole)
+
+
+def test_state_means_the_same_batch_for_another_number_of_processes(config):
+    iterator = loading.train_iterator(config, batch_size=8, seed=0)
+    take(iterator, 4)
+    parts = [
+        loading.train_iterator(config, batch_size=8, seed=0, process_index=index, process_count=2) for index in (0, 1)
+    ]
+    for part in parts:
+        part.set_state(iterator.get_state())
+    assert sorted(ids(next(part) for part in parts)) == sorted(ids([next(iterator)]))
+
+
+def test_a_batch_may_be_larger_than_the_data_set(config):
+    (batch,) = take(loading.train_iterator(config, batch_size=2 * NUM_TRAIN, seed=0), 1)
+    assert sorted(ids([batch])) == sorted([*range(NUM_TRAIN), *range(NUM_TRAIN)])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 6, "process_count": 4}, "--train.batch_size 6 is not a multiple of .* processes, 4"),
+        ({"batch_size": 6, "seed": -1}, "--train.seed must be in"),
+        ({"batch_size": 6, "seed": 2**32}, "--train.seed must be in"),
+    ],
+)
+def test_impossible_iterators_are_refused(config, arguments, message):
+    with pytest.raises(InputError, match=message):
+        loading.train_iterator(config, **({"seed": 0} | arguments))
+
+
+def test_eval_batches_pass_once_in_order_unflipped(config):
+    batches = list(loading.eval_batches(config, "train", batch_size=10))
+    assert [len(batch["id"]) for batch in batches] == [10, 10, 3]
+    assert ids(batches) == list(range(NUM_TRAIN))
+    assert not any(is_flipped(config, batch, i) for batch in batches for i in range(len(batch["id"])))
+
+
+@pytest.mark.parametrize(("limit", "sizes"), [(1, [1]), (2, [2]), (3, [2, 1]), (99, [2, 2, 1]), (None, [2, 2, 1])])
+def test_eval_batches_stop_at_the_limit(config, limit, sizes):
+    batches = loading.eval_batches(config, "test", batch_size=2, limit=limit)
+    assert [len(batch["id"]) for batch in batches] == sizes
+
+
+def test_images_and_masks_are_resized_to_image_size(config):
+    small = DataConfig(**(vars(config) | {"image_size": 8, "flip": False}))
+    batch = next(loading.train_iterator(small, batch_size=4, seed=0))
+    for index, id in enumerate(batch["id"]):
+        image, mask = raw_face(config, int(id))
+        np.testing.assert_array_equal(batch["image"][index], images.resize_image(image, 8))
+        np.testing.assert_array_equal(batch["mask"][index], images.resize_mask(mask, 8))
+
+
+def test_transforms_are_record_in_record_out(config):
+    image, mask = raw_face(config, 0)
+    record = {"image": images.encode_png(image), "mask": images.encode_png(mask), "id": 0}
+    decoded = loading.Decode().map(record)
+    np.testing.assert_array_equal(decoded["image"], image)
+    np.testing.assert_array_equal(decoded["mask"], mask)
+    assert loading.Resize(8).map(decoded)["mask"].shape == (8, 8)
+    assert record["mask"] == images.encode_png(mask)
+
+
+def test_tensorflow_is_not_imported(config):
+    take(loading.train_iterator(config, batch_size=2, seed=0), 1)
+    assert "tensorflow" not in sys.modules
+
+
+def test_processes_that_prepare_at_once_do_not_collide(config, tmp_path):
+    data = DataConfig(**(vars(config) | {"cache_dir": str(tmp_path)}))
+    program = f"from sisma_jax.data import loading; from sisma_jax.config import DataConfig; loading.prepare({data!r})"
+    children = [subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) for _ in range(2)]
+    assert [child.wait() for child in children] == [0, 0]
+    assert loading.num_examples(data, "train") == NUM_TRAIN

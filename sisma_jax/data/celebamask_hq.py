@@ -120,6 +120,13 @@ def _list_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[_File]:
         raise InputError(f"{error.filename or folder} cannot be read: {error.strerror}.") from error
 
 
+def _list_folders(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_dir())
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
+
+
 def _examples(items: Sequence) -> str:
     """'3 (a, b, c)': how many, and the first few."""
     return f"{len(items)} ({', '.join(map(str, items[:5]))}{', ...' if len(items) > 5 else ''})"
@@ -138,7 +145,7 @@ def _by_id(files: Iterable[_File]) -> dict[int, _File]:
 
 def _parts_by_id(folder: Path) -> dict[int, dict[str, _File]]:
     found: dict[int, dict[str, _File]] = {}
-    for subfolder in sorted(path for path in folder.iterdir() if path.is_dir()):
+    for subfolder in _list_folders(folder):
         for file in _list_files(subfolder, (".png",)):
             match = re.fullmatch("([0-9]+)_(.+)", file.stem)
             if match is None or labels.INDEX.get(match[2], 0) == 0:
@@ -354,5 +361,7 @@ def builder(config: DataConfig) -> tfds.core.DatasetBuilder:
         splits = split_by_id(raw.faces, config.num_test)
         name = f"by_id-{config.num_test}-{raw.fingerprint(root)}"
     return CelebAMaskHQ(
-        data_dir=os.path.expanduser(config.cache_dir), config=CelebAMaskHQConfig(name=name, splits=splits)
+        config=CelebAMaskHQConfig(name=name, splits=splits),
+        data_dir=os.path.expanduser(config.cache_dir),
+        file_format="array_record",
     )

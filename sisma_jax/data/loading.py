@@ -21,10 +21,12 @@ import tensorflow_datasets as tfds
 from absl import logging
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import celebamask_hq, images, labels
+from sisma_jax.data import celebamask_hq, images, labels, synthetic_faces
 from sisma_jax.errors import InputError
 
 Record = dict
+
+_BUILDERS = {"synthetic_faces": synthetic_faces.builder, "celebamask_hq": celebamask_hq.builder}
 
 # ArrayRecord reports a full disk as a RuntimeError: "write() failed: No space left on device; writing ...".
 _ARRAY_RECORD_FAILURE = re.compile(r"[a-z]+\(\) failed: ")
@@ -73,14 +75,18 @@ def prepare(config: DataConfig) -> None:
       InputError: the raw files are missing or damaged, or the cache folder cannot be written.
     """
     cache_dir = Path(config.cache_dir).expanduser()
+    _builder.cache_clear()
     with _naming_cache_dir(config):
+        # TFDS builds in a folder beside this one and renames it at the end: if it exists, it is complete.
+        if _builder(config).data_path.exists():
+            return
         cache_dir.mkdir(parents=True, exist_ok=True)
         # Processes that share the folder wait here for the first of them to build.
         with (cache_dir / ".prepare.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            # A builder knows what was on disk when it was made.
             _builder.cache_clear()
             builder = _builder(config)
-            # TFDS builds in a folder beside this one and renames it at the end: if it exists, it is complete.
             if builder.data_path.exists():
                 return
             for abandoned in builder.data_path.parent.glob("incomplete.*"):
@@ -88,9 +94,7 @@ def prepare(config: DataConfig) -> None:
             tfds.display_progress_bar(sys.stderr.isatty())
             # TFDS announces downloads on stdout, of which there are none.
             with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(
-                    file_format="array_record", download_config=tfds.download.DownloadConfig(try_download_gcs=False)
-                )
+                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
 
 
 @contextlib.contextmanager
@@ -118,11 +122,7 @@ def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:
-        if config.name == "synthetic_faces":
-            from sisma_jax.data import synthetic_faces
-
-            return synthetic_faces.builder(config)
-        return celebamask_hq.builder(config)
+        return _BUILDERS[config.name](config)
     finally:
         logging.set_verbosity(verbosity)
 

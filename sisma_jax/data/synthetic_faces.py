@@ -1,23 +1,23 @@
 """TFDS builder of drawn faces: the embedded data set, which needs no download and whose masks are exact.
 
-    builder(config.data).download_and_prepare() -> array_record shards of {"image", "mask", "id"}
+builder(config.data).download_and_prepare() -> array_record shards of {"image", "mask", "id"}
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
-import cv2
 import numpy as np
 import tensorflow_datasets as tfds
 import tqdm
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data.drawing import draw_face
+from sisma_jax.data.drawing.workers import encoded_faces
 
 # The seed of the faces themselves. Fixed, so that runs with different training seeds see the same data.
 SEED = 0
+# TFDS keeps a shard in memory while it writes it.
 _FACES_PER_SHARD = 1024
 
 Record = tuple[int, dict[str, bytes | int]]
@@ -72,24 +72,24 @@ class SyntheticFaces(tfds.core.ShardBasedBuilder):
         del dl_manager
         config = self.builder_config
         total = config.num_train + config.num_test
+        # One run of the workers for all shards, which TFDS writes one after the other in the order given.
+        records = _records(config, range(total))
         splits = {"train": range(config.num_train), "test": range(config.num_train, total)}
-        # disable=None: a bar on a terminal, silence elsewhere.
-        bar = tqdm.tqdm(total=total, desc="synthetic faces", unit=" faces", disable=None)
         return {
             name: [
-                functools.partial(_draw_shard, ids[start : start + _FACES_PER_SHARD], config, bar)
+                functools.partial(itertools.islice, records, len(ids[start : start + _FACES_PER_SHARD]))
                 for start in range(0, len(ids), _FACES_PER_SHARD)
             ]
             for name, ids in splits.items()
         }
 
 
-def _draw_shard(ids: range, config: SyntheticFacesConfig, bar: tqdm.tqdm) -> Iterator[Record]:
-    for index, (image, mask) in zip(ids, encoded_faces(config.seed, ids, config.image_size), strict=True):
-        bar.update()
-        yield index, {"image": image, "mask": mask, "id": index}
-    if bar.n == bar.total:
-        bar.close()
+def _records(config: SyntheticFacesConfig, ids: range) -> Iterator[Record]:
+    # disable=None: a bar on a terminal, silence elsewhere.
+    with tqdm.tqdm(total=len(ids), desc="synthetic faces", unit=" faces", disable=None) as bar:
+        for index, image, mask in encoded_faces(config.seed, ids, config.image_size):
+            bar.update()
+            yield index, {"image": image, "mask": mask, "id": index}
 
 
 def builder(config: DataConfig) -> tfds.core.DatasetBuilder:
@@ -98,18 +98,3 @@ def builder(config: DataConfig) -> tfds.core.DatasetBuilder:
         image_size=config.image_size, num_train=config.num_train, num_test=config.num_test, seed=SEED
     )
     return SyntheticFaces(config=drawn, data_dir=config.cache_dir, file_format="array_record")
-
-
-def encoded_faces(seed: int, ids: range, size: int, num_workers: int | None = None) -> Iterator[tuple[bytes, bytes]]:
-    """Yields image and mask of each face as PNG bytes, in the order of `ids` whatever the number of workers."""
-    with ThreadPoolExecutor(num_workers) as pool:
-        yield from pool.map(lambda index: _encoded_face(seed, index, size), ids)
-
-
-def _encoded_face(seed: int, index: int, size: int) -> tuple[bytes, bytes]:
-    image, mask = draw_face((seed, index), size)
-    return _png(cv2.cvtColor(image, cv2.COLOR_RGB2BGR)), _png(mask)
-
-
-def _png(image: np.ndarray) -> bytes:
-    return cv2.imencode(".png", image)[1].tobytes()

@@ -1,7 +1,6 @@
 """Solvers of dx/dt = v(x, t) from noise (t = 0) to data (t = 1), rolled into one loop for `jax.jit`."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ def time_grid(steps: int) -> Float[Array, " T"]:
     return jnp.linspace(0.0, 1.0, steps + 1)
 
 
-def integrate(velocity: Velocity, x0: Latent, times: Float[Array, " T"], solver: Literal["euler", "heun"]) -> Latent:
+def integrate(velocity: Velocity, x0: Latent, times: Float[Array, " T"], solver: str) -> Latent:
     """Returns x at the last of `times`, starting from `x0` at the first.
 
     Euler has order 1 and one evaluation a step; Heun has order 2 and two, but for its last step, which is Euler's
@@ -26,6 +25,7 @@ def integrate(velocity: Velocity, x0: Latent, times: Float[Array, " T"], solver:
     Args:
       velocity: (x, t) -> dx/dt, with one t an example.
       times: increasing, at least two.
+      solver: "euler" or "heun".
 
     Raises:
       ValueError: an unknown solver.

@@ -33,6 +33,8 @@ Params = dict[str, Any]
 _NUM_LEVELS = 3
 _STRIDE = 2 ** (_NUM_LEVELS + 1)
 
+CLASS_WEIGHT_POWER = -0.25
+
 # What NumPy, zipfile and the checks of `load` raise for a truncated, overwritten or foreign file.
 _UNREADABLE = (
     AssertionError,
@@ -42,6 +44,7 @@ _UNREADABLE = (
     KeyError,
     NotImplementedError,
     OSError,
+    TypeError,
     ValueError,
     zipfile.BadZipFile,
     zlib.error,
@@ -104,6 +107,7 @@ class Segmenter(nnx.Module):
         return depth_to_space(self.head(self.norm(x)), 2)[:, :height, :width]
 
 
+@functools.partial(jax.jit, static_argnames="width")
 def _initial_params(key: Key[Array, ""], width: int) -> Params:
     return nnx.to_pure_dict(nnx.state(Segmenter(width, rngs=nnx.Rngs(key)), nnx.Param))
 
@@ -148,10 +152,24 @@ def _loss(
     return jnp.sum(weights * nll) / jnp.sum(weights)
 
 
-def _optimizer(learning_rate: float, num_steps: int) -> optax.GradientTransformation:
-    warmup_steps = min(50, num_steps // 10)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, num_steps)
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
+# The step size is applied by `_update`, as an array, so that one compiled step serves any schedule.
+_OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
+
+
+@functools.partial(jax.jit, donate_argnames=("params", "opt_state"))
+def _update(
+    params: Params,
+    opt_state: optax.OptState,
+    key: Key[Array, ""],
+    image: UInt8[Array, "B H W 3"],
+    mask: UInt8[Array, "B H W"],
+    class_weights: Float[Array, " K"],
+    learning_rate: Float[Array, ""],
+) -> tuple[Params, optax.OptState, Float[Array, ""]]:
+    loss, grads = jax.value_and_grad(_loss)(params, _augment(key, _normalize(image)), mask, class_weights)
+    updates, opt_state = _OPTIMIZER.update(grads, opt_state)
+    params = jax.tree.map(lambda param, update: param - learning_rate * update, params, updates)
+    return params, opt_state, loss
 
 
 def train_segmenter(
@@ -178,26 +196,25 @@ def train_segmenter(
     Returns:
       A dict of dicts of float32 arrays, which `predict` and `save` take.
     """
-    optimizer = _optimizer(learning_rate, num_steps)
-
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def update(params, opt_state, step_key, batch, class_weights):
-        image = _augment(step_key, _normalize(batch["image"]))
-        loss, grads = jax.value_and_grad(_loss)(params, image, batch["mask"], class_weights)
-        updates, opt_state = optimizer.update(grads, opt_state)
-        return optax.apply_updates(params, updates), opt_state, loss
-
     init_key, augment_key = jax.random.split(key)
-    params = jax.jit(_initial_params, static_argnames="width")(init_key, width=width)
-    opt_state = optimizer.init(params)
+    params = _initial_params(init_key, width=width)
+    opt_state = _OPTIMIZER.init(params)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, min(50, num_steps // 10), num_steps)
     counts = np.zeros(labels.NUM_CLASSES, np.int64)
     progress = tqdm(range(num_steps), desc="segmenter", unit="step", disable=None)
     for step in progress:
-        batch = {name: np.asarray(value) for name, value in next(batches).items() if name in ("image", "mask")}
+        batch = next(batches)
         counts += np.bincount(batch["mask"].ravel(), minlength=labels.NUM_CLASSES)
         frequencies = np.maximum(counts, 1) / counts.sum()
-        class_weights = (frequencies**-0.5).astype(np.float32)
-        params, opt_state, loss = update(params, opt_state, jax.random.fold_in(augment_key, step), batch, class_weights)
+        params, opt_state, loss = _update(
+            params,
+            opt_state,
+            jax.random.fold_in(augment_key, step),
+            batch["image"],
+            batch["mask"],
+            (frequencies**CLASS_WEIGHT_POWER).astype(np.float32),
+            schedule(step),
+        )
         if step % 20 == 0 and not progress.disable:
             progress.set_postfix(loss=f"{float(loss):.3f}")
     return params
@@ -249,6 +266,9 @@ def load(path: str | os.PathLike) -> Params:
     path = os.fspath(path)
     try:
         with np.load(path, allow_pickle=False) as file:
+            damaged = file.zip.testzip()  # NumPy itself does not look at the checksums.
+            if damaged is not None:
+                raise ValueError(f"wrong checksum of {damaged}")
             flat = {name: file[name] for name in file.files}
         expected = _abstract_params(flat["stem/kernel"].shape[-1])
         params = jax.tree_util.tree_map_with_path(

@@ -88,7 +88,7 @@ class OrderedScan(nnx.Module):
         return self.order.to_grid(y, height, width)
 
 
-def _scans(orders: Sequence[ScanOrder], d_inner: int, d_state: int, dt_rank: int, dtype, rngs) -> nnx.List:
+def _scans(orders: Sequence[ScanOrder], d_inner: int, d_state: int, dt_rank: int, dtype: jnp.dtype, rngs: nnx.Rngs):
     return nnx.List([OrderedScan(d_inner, d_state, dt_rank, order, dtype=dtype, rngs=rngs) for order in orders])
 
 

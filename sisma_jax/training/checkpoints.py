@@ -214,7 +214,8 @@ class Checkpoints:
                 self._manager.restore(step, args=ocp.args.Composite(data=data))
             return Restored(step, trees["state"], trees["ema"])
 
-        return self._newest_readable(["arrays", "state", "ema"] + ["data"] * (iterator is not None), read)
+        items = ["arrays", "state", "ema"]
+        return self._newest_readable(items if iterator is None else [*items, "data"], read)
 
     def restore_ema(self, abstract_ema: PyTree) -> tuple[int, PyTree]:
         """Returns step and averaged parameters of the newest checkpoint that is whole; changes nothing on the disk.
@@ -247,7 +248,7 @@ class Checkpoints:
                     return self._newest_readable(items, read, set_aside=set_aside)
                 if not isinstance(error, _DamagedError):
                     raise
-                logger.warning("The checkpoint of step %d in %s is damaged: %s.", step, self.directory, error)
+                logger.warning("The checkpoint of step %d is damaged: %s.", step, error)
                 damaged.append(step)
                 continue
             if damaged and set_aside and not self._read_only:
@@ -348,7 +349,10 @@ def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[tupl
 
 
 class _Checksummed:
-    """Mix-in of a handler: adds checksums when the item's files are complete and not yet renamed into place."""
+    """Mix-in of a handler: adds checksums when the item's files are complete and not yet renamed into place.
+
+    Orbax calls `finalize` in one process, from the thread that writes, so the training step does not wait for it.
+    """
 
     def finalize(self, directory: PathLike) -> None:
         super().finalize(directory)
@@ -387,23 +391,26 @@ def _write_checksums(folder: Path) -> None:
 
 
 def _verify_checksums(folder: Path) -> None:
+    text = _read(folder / CHECKSUMS_NAME, Path.read_bytes)
     try:
-        table = json.loads((folder / CHECKSUMS_NAME).read_bytes())
+        table = json.loads(text)
         whole = table["crc32"] == zlib.crc32(json.dumps(table["files"]).encode())
-    except OSError as error:
-        raise _unreadable(folder / CHECKSUMS_NAME, error) from error
     except (ValueError, TypeError, KeyError):
         whole = False
     if not whole:
-        raise _DamagedError(f"{folder.name}/{CHECKSUMS_NAME} is altered")
+        raise _DamagedError(f"{folder / CHECKSUMS_NAME} has not the bytes that were saved")
     for name, checksum in table["files"].items():
-        path = folder / name
-        try:
-            same = _crc32(path) == checksum
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if not same:
-            raise _DamagedError(f"{folder.name}/{name} has not the bytes that were saved")
+        if _read(folder / name, _crc32) != checksum:
+            raise _DamagedError(f"{folder / name} has not the bytes that were saved")
+
+
+def _read(path: Path, read: Callable[[Path], Result]) -> Result:
+    try:
+        return read(path)
+    except PermissionError as error:
+        raise InputError(f"{path} may not be read; mend its permissions.") from error
+    except OSError as error:
+        raise _DamagedError(f"{path} cannot be read ({error.strerror})") from error
 
 
 def _crc32(path: Path) -> int:
@@ -415,12 +422,6 @@ def _crc32(path: Path) -> int:
 
 
 # Failures
-
-
-def _unreadable(path: Path, error: OSError) -> Exception:
-    if isinstance(error, PermissionError):
-        return InputError(f"{path} may not be read; mend its permissions.")
-    return _DamagedError(f"{path.parent.name}/{path.name}: {error.strerror}")
 
 
 def _os_error_text(error: Exception) -> str | None:

@@ -1,14 +1,18 @@
 """Scalars of a run over its steps, as JSON lines for programs and as TensorBoard events for people."""
 
+import contextlib
 import json
 import logging
 import math
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, SupportsFloat
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from sisma_jax.errors import InputError
 from sisma_jax.training.workdir import write_atomically
@@ -45,32 +49,39 @@ class MetricWriter:
                 kept = [line for line in _parse(self._path) if line["step"] < first_step]
                 write_atomically(self._path, "".join(map(_to_line, kept)))
             self._file = self._path.open("a", encoding="utf-8")
-            # TensorBoard hides earlier events at or after purge_step.
-            self._events = tensorboardX.SummaryWriter(
-                str(workdir / TENSORBOARD_NAME), purge_step=first_step, flush_secs=10
-            )
+            self._events = _open_events(workdir / TENSORBOARD_NAME, first_step)
         except OSError as error:
             raise self._failure(error) from error
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
+    def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Appends the values of one step; the line is on its way to the disk when this returns.
 
         Raises:
           InputError: the file cannot be written.
         """
-        line = {"step": step} | {key: float(value) for key, value in values.items()}
+        numbers = {key: float(value) for key, value in values.items()}
         try:
-            self._file.write(_to_line(line))
+            self._file.write(_to_line({"step": step} | numbers))
             self._file.flush()
-            for key, value in values.items():
-                self._events.add_scalar(key, float(value), step)
+            for key, value in numbers.items():
+                self._events.write_event(Event(wall_time=time.time(), step=step, summary=scalar(key, value)))
+            self._events.flush()
         except OSError as error:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Flushes and closes both files."""
-        self._file.close()
-        self._events.close()
+        """Closes both files, once.
+
+        Raises:
+          InputError: what was written last does not fit on the disk.
+        """
+        if self._file.closed:
+            return
+        try:
+            with contextlib.closing(self._events), contextlib.closing(self._file):
+                pass
+        except OSError as error:
+            raise self._failure(error) from error
 
     def _failure(self, error: OSError) -> InputError:
         return InputError(f"Metrics cannot be written to {self._path} ({error}); free disk space or mend the folder.")
@@ -81,7 +92,21 @@ class MetricWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        # A failure to close must not hide the error that ends the block.
+        with contextlib.suppress(InputError) if error is not None else contextlib.nullcontext():
+            self.close()
+
+
+def _open_events(folder: Path, first_step: int) -> EventsWriter:
+    """Opens a new file of events and tells TensorBoard to hide earlier ones at or after `first_step`.
+
+    Not tensorboardX's `SummaryWriter`: its thread dies when the disk is full, and the tenth value after that waits for
+    it for ever, and with it the training.
+    """
+    folder.mkdir(exist_ok=True)
+    events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
+    events.write_event(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
+    return events
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from raw_layout import official_mask, part_file, random_mask, write_label_maps, write_official, write_png
 
 from sisma_jax.config import DataConfig
 from sisma_jax.data import celebamask_hq, images, loading
 from sisma_jax.errors import InputError
+from tests.data.raw_layout import official_mask, part_file, random_mask, write_label_maps, write_official, write_png
 
 SAMPLE = Path(__file__).parents[2] / ".." / "shared" / "celebamask_sample"
 
@@ -129,7 +129,7 @@ def test_by_id_takes_the_last_ids_for_the_test():
 
 def test_a_split_without_a_face_is_refused(tmp_path):
     write_label_maps(tmp_path / "raw", range(3))
-    with pytest.raises(InputError, match="--data.num_test 3 .* holds 3"):
+    with pytest.raises(InputError, match=r"--data.num_test 3 .* holds 3"):
         celebamask_hq.builder(config(tmp_path, num_test=3))
     write_mapping(tmp_path / "raw", {0: 1, 1: 2, 2: 170000})
     with pytest.raises(InputError, match="none of the 3 faces is in the test split"):
@@ -139,13 +139,13 @@ def test_a_split_without_a_face_is_refused(tmp_path):
 def test_celeba_split_wants_its_mapping(tmp_path):
     data = config(tmp_path, split="celeba")
     write_label_maps(Path(data.root), range(8))
-    with pytest.raises(InputError, match="--data.split celeba needs .*mapping.txt"):
+    with pytest.raises(InputError, match=r"--data.split celeba needs .*mapping.txt"):
         celebamask_hq.builder(data)
     write_mapping(Path(data.root), {0: 1, 7: 190000})
     with pytest.raises(InputError, match=r"no row for these ids: 6 \(1, 2, 3, 4, 5, ...\)"):
         celebamask_hq.builder(data)
     (Path(data.root) / celebamask_hq.MAPPING_FILE).write_text("0 1 000002.jpg\n1 one 000003.jpg\n")
-    with pytest.raises(InputError, match="mapping.txt, line 2: expected `idx orig_idx orig_file`, got '1 one"):
+    with pytest.raises(InputError, match=r"mapping.txt, line 2: expected `idx orig_idx orig_file`, got '1 one"):
         celebamask_hq.builder(data)
 
 
@@ -159,7 +159,7 @@ def test_missing_folder_is_refused_with_the_way_to_obtain_it(tmp_path):
     with pytest.raises(InputError, match="has no labels folder"):
         celebamask_hq.builder(config(tmp_path))
     (tmp_path / "raw" / "labels").mkdir()
-    with pytest.raises(InputError, match="hold no faces.*non-commercial"):
+    with pytest.raises(InputError, match=r"hold no faces.*non-commercial"):
         celebamask_hq.builder(config(tmp_path))
 
 
@@ -288,6 +288,17 @@ def test_preparing_twice_builds_once(tmp_path):
     assert times == {path: path.stat().st_mtime_ns for path in Path(data.cache_dir).glob("celebamask_hq/**/*")}
 
 
+def test_a_prepared_folder_need_not_be_writable(tmp_path):
+    data = config(tmp_path)
+    write_label_maps(Path(data.root), range(4))
+    loading.prepare(data)
+    lock = Path(data.cache_dir) / ".prepare.lock"
+    lock.unlink()
+    lock.mkdir()  # Permissions would not stop a test that runs as root.
+    loading.prepare(data)
+    assert loading.num_examples(data, "train") == 2
+
+
 def test_preparing_is_quiet_off_the_terminal(tmp_path, capfd):
     data = config(tmp_path)
     write_label_maps(Path(data.root), range(4))
@@ -310,7 +321,7 @@ def test_killed_prepare_completes_when_run_again(tmp_path):
                 os.kill(os.getpid(), signal.SIGKILL)
             return read(face)
         celebamask_hq.Face.read = read_until_killed
-        celebamask_hq.builder({data!r}).download_and_prepare(file_format="array_record")
+        celebamask_hq.builder({data!r}).download_and_prepare()
         """
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
@@ -328,7 +339,7 @@ def test_cache_dir_that_cannot_be_written_is_named(tmp_path):
     write_label_maps(tmp_path / "raw", range(4))
     (tmp_path / "file").touch()
     data = config(tmp_path, cache_dir=str(tmp_path / "file" / "cache"))
-    with pytest.raises(InputError, match="--data.cache_dir .*file/cache cannot be written"):
+    with pytest.raises(InputError, match=r"--data.cache_dir .*file/cache cannot be written"):
         loading.prepare(data)
 
 
@@ -340,7 +351,7 @@ def test_full_disk_is_named(tmp_path, monkeypatch):
         raise RuntimeError("write() failed: No space left on device; writing shard; at byte 2097152")
 
     monkeypatch.setattr(celebamask_hq, "_read_shard", fail)
-    with pytest.raises(InputError, match="--data.cache_dir .*cache cannot be written .*No space left"):
+    with pytest.raises(InputError, match=r"--data.cache_dir .*cache cannot be written .*No space left"):
         loading.prepare(data)
 
 

@@ -4,10 +4,10 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
-from raw_layout import random_image, random_mask
 
 from sisma_jax.data import images, labels
 from sisma_jax.errors import InputError
+from tests.data.raw_layout import random_image, random_mask
 
 
 def jpeg(image: np.ndarray, **options) -> bytes:

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
-from raw_layout import random_mask
 
 from sisma_jax.data import labels
 from sisma_jax.errors import InputError
+from tests.data.raw_layout import random_mask
 
 
 def test_there_are_19_classes_with_a_colour_each():
@@ -50,5 +50,5 @@ def test_check_mask_names_the_file_and_the_label(bad):
 
 
 def test_check_mask_refuses_floats():
-    with pytest.raises(InputError, match="m.png: .*float32"):
+    with pytest.raises(InputError, match=r"m.png: .*float32"):
         labels.check_mask(np.zeros((2, 2), np.float32), "m.png")

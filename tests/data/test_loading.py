@@ -1,15 +1,15 @@
+import concurrent.futures
 import itertools
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from raw_layout import write_label_maps
 
 from sisma_jax.config import DataConfig
 from sisma_jax.data import images, labels, loading
 from sisma_jax.errors import InputError
+from tests.data.raw_layout import write_label_maps
 
 NUM_TRAIN = 23
 NUM_TEST = 5
@@ -70,7 +70,7 @@ def test_num_examples(config):
 
 
 def test_unknown_split_is_refused(config):
-    with pytest.raises(InputError, match="celebamask_hq has no split 'val'; it has test, train"):
+    with pytest.raises(InputError, match="celebamask_hq has no split 'val'; it has train, test"):
         loading.num_examples(config, "val")
     with pytest.raises(InputError, match="no split 'val'"):
         loading.eval_batches(config, "val", batch_size=1)
@@ -229,9 +229,19 @@ def test_tensorflow_is_not_imported(config):
     assert "tensorflow" not in sys.modules
 
 
-def test_processes_that_prepare_at_once_do_not_collide(config, tmp_path):
+def test_preparing_twice_at_once_does_not_collide(config, tmp_path):
+    # The lock is of the open file, so threads exclude one another as processes do.
     data = DataConfig(**(vars(config) | {"cache_dir": str(tmp_path)}))
-    program = f"from sisma_jax.data import loading; from sisma_jax.config import DataConfig; loading.prepare({data!r})"
-    children = [subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parents[2]) for _ in range(2)]
-    assert [child.wait() for child in children] == [0, 0]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        list(pool.map(loading.prepare, [data] * 4))
     assert loading.num_examples(data, "train") == NUM_TRAIN
+
+
+def test_synthetic_faces_are_prepared_and_read(tmp_path):
+    data = DataConfig(cache_dir=str(tmp_path), image_size=32, num_train=6, num_test=3)
+    loading.prepare(data)
+    batch = next(loading.train_iterator(data, batch_size=6, seed=0))
+    assert sorted(ids([batch])) == list(range(6))
+    assert batch["image"].shape == (6, 32, 32, 3)
+    assert len(np.unique(batch["mask"])) > 5
+    assert ids(loading.eval_batches(data, "test", batch_size=2)) == [6, 7, 8]

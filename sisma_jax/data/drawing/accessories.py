@@ -1,146 +1,204 @@
-"""Glasses, hats and earrings."""
+"""Glasses, hats, earrings and necklaces."""
 
 import numpy as np
 
-from sisma_jax.data.drawing.canvas import Canvas, ellipse, spline, stroke
-from sisma_jax.data.drawing.features import EAR_Z
+from sisma_jax.data.drawing.canvas import Canvas
+from sisma_jax.data.drawing.contours import (
+    between,
+    ellipse,
+    mirrored,
+    moved,
+    polyline,
+    scaled,
+    spline,
+    stroke,
+    symmetric,
+)
 from sisma_jax.data.drawing.geometry import EYE_U, Geometry
+from sisma_jax.data.drawing.lighting import per_channel
 from sisma_jax.data.drawing.parameters import Face
+from sisma_jax.data.drawing.skin import EAR_Z, SIDES, SUBJECT
+from sisma_jax.data.labels import INDEX
 
-# Half of a lens, relative to the eye, for the subject's left eye: towards the ear is +u.
+# The lens of the picture's right eye, relative to the eye.
 _LENSES = {
-    "round": ellipse(np.array([0.004, 0.012]), (0.080, 0.070), points=16),
-    "rectangle": np.array([[-0.078, -0.030], [0.0, -0.042], [0.085, -0.038], [0.092, 0.0], [0.080, 0.046], [0.0, 0.052], [-0.068, 0.042], [-0.080, 0.005]]),
-    "aviator": np.array([[-0.075, -0.032], [0.0, -0.044], [0.085, -0.034], [0.092, 0.02], [0.055, 0.076], [0.0, 0.085], [-0.045, 0.062], [-0.078, 0.01]]),
-    "cat": np.array([[-0.076, -0.024], [0.0, -0.044], [0.070, -0.062], [0.108, -0.066], [0.092, 0.005], [0.050, 0.050], [-0.020, 0.052], [-0.070, 0.030]]),
+    "round": ellipse(np.array([0.004, 0.012]), (0.080, 0.070), count=16),
+    "rectangle": polyline(
+        [-0.078, 0.0, 0.085, 0.092, 0.080, 0.0, -0.068, -0.080],
+        [-0.030, -0.042, -0.038, 0.0, 0.046, 0.052, 0.042, 0.005],
+    ),
+    "aviator": polyline(
+        [-0.075, 0.0, 0.085, 0.092, 0.055, 0.0, -0.045, -0.078],
+        [-0.032, -0.044, -0.034, 0.02, 0.076, 0.085, 0.062, 0.01],
+    ),
+    "cat": polyline(
+        [-0.076, 0.0, 0.070, 0.108, 0.092, 0.050, -0.020, -0.070],
+        [-0.024, -0.044, -0.062, -0.066, 0.005, 0.050, 0.052, 0.03],
+    ),
 }
+# Depths of a pair of glasses: lenses, bridge, hinge and ear.
+_LENS_Z, _BRIDGE_Z, _HINGE_Z, _TEMPLE_Z = 0.30, 0.33, 0.28, 0.04
+# Hats: height of the rim in the middle of the forehead, and of the crown above it.
+_HATS = {"beanie": (-0.175, 0.33), "cap": (-0.19, 0.29), "brim": (-0.205, 0.36), "scarf": (-0.21, 0.28)}
 
 
 def paint_glasses(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndarray) -> None:
-    """Paints frame and lenses; clear lenses show the eyes, which keep their labels behind them."""
+    """Paints frame and lenses; eyes and brows keep their labels behind clear lenses, as in CelebAMask-HQ."""
     glasses = face.glasses
     if glasses is None:
         return
-    eye = EYE_U * face.eyes.spacing
     kept = canvas.labels.copy()
-    lenses = []
-    for side in (-1, 1):
-        points = spline(_LENSES[glasses.shape], closed=True, steps=5)
-        lenses.append(geometry.at_depth((points + [eye, 0]) * [side, 1], 0.30))
-    shadow = [lens + [-0.02 * face.light.direction[0], 0.016] for lens in lenses]
-    for lens, dark in zip(lenses, shadow, strict=True):
-        ring = np.concatenate([dark, dark[:1]])
-        canvas.tint(stroke(ring, glasses.thickness * 1.4), factor=(0.75, 0.70, 0.69), blur=0.006)
-        canvas.paint(lens, color=glasses.tint * np.clip(light, 0.5, 1.1), label="eye_g", opacity=glasses.opacity)
-        inside = canvas.full(lens)
-        middle, span = lens.mean(0), np.ptp(lens, axis=0)
-        glare = middle + span * np.array([[-0.10, -0.6], [0.14, -0.6], [-0.14, 0.6], [-0.38, 0.6]])
-        canvas.paint(glare, color=(1, 1, 1), blur=0.010, opacity=0.16, within=inside)
-    frame = glasses.color * np.clip(light, 0.5, 1.2)
-    bridge = geometry.at_depth(spline(np.array([[-eye + 0.076, 0.0], [0, -0.014], [eye - 0.076, 0.0]])), 0.33)
-    lines = [(bridge, glasses.thickness)] + [(np.concatenate([lens, lens[:2]]), glasses.thickness) for lens in lenses]
-    for side in (-1, 1):
-        # The temples run back to the ears.
-        temple = np.array([[side * (eye + 0.086), -0.012, 0.28], [side * 0.262 * face.head.width, -0.016, 0.04]])
-        lines.append((geometry.picture(np.linspace(*temple, 8)), glasses.thickness * 0.9))
-    for line, width in lines:
-        canvas.paint(stroke(line, width), color=frame, label="eye_g", blur=0.0008)
-        canvas.paint(stroke(line - [0, 0.15 * width], width * 0.3), color=np.clip(glasses.color + 0.35, 0, 1), blur=0.001, opacity=0.45)
+    eye, thickness = EYE_U * face.eyes.spacing, glasses.thickness
+    lens = moved(spline(_LENSES[glasses.shape], closed=True), eye, 0)
+    lines = []
+    for side in SIDES:
+        contour = geometry.at_depth(mirrored(lens, side), _LENS_Z)
+        ring = np.concatenate([contour, contour[:2]])
+        cast = stroke(moved(ring, -0.02 * face.light.direction[0], 0.016), 1.4 * thickness)
+        canvas.tint(cast, (0.75, 0.70, 0.69), blur=0.006)
+        canvas.paint(contour, glasses.tint, "eye_g", light=light, opacity=glasses.opacity)
+        middle, span = contour.mean(0), np.ptp(contour, axis=0)
+        glare = middle + span * polyline([-0.10, 0.14, -0.14, -0.38], [-0.6, -0.6, 0.6, 0.6])
+        canvas.paint(glare, (1, 1, 1), blur=0.010, opacity=0.16, within=canvas.inside(contour))
+        hinge = np.array([side * (eye + 0.086), -0.012, _HINGE_Z])
+        ear = np.array([side * 0.262 * face.head.width, -0.016, _TEMPLE_Z])
+        lines += [ring, geometry.picture(np.linspace(hinge, ear, 6))]
+    lines.append(geometry.at_depth(spline(symmetric(polyline([eye - 0.076, 0], [0, -0.014]))), _BRIDGE_Z))
+    for line in lines:
+        canvas.paint(stroke(line, thickness), glasses.color, "eye_g", light=light, blur=0.0008)
+        gleam = stroke(moved(line, 0, -0.15 * thickness), 0.3 * thickness)
+        canvas.paint(gleam, np.clip(glasses.color + 0.35, 0, 1), blur=0.001, opacity=0.45)
     if glasses.opacity < 0.5:
-        # CelebAMask-HQ paints eyes and brows over glasses.
-        from sisma_jax.data.labels import INDEX
-
         over = np.isin(kept, [INDEX[name] for name in ("l_eye", "r_eye", "l_brow", "r_brow")])
         canvas.labels[over] = kept[over]
 
 
-def paint_hat(canvas: Canvas, face: Face, geometry: Geometry, within: np.ndarray) -> None:
-    """Paints a hat over the hair, and its shadow on the face (`within`: the face's opacity)."""
-    hat = face.hat
-    if hat is None:
-        return
-    hair, light = face.hair, face.light
-    wide = 0.285 * face.head.width + max(hair.side, 0.02) * 0.8
-    low = {"beanie": -0.175, "cap": -0.19, "brim": -0.205, "scarf": -0.21}[hat.kind]
-    turn = np.linspace(0, np.pi, 13)
-    height = 0.29 if hat.kind in ("cap", "scarf") else 0.36
-    crown = np.stack([wide * np.cos(turn), low - height * np.sin(turn) ** 0.7], axis=1)
-    sag = np.array([[-wide * 0.98, low + 0.075], [-wide * 0.6, low + 0.02], [0, low], [wide * 0.6, low + 0.02], [wide * 0.98, low + 0.075]])
-    rim = np.concatenate([sag[:1] * [1.02, 1], sag[1:-1], sag[-1:] * [1.02, 1]])
-    lift = np.array([0.0, 0.16, 0.26, 0.16, 0.0])
-    edge = geometry.picture(spline(np.concatenate([rim, lift[:, None]], axis=1)))
-    dome = geometry.at_depth(spline(crown), -0.02)
-    contour = np.concatenate([dome, edge])
-    axis = (np.arange(canvas.side, dtype=np.float32) + 0.5) / canvas.side
-    middle, reach = contour[:, 0].mean(), np.ptp(contour[:, 0]) / 2
-    across = ((axis - middle) / reach)[None, :]
-    shade = np.clip(0.95 + 0.45 * light.contrast * light.direction[0] * across - 0.28 * across**2, 0.3, 1.15)
-    shade = np.broadcast_to(shade, (canvas.side, canvas.side))
-    field = shade[..., None] * hat.color.astype(np.float32)
-    canvas.tint(edge_shadow(edge, 0.06), factor=(0.55, 0.50, 0.50), blur=0.014, within=within)
-    canvas.paint(contour, color=field, label="hat")
-    inside = canvas.full(contour)
-    if hat.kind == "beanie":
-        band = np.concatenate([edge, edge[::-1] - [0, 0.075 * geometry.scale]])
-        canvas.paint(band, color=shade[..., None] * hat.second.astype(np.float32), label="hat", within=np.maximum(inside, 0))
-        canvas.tint(stroke(edge - [0, 0.075], 0.01), factor=(0.7, 0.7, 0.7), blur=0.004, within=inside)
-        ribs = np.linspace(edge[0], edge[-1], 25)
-        for x in ribs[1:-1, 0]:
-            y = np.interp(x, np.sort(edge[:, 0]), edge[np.argsort(edge[:, 0]), 1])
-            canvas.tint(stroke(np.array([[x, y - 0.075], [x, y]]), 0.005), factor=(0.8, 0.8, 0.8), blur=0.002, within=inside)
-    elif hat.kind == "cap":
-        visor = np.array([[-0.235, low + 0.045, 0.16], [-0.20, low + 0.07, 0.38], [0.0, low + 0.055, 0.50], [0.20, low + 0.07, 0.38], [0.235, low + 0.045, 0.16]])
-        back = np.array([[0.15, low - 0.01, 0.24], [0.0, low - 0.03, 0.28], [-0.15, low - 0.01, 0.24]])
-        brim = geometry.picture(spline(np.concatenate([visor, back]), closed=True))
-        canvas.tint(brim + [-0.02 * light.direction[0], 0.055], factor=(0.60, 0.55, 0.55), blur=0.018, within=within)
-        canvas.paint(brim, color=shade[..., None] * (hat.second * 0.8).astype(np.float32), label="hat")
-        canvas.tint(stroke(brim[: len(brim) // 2], 0.012), factor=(0.6, 0.6, 0.6), blur=0.004, within=canvas.full(brim))
-        for u in (-0.11, 0.0, 0.11):
-            seam = geometry.picture(spline(np.array([[u * 1.4, low, 0.26], [u * 1.2, low - 0.15, 0.2], [u * 0.5, low - 0.28, 0.0]])))
-            canvas.tint(stroke(seam, 0.005), factor=(0.75, 0.75, 0.75), blur=0.002, within=inside)
-        canvas.paint(ellipse(geometry.picture(np.array([[0, low - 0.09, 0.25]]))[0], (0.045, 0.04)), color=hat.second, blur=0.002, opacity=0.9)
-    elif hat.kind == "brim":
-        around = np.linspace(0, 2 * np.pi, 24, endpoint=False)
-        disc = np.stack([(wide + 0.15) * np.cos(around), low + 0.035 + 0.065 * np.sin(around) - 0.03 * np.cos(around) ** 2, np.full(24, 0.02)], axis=1)
-        brim = geometry.picture(spline(disc, closed=True))
-        canvas.tint(brim + [0, 0.05], factor=(0.62, 0.57, 0.57), blur=0.018, within=within)
-        band = np.concatenate([edge - [0, 0.02], edge[::-1] - [0, 0.10]])
-        canvas.paint(band, color=shade[..., None] * hat.second.astype(np.float32), within=inside)
-        canvas.paint(brim, color=shade[..., None] * (hat.color * 0.92).astype(np.float32), label="hat")
-        canvas.tint(stroke(edge - [0, 0.02], 0.02), factor=(0.6, 0.6, 0.6), blur=0.006, within=canvas.full(brim))
-    else:
-        for index in range(4):
-            fold = geometry.picture(spline(np.array([[-wide * 0.9, low - 0.02 - 0.07 * index, 0.02], [0.0, low - 0.05 - 0.075 * index, 0.25 - 0.05 * index], [wide * 0.9, low + 0.03 - 0.08 * index, 0.02]])))
-            canvas.tint(stroke(fold, 0.014), factor=(0.78, 0.78, 0.78), blur=0.006, within=inside)
-            canvas.paint(stroke(fold - [0, 0.02], 0.012), color=hat.second, blur=0.004, opacity=0.5, within=inside)
-
-
-def edge_shadow(edge: np.ndarray, depth: float) -> np.ndarray:
-    """The strip below a hat's edge that lies in its shadow."""
-    return np.concatenate([edge - [0, 0.02], edge[::-1] + [0, depth]])
-
-
-def paint_earrings(canvas: Canvas, face: Face, geometry: Geometry, visible: tuple[bool, bool]) -> None:
-    """Paints earrings below the ears that can be seen (picture's left, right)."""
+def paint_earrings(canvas: Canvas, face: Face, geometry: Geometry) -> None:
+    """Paints an earring below each ear that can be seen."""
     jewel = face.earring
     if jewel is None:
         return
-    for side, seen in zip((-1, 1), visible, strict=True):
-        if not seen:
+    for side in SIDES:
+        if not canvas.has(f"{SUBJECT[side]}_ear"):
             continue
         lobe = geometry.at_depth(np.array([[side * 0.292 * face.head.width, 0.135]]), EAR_Z)[0]
-        bright = np.clip(jewel.color * 1.4, 0, 1)
         if jewel.kind == "stud":
-            shapes = [ellipse(lobe, (0.014 * jewel.size, 0.014 * jewel.size), points=12)]
+            shapes = [ellipse(lobe, (0.014 * jewel.size, 0.014 * jewel.size), count=12)]
         elif jewel.kind == "drop":
-            long = 0.075 * jewel.size
-            shapes = [stroke(np.linspace(lobe, lobe + [0, long], 5), 0.009), ellipse(lobe + [0, long], (0.020 * jewel.size, 0.030 * jewel.size), points=16)]
+            end = moved(lobe, 0, 0.075 * jewel.size)
+            shapes = [stroke(np.array([lobe, end]), 0.009), ellipse(end, (0.020 * jewel.size, 0.030 * jewel.size))]
         else:
             radius = 0.048 * jewel.size
-            ring = ellipse(lobe + [0, radius], (radius * 0.7, radius), points=28)
+            ring = ellipse(moved(lobe, 0, radius), (0.7 * radius, radius))
             shapes = [stroke(np.concatenate([ring, ring[:2]]), 0.013)]
         for shape in shapes:
-            canvas.tint(shape + [0.004, 0.010], factor=(0.7, 0.68, 0.68), blur=0.006)
-            canvas.paint(shape, color=jewel.color * 0.8, label="ear_r")
-            middle = shape.mean(0)
-            canvas.paint(middle + (shape - middle) * 0.55 - 0.003, color=bright, blur=0.003, opacity=0.55, within=canvas.full(shape))
+            canvas.tint(moved(shape, 0.004, 0.010), (0.7, 0.68, 0.68), blur=0.006)
+            canvas.paint(shape, jewel.color * 0.8, "ear_r")
+            gleam = moved(scaled(shape, 0.55, 0.55), -0.003, -0.003)
+            bright = np.clip(jewel.color * 1.4, 0, 1)
+            canvas.paint(gleam, bright, blur=0.003, opacity=0.55, within=canvas.inside(shape))
+
+
+def paint_necklace(canvas: Canvas, face: Face, geometry: Geometry) -> None:
+    """Paints a necklace around the neck."""
+    jewel = face.necklace
+    if jewel is None:
+        return
+    t = np.linspace(-1, 1, 41)
+    line = geometry.body(polyline(face.head.neck_width * 1.02 * t, 0.395 + 0.085 * (1 - t**2)))
+    width = {"chain": 0.011, "pearls": 0.020, "pendant": 0.008}[jewel.kind] * jewel.size
+    canvas.tint(stroke(moved(line, 0, 0.008), 1.5 * width), (0.7, 0.65, 0.63), blur=0.004)
+    bright = np.clip(jewel.color * 1.4, 0, 1)
+    if jewel.kind == "pearls":
+        for bead in line[::2]:
+            canvas.paint(ellipse(bead, (0.5 * width, 0.5 * width), count=12), jewel.color * 0.85, "neck_l")
+            spark = ellipse(moved(bead, -0.15 * width, -0.15 * width), (0.25 * width, 0.25 * width), count=8)
+            canvas.paint(spark, (1, 1, 1), blur=0.002, opacity=0.8)
+        return
+    canvas.paint(stroke(line, width), jewel.color, "neck_l")
+    canvas.paint(stroke(moved(line, 0, -0.001), 0.35 * width), bright, opacity=0.8)
+    if jewel.kind == "pendant":
+        center = moved(line[len(line) // 2], 0, 0.014)
+        canvas.paint(ellipse(center, (0.014 * jewel.size, 0.018 * jewel.size)), jewel.color * 0.8, "neck_l")
+        canvas.paint(ellipse(moved(center, -0.003, -0.003), (0.006, 0.008), count=10), bright, blur=0.002)
+
+
+def paint_hat(canvas: Canvas, face: Face, geometry: Geometry, on_face: np.ndarray) -> None:
+    """Paints a hat over the hair, and its shadow on the face (`on_face`: the face's opacity)."""
+    hat = face.hat
+    if hat is None:
+        return
+    low, height = _HATS[hat.kind]
+    wide = 0.292 * face.head.width + 0.7 * min(max(face.hair.side, 0.02), 0.06)
+    # The rim hangs lower over the ears, and it runs around the forehead, in front of the crown's outline.
+    rim = symmetric(np.array([[-wide, low + 0.075, 0.0], [-wide * 0.6, low + 0.02, 0.16], [0.0, low, 0.26]]))
+    rim = geometry.picture(spline(rim))
+    turn = np.linspace(0, np.pi, 13)
+    crown = polyline(wide * np.sign(np.cos(turn)) * np.abs(np.cos(turn)) ** 0.9, low - height * np.sin(turn) ** 0.85)
+    contour = np.concatenate([geometry.at_depth(spline(crown), -0.02), rim])
+    shade = _roundness(canvas, face, contour)
+    color, second = shade * per_channel(hat.color), shade * per_channel(hat.second)
+    canvas.tint(between(moved(rim, 0, -0.02), moved(rim, 0, 0.06)), (0.55, 0.50, 0.50), blur=0.014, within=on_face)
+    canvas.paint(contour, color, "hat")
+    inside = canvas.inside(contour)
+    if hat.kind == "beanie":
+        _paint_ribbed_band(canvas, rim, second, inside)
+    elif hat.kind == "cap":
+        _paint_visor(canvas, geometry, low, second, inside, on_face)
+    elif hat.kind == "brim":
+        canvas.paint(between(moved(rim, 0, -0.10), moved(rim, 0, -0.02)), second, within=inside)
+        turn = np.linspace(0, 2 * np.pi, 36, endpoint=False)
+        disc = polyline((wide + 0.15) * np.cos(turn), low + 0.035 + 0.065 * np.sin(turn) - 0.03 * np.cos(turn) ** 2)
+        disc = geometry.at_depth(disc, 0.02)
+        canvas.tint(moved(disc, 0, 0.05), (0.62, 0.57, 0.57), blur=0.018, within=on_face)
+        canvas.paint(disc, color * np.float32(0.92), "hat")
+        canvas.tint(stroke(moved(rim, 0, -0.02), 0.02), (0.6, 0.6, 0.6), blur=0.006, within=canvas.inside(disc))
+    else:
+        for index in range(4):
+            v = low - 0.075 * index
+            fold = np.array(
+                [[-0.9 * wide, v - 0.02, 0.02], [0, v - 0.05, 0.25 - 0.05 * index], [0.9 * wide, v + 0.03, 0.02]]
+            )
+            fold = geometry.picture(spline(fold))
+            canvas.tint(stroke(fold, 0.014), (0.78, 0.78, 0.78), blur=0.006, within=inside)
+            canvas.paint(stroke(moved(fold, 0, -0.02), 0.012), second, blur=0.004, opacity=0.5, within=inside)
+
+
+def _roundness(canvas: Canvas, face: Face, contour: np.ndarray) -> np.ndarray:
+    """Light around an upright round body of a contour's width, float32 (side, side)."""
+    axis = (np.arange(canvas.side, dtype=np.float32) + 0.5) / canvas.side
+    across = (axis - np.float32(contour[:, 0].mean())) / np.float32(np.ptp(contour[:, 0]) / 2)
+    slant = np.float32(0.45 * face.light.contrast * face.light.direction[0])
+    shade = np.clip(0.95 + slant * across - 0.28 * across**2, 0.3, 1.15)
+    return np.broadcast_to(shade, (canvas.side, canvas.side))
+
+
+def _paint_ribbed_band(canvas: Canvas, rim: np.ndarray, color: np.ndarray, inside: np.ndarray) -> None:
+    top = moved(rim, 0, -0.075)
+    band = between(top, rim)
+    canvas.paint(band, color, "hat", within=inside)
+    canvas.tint(stroke(top, 0.01), (0.7, 0.7, 0.7), blur=0.004, within=inside)
+    for start, end in zip(top[1:-1], rim[1:-1], strict=True):
+        canvas.tint(stroke(np.array([start, end]), 0.005), (0.8, 0.8, 0.8), blur=0.002, within=inside)
+
+
+def _paint_visor(
+    canvas: Canvas, geometry: Geometry, low: float, color: np.ndarray, inside: np.ndarray, on_face: np.ndarray
+) -> None:
+    half = np.array([[0.15, -0.01, 0.24], [0.235, 0.045, 0.16], [0.20, 0.07, 0.38], [0.0, 0.055, 0.50]])
+    back = np.array([[0.0, -0.03, 0.28]])
+    visor = np.concatenate([symmetric(half), back]) + np.array([0, low, 0])
+    visor = geometry.picture(spline(visor, closed=True))
+    canvas.tint(moved(visor, 0, 0.055), (0.60, 0.55, 0.55), blur=0.018, within=on_face)
+    for u in (-0.11, 0.0, 0.11):
+        seam = np.array([[1.4 * u, low, 0.26], [1.2 * u, low - 0.15, 0.2], [0.5 * u, low - 0.28, 0.0]])
+        canvas.tint(stroke(geometry.picture(spline(seam)), 0.005), (0.75, 0.75, 0.75), blur=0.002, within=inside)
+    badge = geometry.picture(np.array([[0, low - 0.09, 0.25]]))[0]
+    canvas.paint(ellipse(badge, (0.045, 0.04)), color, blur=0.002, opacity=0.9)
+    canvas.paint(visor, color * np.float32(0.8), "hat")
+    canvas.tint(
+        moved(stroke(visor[: len(visor) // 2], 0.02), 0, -0.01),
+        (0.7, 0.7, 0.7),
+        blur=0.006,
+        within=canvas.inside(visor),
+    )

@@ -1,23 +1,25 @@
 """Draws a whole portrait with its mask: the layers, from the background to the hat."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from sisma_jax.data.drawing import accessories, features, hair, scene
-from sisma_jax.data.drawing.canvas import Canvas, smooth_noise
+from sisma_jax.data.drawing import accessories, features, hair, scene, skin
+from sisma_jax.data.drawing.canvas import Canvas
 from sisma_jax.data.drawing.geometry import Geometry
 from sisma_jax.data.drawing.lighting import Relief
-from sisma_jax.data.drawing.parameters import Face, sample_face
-from sisma_jax.data.labels import INDEX
+from sisma_jax.data.drawing.parameters import Face
+from sisma_jax.data.drawing.sampling import sample_face
 
-# Canvas pixels a picture pixel: shapes are hard-edged in the label map, and an odd number has a middle.
+# Canvas pixels along the side of a picture's pixel. The label map is hard-edged, so each pixel takes 9 votes.
 _OVERSAMPLING = 3
 
 
-def draw_face(seed: tuple[int, int], size: int) -> tuple[np.ndarray, np.ndarray]:
+def draw_face(seed: int | Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns the portrait and the mask that belong to a seed; another size gives the same face.
 
     Args:
-      seed: of the data set, and index of the face in it.
+      seed: anything that seeds `numpy.random.default_rng`; the data set uses (its seed, the face's id).
       size: height and width in pixels.
 
     Returns:
@@ -31,27 +33,25 @@ def draw(face: Face, size: int) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(face.texture_seed)
     canvas = Canvas(size * _OVERSAMPLING)
     geometry = Geometry(face)
-    relief = Relief(face, geometry)
-    contour = features.face_contour(face, geometry)
-    front = hair.front_hair_contours(face, geometry)
-    scene.paint_background(canvas, face.background, rng)
+    contour = skin.face_contour(face, geometry)
+    front_hair = hair.front_contours(face, geometry, rng)
     strands = hair.strand_colors(canvas, face, geometry, rng)
-    hair.paint_back_hair(canvas, face, geometry, strands)
+
+    scene.paint_background(canvas, face.background, rng)
+    hair.paint_back(canvas, face, geometry, strands, rng)
     scene.paint_neck(canvas, face, geometry, contour)
     scene.paint_clothes(canvas, face, geometry, rng)
-    scene.paint_necklace(canvas, face, geometry)
-    features.paint_ears(canvas, face, geometry)
-    light = features.paint_skin(canvas, face, geometry, relief, contour)
-    on_face = canvas.full(contour)
+    accessories.paint_necklace(canvas, face, geometry)
+    skin.paint_ears(canvas, face, geometry)
+    light = skin.paint_skin(canvas, face, Relief(face, geometry), contour, rng)
     features.paint_nose(canvas, face, geometry)
     features.paint_mouth(canvas, face, geometry, light)
     features.paint_eyes(canvas, face, geometry, light)
     features.paint_brows(canvas, face, geometry, light)
     accessories.paint_glasses(canvas, face, geometry, light)
-    hair.shade_under_hair(canvas, face, front, on_face)
-    hair.paint_front_hair(canvas, face, front, strands)
-    ears = tuple(bool((canvas.labels == INDEX[name]).any()) for name in ("r_ear", "l_ear"))
-    accessories.paint_earrings(canvas, face, geometry, ears)
+    on_face = canvas.inside(contour)
+    hair.shade_face(canvas, face, front_hair, on_face)
+    hair.paint_front(canvas, face, front_hair, strands)
+    accessories.paint_earrings(canvas, face, geometry)
     accessories.paint_hat(canvas, face, geometry, on_face)
-    canvas.image *= 1 + 0.012 * smooth_noise(rng, (64, 64), canvas.side)[..., None]
     return canvas.reduce(size)

@@ -1,0 +1,87 @@
+"""Curves and closed shapes as arrays of points (P, 2), x to the right and y down."""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def polyline(x: np.ndarray | Sequence[float], y: np.ndarray | Sequence[float]) -> np.ndarray:
+    """Returns the points (P, 2) that have the coordinates x and y, each (P,)."""
+    joined = np.empty((len(x), 2))
+    joined[:, 0], joined[:, 1] = x, y
+    return joined
+
+
+def moved(contour: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Returns the contour moved to the right by x and down by y."""
+    return contour + np.array([x, y])
+
+
+def mirrored(contour: np.ndarray, side: int) -> np.ndarray:
+    """Returns the contour as it is for side +1, and mirrored about x = 0 for side -1."""
+    return contour * np.array([side, 1])
+
+
+def symmetric(half: np.ndarray) -> np.ndarray:
+    """Joins half a line, whose last point lies on the axis x = 0, with its mirror image: (2P - 1, C)."""
+    mirror = half[-2::-1].copy()
+    mirror[:, 0] *= -1
+    return np.concatenate([half, mirror])
+
+
+def between(upper: np.ndarray, lower: np.ndarray) -> np.ndarray:
+    """Returns the contour of the area between two lines that run in the same direction."""
+    return np.concatenate([upper, lower[::-1]])
+
+
+def scaled(contour: np.ndarray, x: float, y: float) -> np.ndarray:
+    """Returns the contour scaled about the mean of its points."""
+    middle = contour.mean(0)
+    return middle + (contour - middle) * np.array([x, y])
+
+
+def spline(knots: np.ndarray, closed: bool = False, steps: int = 6) -> np.ndarray:
+    """Returns a Catmull-Rom curve through `knots` (P, C), `steps` samples a segment."""
+    if closed:
+        padded = np.concatenate([knots[-1:], knots, knots[:2]])
+    else:
+        padded = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
+    weights, segments = _catmull_rom(steps), len(padded) - 3
+    curve = sum(weights[i][None, :, None] * padded[i : i + segments, None, :] for i in range(4))
+    curve = curve.reshape(-1, knots.shape[1])
+    return curve if closed else np.concatenate([curve, knots[-1:]])
+
+
+@functools.cache
+def _catmull_rom(steps: int) -> np.ndarray:
+    t = np.arange(steps) / steps
+    return np.array([-t + 2 * t**2 - t**3, 2 - 5 * t**2 + 3 * t**3, t + 4 * t**2 - 3 * t**3, t**3 - t**2]) / 2
+
+
+def stroke(line: np.ndarray, widths: np.ndarray | float) -> np.ndarray:
+    """Returns the outline of a line of varying width."""
+    offset = normals(line) * (np.reshape(widths, (-1, 1)) * 0.5)
+    return between(line + offset, line - offset)
+
+
+def normals(line: np.ndarray) -> np.ndarray:
+    """Returns unit normals of a line, to the left of its direction on screen."""
+    normal = np.empty_like(line)
+    normal[1:-1] = (line[2:] - line[:-2])[:, ::-1]
+    normal[0], normal[-1] = (line[1] - line[0])[::-1], (line[-1] - line[-2])[::-1]
+    normal[:, 1] *= -1
+    return normal / (np.sqrt(normal[:, :1] ** 2 + normal[:, 1:] ** 2) + 1e-9)
+
+
+def ellipse(center: np.ndarray, radii: tuple[float, float], angle: float = 0.0, count: int = 24) -> np.ndarray:
+    """Returns an ellipse of `count` points; `angle` in radians turns it clockwise on screen."""
+    x, y = radii[0] * _circle(count)[0], radii[1] * _circle(count)[1]
+    cos, sin = np.cos(angle), np.sin(angle)
+    return polyline(x * cos - y * sin, x * sin + y * cos) + center
+
+
+@functools.cache
+def _circle(count: int) -> np.ndarray:
+    turn = np.linspace(0, 2 * np.pi, count, endpoint=False)
+    return np.array([np.cos(turn), np.sin(turn)])

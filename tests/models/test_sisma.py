@@ -1,0 +1,227 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from sisma_jax.config import Config, ModelConfig
+from sisma_jax.data.labels import NUM_CLASSES
+from sisma_jax.models.factory import graph_of, init_params
+from sisma_jax.models.mamba import CrossMamba, SelfMamba
+from sisma_jax.models.mask_encoder import MaskEncoder
+from sisma_jax.models.patches import depth_to_space, space_to_depth
+from sisma_jax.models.scan_orders import orders_of_layer
+from sisma_jax.models.sisma import Sisma, SismaBlock
+
+TINY = ModelConfig(depth=2, d_model=16, patch_size=2, d_state=4, mlp_ratio=2.0, d_label=8)
+
+
+def random_like_trained(model: nnx.Module, key: jax.Array) -> nnx.Module:
+    """Replaces every parameter by noise, zero-initialised ones included, so that every path carries signal."""
+    graph, state = nnx.split(model)
+    leaves, structure = jax.tree.flatten(state)
+    keys = jax.random.split(key, len(leaves))
+    noise = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return nnx.merge(graph, jax.tree.unflatten(structure, noise))
+
+
+def make_model(config: ModelConfig = TINY, *, trained: bool = True, dtype: jnp.dtype = jnp.float32) -> Sisma:
+    model = Sisma(config, 3, 1, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+    return random_like_trained(model, jax.random.key(1)) if trained else model
+
+
+def make_inputs(batch: int = 2, side: int = 8) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(2), 3)
+    xt = jax.random.normal(keys[0], (batch, side, side, 3))
+    t = jax.random.uniform(keys[1], (batch,))
+    mask = jax.random.randint(keys[2], (batch, side, side), 0, NUM_CLASSES).astype(jnp.uint8)
+    return xt, t, mask
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(graph: nnx.GraphDef, params: nnx.State, xt: jax.Array, t: jax.Array, mask: jax.Array) -> jax.Array:
+    model = nnx.merge(graph, params)
+    return model(xt, t, model.encode_mask(mask))
+
+
+def predict(model: Sisma, xt: jax.Array, t: jax.Array, mask: jax.Array) -> np.ndarray:
+    return np.asarray(_apply(*nnx.split(model), xt, t, mask))
+
+
+def test_patches_invert():
+    x = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+    tokens = space_to_depth(x, 4)
+    assert tokens.shape == (2, 2, 3, 48)
+    np.testing.assert_array_equal(tokens[1, 1, 2].reshape(4, 4, 3), x[1, 4:8, 8:12])
+    np.testing.assert_array_equal(depth_to_space(tokens, 4), x)
+
+
+def test_a_new_block_is_the_identity():
+    block = SismaBlock(TINY, orders_of_layer(0, 1), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, features = (jax.random.normal(key, (2, 4, 4, 16)) for key in keys[:2])
+    np.testing.assert_array_equal(block(x, jax.random.normal(keys[2], (2, 16)), features), x)
+
+
+def test_a_new_model_predicts_zero():
+    model = make_model(trained=False)
+    xt, t, mask = make_inputs()
+    np.testing.assert_array_equal(predict(model, xt, t, mask), 0)
+
+
+@pytest.mark.parametrize("wiring", ["state_from_mask", "readout_from_mask"])
+@pytest.mark.parametrize("orders_per_layer", [1, 2, 4])
+def test_the_mask_changes_the_output_and_only_through_cross_mamba(wiring, orders_per_layer):
+    model = make_model(dataclasses.replace(TINY, cross_wiring=wiring, orders_per_layer=orders_per_layer))
+    xt, t, mask = make_inputs()
+    other = (mask + 1) % NUM_CLASSES
+    assert np.abs(predict(model, xt, t, mask) - predict(model, xt, t, other)).max() > 1e-3
+    for block in model.blocks:
+        block.cross_mamba.out_proj.kernel[...] = jnp.zeros_like(block.cross_mamba.out_proj.kernel[...])
+    np.testing.assert_array_equal(predict(model, xt, t, mask), predict(model, xt, t, other))
+
+
+def test_time_and_latent_change_the_output():
+    model = make_model()
+    xt, t, mask = make_inputs()
+    base = predict(model, xt, t, mask)
+    assert np.abs(base - predict(model, xt, t * 0.5, mask)).max() > 1e-3
+    assert np.abs(base - predict(model, xt * 0.5, t, mask)).max() > 1e-3
+
+
+def test_examples_of_a_batch_do_not_mix():
+    model = make_model()
+    xt, t, mask = make_inputs(batch=3)
+    together = predict(model, xt, t, mask)
+    alone = predict(model, xt[1:2], t[1:2], mask[1:2])
+    # Float32 sums of ~30 terms in another order.
+    np.testing.assert_allclose(together[1:2], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 4])
+def test_any_latent_size_and_patch_size(patch_size):
+    model = make_model(dataclasses.replace(TINY, patch_size=patch_size))
+    mask = jnp.zeros((1, 8, 12), jnp.uint8)
+    assert model.encode_mask(mask).shape == (1, 8 // patch_size, 12 // patch_size, 16)
+    assert predict(model, jnp.ones((1, 8, 12, 3)), jnp.ones((1,)), mask).shape == (1, 8, 12, 3)
+
+
+def test_wrong_shapes_are_named():
+    model = make_model()
+    with pytest.raises(ValueError, match="multiples of the patch size 2"):
+        model(jnp.ones((1, 7, 8, 3)), jnp.ones((1,)), jnp.ones((1, 4, 4, 16)))
+    with pytest.raises(ValueError, match="want the token grid"):
+        model(jnp.ones((1, 8, 8, 3)), jnp.ones((1,)), jnp.ones((1, 2, 4, 16)))
+    with pytest.raises(ValueError, match="want multiples of 2 pixels"):
+        model.encode_mask(jnp.zeros((1, 7, 8), jnp.uint8))
+
+
+def test_bfloat16_computes_close_to_float32_with_float32_parameters():
+    xt, t, mask = make_inputs()
+    exact = make_model()
+    rough = make_model(dtype=jnp.bfloat16)
+    assert {x.dtype for x in jax.tree.leaves(nnx.split(rough)[1])} == {jnp.dtype("float32")}
+    want = predict(exact, xt, t, mask)
+    got = predict(rough, xt, t, mask)
+    assert got.dtype == jnp.float32
+    # bfloat16 keeps 8 bits: each of some ten roundings in a row errs by up to 0.4 percent of its scale.
+    assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
+
+
+def test_dropped_masks_become_the_null_features():
+    encoder = MaskEncoder(2, 8, 16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    mask = make_inputs()[2]
+    features = encoder(mask, jnp.array([True, False]))
+    np.testing.assert_array_equal(features[0], encoder.null_features((1, 4, 4, 16))[0])
+    np.testing.assert_array_equal(features[1], encoder(mask)[1])
+
+
+def test_a_single_pixel_of_a_mask_reaches_its_token():
+    """A part thinner than a token is seen: the token of an 8x8 square differs when one of its 64 labels does."""
+    encoder = MaskEncoder(8, 8, 32, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    mask = jnp.zeros((1, 32, 32), jnp.uint8)
+    difference = np.abs(encoder(mask.at[0, 11, 20].set(12)) - encoder(mask)).max(axis=-1)[0]
+    assert np.unravel_index(difference.argmax(), difference.shape) == (1, 2)
+    assert difference[1, 2] > 0.05
+
+
+def test_the_mask_encoder_wants_a_power_of_two():
+    with pytest.raises(ValueError, match="downsampling 6 is not a power of two"):
+        MaskEncoder(6, 8, 16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_self_mamba_follows_its_path(reverse):
+    """What comes later on the path (beyond the convolution's reach) does not change what came before."""
+    order = next(o for o in orders_of_layer(0, 4) if o.lines == "rows" and o.reverse == reverse)
+    mixer = SelfMamba(16, d_state=4, expand=2, d_conv=3, orders=(order,), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 6, 5, 16))
+    path = order.indices(6, 5)
+    last_row = path[-1] // 5
+    changed = x.at[0, last_row].add(1.0)
+    mix = jax.jit(lambda x: mixer(x))
+    difference = np.abs(mix(changed) - mix(x)).max(axis=-1)[0]
+    far = [row for row in range(6) if abs(row - last_row) > 1]
+    np.testing.assert_array_equal(difference[far], 0)
+    assert difference[last_row].min() > 1e-4
+
+
+def test_cross_mamba_gradients_reach_both_streams():
+    mixer = CrossMamba(
+        16,
+        wiring="state_from_mask",
+        d_state=4,
+        expand=2,
+        d_conv=3,
+        orders=orders_of_layer(0, 2),
+        dtype=jnp.dtype("float32"),
+        rngs=nnx.Rngs(0),
+    )
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, features = (jax.random.normal(key, (1, 4, 4, 16)) for key in keys)
+    grads = jax.jit(jax.grad(lambda x, features: (mixer(x, features) ** 2).sum(), argnums=(0, 1)))(x, features)
+    assert all(np.abs(grad).max() > 1e-4 for grad in grads)
+
+
+def test_graph_and_parameters_are_the_model():
+    config = Config(model=TINY)
+    graph = graph_of(config)
+    assert graph == graph_of(config)
+    assert hash(graph) == hash(graph_of(config))
+    params = init_params(config, jax.random.key(0))
+    assert all(type(x) is dict for x in (params, params["blocks"], params["blocks"][0]))
+    xt, t, mask = make_inputs(side=64)
+    assert predict(nnx.merge(graph, params), xt, t, mask).shape == xt.shape
+
+
+def test_a_tiny_model_overfits_one_batch():
+    """Two images, told apart by their masks alone, are learned by heart."""
+    model = make_model(dataclasses.replace(TINY, d_model=32), trained=False)
+    graph, params = nnx.split(model)
+    _, t, mask = make_inputs()
+    x1 = jax.random.uniform(jax.random.key(5), (2, 8, 8, 3), minval=-1.0)
+    optimizer = optax.adam(5e-3)
+
+    @jax.jit
+    def step(params, opt_state, key):
+        def loss(params):
+            model = nnx.merge(graph, params)
+            x0 = jax.random.normal(key, x1.shape)
+            xt = t[:, None, None, None] * x1 + (1 - t[:, None, None, None]) * x0
+            return ((model(xt, t, model.encode_mask(mask)) - x1) ** 2).mean()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return optax.apply_updates(params, updates), opt_state, value
+
+    opt_state = optimizer.init(params)
+    losses = []
+    for key in jax.random.split(jax.random.key(6), 150):
+        params, opt_state, value = step(params, opt_state, key)
+        losses.append(float(value))
+    assert losses[0] > 0.25
+    assert np.mean(losses[-10:]) < 0.02 * losses[0]

@@ -1,0 +1,91 @@
+import dataclasses
+
+import pytest
+
+from sisma_jax import config as config_lib
+from sisma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from sisma_jax.errors import InputError
+
+
+def write(tmp_path, body):
+    path = tmp_path / "experiment.py"
+    path.write_text(f"from sisma_jax.config import *\n\n\ndef get_config():\n    return {body}\n")
+    return path
+
+
+def test_json_round_trip():
+    config = Config(model=ModelConfig(d_state=3, mlp_ratio=1.5), data=DataConfig(flip=False))
+    assert config_lib.from_json(config_lib.to_json(config), "x") == config
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"model": {"nothing": 1}}', '{"other": {}}', '{"model": {"depth": "a"}}'])
+def test_damaged_json_names_its_source(text):
+    with pytest.raises(InputError, match=r"config.json|--model.depth"):
+        config_lib.from_json(text, "run/config.json")
+
+
+def test_only_meaningful_differences_count():
+    config = Config()
+    longer = dataclasses.replace(config, train=TrainConfig(num_steps=7, log_every_steps=3))
+    assert config_lib.differences(config, longer) == []
+    other = dataclasses.replace(config, train=TrainConfig(seed=5), data=DataConfig(image_size=128))
+    assert config_lib.differences(config, other) == [
+        "--data.image_size: the run has 64, given 128",
+        "--train.seed: the run has 0, given 5",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("data", "image_size", 4, "--data.image_size must be in 8..2048, got 4"),
+        ("data", "name", "imagenet", "--data.name must be one of 'synthetic_faces', 'celebamask_hq', got 'imagenet'"),
+        ("data", "name", "celebamask_hq", "--data.root is empty"),
+        ("model", "depth", 0, "--model.depth must be positive, got 0"),
+        ("model", "depth", 1.5, "--model.depth must be of type int, got 1.5"),
+        ("model", "depth", True, "--model.depth must be of type int, got True"),
+        ("model", "d_conv", 4, "--model.d_conv must be odd"),
+        ("model", "patch_size", 3, "--model.patch_size must be one of 1, 2, 4, 8, got 3"),
+        ("flow", "mask_dropout", 1.0, "--flow.mask_dropout must be in"),
+        ("optim", "learning_rate", "fast", "--optim.learning_rate must be of type float, got 'fast'"),
+        ("optim", "decay_steps", -3, "--optim.decay_steps must be 0 or more than"),
+        ("train", "batch_size", 0, "--train.batch_size must be positive"),
+        ("sample", "guidance", -1.0, "--sample.guidance must be non-negative"),
+        ("evaluate", "num_samples", 0, "--evaluate.num_samples must be positive"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_by_name(section, key, value, message):
+    with pytest.raises(InputError, match=message):
+        dataclasses.replace(getattr(Config(), section), **{key: value})
+
+
+def test_patches_must_tile_the_image():
+    with pytest.raises(InputError, match=r"--data.image_size 30 is not a multiple of --model.patch_size 4"):
+        Config(data=DataConfig(image_size=30), model=ModelConfig(patch_size=4))
+
+
+def test_a_file_is_loaded(tmp_path):
+    assert config_lib.load(write(tmp_path, "Config(model=ModelConfig(depth=3))")).model.depth == 3
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("Config(model=ModelConfig(dstate=3))", "sets 'dstate', which is not a key. Perhaps you meant model.d_state"),
+        ("Config(model=ModelConfig(zzzzzz=3))", "The keys are data.name"),
+        ("Config(model=ModelConfig(d_state='x'))", "--model.d_state must be of type int"),
+        ("3", "returns int, want sisma_jax.config.Config"),
+    ],
+)
+def test_a_wrong_file_is_refused(tmp_path, body, message):
+    with pytest.raises(InputError, match=message):
+        config_lib.load(write(tmp_path, body))
+
+
+def test_a_missing_file_or_function_is_named(tmp_path):
+    path = write(tmp_path, "Config()")
+    with pytest.raises(InputError, match=r"other.py is not a Python file. There are .*experiment.py"):
+        config_lib.load(tmp_path / "other.py")
+    path.write_text("x = 1\n")
+    with pytest.raises(InputError, match="does not define get_config"):
+        config_lib.load(path)

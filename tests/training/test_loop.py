@@ -1,0 +1,176 @@
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from sisma_jax import config as config_lib
+from sisma_jax.data import loading
+from sisma_jax.errors import InputError
+from sisma_jax.training import loop
+from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.training.metrics import read_metrics
+from sisma_jax.training.state import init_state, learning_rate, optimizer
+from sisma_jax.training.step import make_update
+from tests.tiny import tiny_config
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cache_dir(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data")
+    loading.prepare(tiny_config(path).data)
+    return path
+
+
+def final_state(workdir, config):
+    """Every number of the newest checkpoint, the position in the data included."""
+    abstract = jax.eval_shape(lambda: init_state(config))
+    iterator = loading.train_iterator(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
+    with Checkpoints(workdir / loop.CHECKPOINTS_NAME, read_only=True) as checkpoints:
+        restored = checkpoints.restore(loop._without_ema(abstract), abstract.ema, iterator)
+    state = dict(restored.state) | {"key": jax.random.key_data(restored.state["key"])}
+    return restored.step, jax.device_get((state, restored.ema)), next(iterator)
+
+
+def assert_same(one, other):
+    assert one[0] == other[0]
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
+    config = tiny_config(cache_dir, num_steps=6)
+    loop.train(config, tmp_path / "unbroken")
+    loop.train(tiny_config(cache_dir, num_steps=3), tmp_path / "broken")
+    loop.train(config, tmp_path / "broken")
+    assert_same(final_state(tmp_path / "broken", config), final_state(tmp_path / "unbroken", config))
+    losses = [
+        [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+        for name in ("broken", "unbroken")
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
+    config = tiny_config(cache_dir, num_steps=400)
+    file = tmp_path / "tiny_experiment.py"
+    file.write_text(
+        "from pathlib import Path\nfrom tests.tiny import tiny_config\n\n\n"
+        f"def get_config():\n    return tiny_config(Path({str(cache_dir)!r}), num_steps=400)\n"
+    )
+
+    def start(workdir):
+        command = [sys.executable, "run.py", "--config", str(file), "train", "--workdir", str(workdir)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    workdir = tmp_path / "killed"
+    process = start(workdir)
+    deadline = time.monotonic() + 240
+    while not list((workdir / "checkpoints").glob("[1-9]*")):
+        assert process.poll() is None, process.stderr.read().decode()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    reached = max(int(path.name) for path in (workdir / "checkpoints").glob("[1-9]*") if path.name.isdigit())
+    assert reached < 400
+
+    process = start(workdir)
+    _, errors = process.communicate(timeout=400)
+    assert process.returncode == 0, errors.decode()
+    assert "Resuming from the checkpoint of step" in errors.decode()
+    loop.train(config, tmp_path / "unbroken")
+    assert_same(final_state(workdir, config), final_state(tmp_path / "unbroken", config))
+    steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
+    assert steps == list(range(1, 401))
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path, cache_dir):
+    config = tiny_config(cache_dir, num_steps=2)
+    loop.train(config, tmp_path)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    loop.train(config, tmp_path)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_metrics_are_logged(tmp_path, cache_dir):
+    loop.train(tiny_config(cache_dir), tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["examples_per_sec"] > 0 for line in lines)
+    assert ["held_out_loss" in line for line in lines] == [False, True, False, True]
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache_dir, monkeypatch):
+    monkeypatch.setattr(loop, "make_update", lambda config: poisoned(make_update(config), bad_step=4))
+    config = tiny_config(cache_dir, num_steps=6)
+    with pytest.raises(InputError, match=r"loss is nan at step 4; .*last good checkpoint, step 2, is kept"):
+        loop.train(config, tmp_path)
+    step, (state, ema), _ = final_state(tmp_path, config)
+    assert step == 2
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state["params"], ema)))
+
+
+def poisoned(update, bad_step):
+    def poisoned_update(state, batch):
+        state, metrics = update(state, batch)
+        return state, metrics | {"loss": jax.numpy.where(state.step == bad_step, jax.numpy.nan, metrics["loss"])}
+
+    return poisoned_update
+
+
+def test_another_configuration_is_refused_and_harms_nothing(tmp_path, cache_dir):
+    config = tiny_config(cache_dir, num_steps=2)
+    loop.train(config, tmp_path)
+    other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_state=2))
+    with pytest.raises(InputError, match=r"--model.d_state: the run has 4, given 2"):
+        loop.train(other, tmp_path)
+    assert final_state(tmp_path, config)[0] == 2
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, cache_dir, caplog):
+    config = tiny_config(cache_dir)
+    loop.train(config, tmp_path)
+    want = final_state(tmp_path, config)
+    largest = max((tmp_path / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+    loop.train(config, tmp_path)
+    assert "checkpoint of step 4" in caplog.text
+    assert "damaged" in caplog.text
+    assert_same(final_state(tmp_path, config), want)
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, cache_dir):
+    with pytest.raises(InputError, match=r"--train.batch_size 6 is not a multiple of the 8 devices"):
+        loop.train(tiny_config(cache_dir, batch_size=6), tmp_path)
+
+
+def test_learning_rate_warms_up_and_decays():
+    optim = config_lib.OptimConfig(learning_rate=1.0, warmup_steps=10, decay_steps=110)
+    schedule = learning_rate(optim)
+    assert [float(schedule(step)) for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
+    constant = learning_rate(config_lib.OptimConfig(learning_rate=0.3))
+    assert [float(constant(step)) for step in (0, 1, 1000)] == pytest.approx([0.3] * 3)
+
+
+def test_weight_decay_leaves_norms_biases_and_the_scan_alone(cache_dir):
+    config = tiny_config(cache_dir)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=10.0))
+    state = init_state(config)
+    zeros = jax.tree.map(jax.numpy.zeros_like, state.params)
+    updates, _ = optimizer(config.optim).update(zeros, state.opt_state, state.params)
+    scan = updates["blocks"][0]["self_mamba"]["scans"][0]
+    assert all(np.all(np.asarray(scan[name]) == 0) for name in ("A_log", "D", "dt_bias"))
+    assert np.all(np.asarray(updates["blocks"][0]["self_mamba"]["out_norm"]["scale"]) == 0)
+    assert np.any(np.asarray(updates["blocks"][0]["self_mamba"]["in_proj"]["kernel"]) != 0)

@@ -6,7 +6,8 @@
     N  state of one channel
 
 `B` and `D` also name parameters of the state-space model, so code unpacks axes as words:
-`batch, length, d_inner = u.shape`; `d_state = A.shape[1]`.
+`batch, length, d_inner = u.shape`; `d_state = A.shape[1]`. A shape of one axis is written " D", with a space, since
+linters take "D" for a forward reference.
 """
 
 from jaxtyping import Array, Float

@@ -27,9 +27,9 @@ def selective_scan(
     A: Float[Array, "D N"],
     B: Float[Array, "B L N"],
     C: Float[Array, "B L N"],
-    D: Float[Array, "D"] | None = None,
+    D: Float[Array, " D"] | None = None,
     z: Float[Array, "B L D"] | None = None,
-    delta_bias: Float[Array, "D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
     *,
     delta_softplus: bool = False,
     reverse: bool = False,
@@ -112,7 +112,9 @@ def _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
     }
     for name, (array, shape, axes) in wanted.items():
         if array is not None and array.shape != shape:
-            raise ValueError(f"{name}: got shape {array.shape}, want {shape}, that is {axes} given u {u.shape}, A {A.shape}")
+            raise ValueError(
+                f"{name}: got shape {array.shape}, want {shape}, that is {axes} given u {u.shape}, A {A.shape}"
+            )
     for name, array in {"u": u, "A": A, **{name: array for name, (array, _, _) in wanted.items()}}.items():
         if array is not None and not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
             raise ValueError(f"{name}: got dtype {array.dtype}, want a real floating-point type")

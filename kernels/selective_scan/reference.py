@@ -1,4 +1,4 @@
-"""The selective scan step by step (Mamba, arXiv 2312.00752, algorithm 2): the meaning of the op, written for reading."""
+"""The selective scan step by step (Mamba, arXiv 2312.00752, algorithm 2): what the op means, written for reading."""
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +12,9 @@ def selective_scan_reference(
     A: Float[Array, "D N"],
     B: Float[Array, "B L N"],
     C: Float[Array, "B L N"],
-    D: Float[Array, "D"] | None = None,
+    D: Float[Array, " D"] | None = None,
     z: Float[Array, "B L D"] | None = None,
-    delta_bias: Float[Array, "D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
     *,
     delta_softplus: bool = False,
     reverse: bool = False,
@@ -42,7 +42,7 @@ def compute_dtype(*arrays: Array) -> jnp.dtype:
 
 
 def discretization_step(
-    delta: Float[Array, "B L D"], delta_bias: Float[Array, "D"] | None, delta_softplus: bool, dtype: jnp.dtype
+    delta: Float[Array, "B L D"], delta_bias: Float[Array, " D"] | None, delta_softplus: bool, dtype: jnp.dtype
 ) -> Float[Array, "B L D"]:
     """The recurrence's Δ: delta + delta_bias, through a softplus if asked, in the type of the computation."""
     delta = delta.astype(dtype)
@@ -63,7 +63,7 @@ def first_state(
 def skip_and_gate(
     y: Float[Array, "B L D"],
     u: Float[Array, "B L D"],
-    D: Float[Array, "D"] | None,
+    D: Float[Array, " D"] | None,
     z: Float[Array, "B L D"] | None,
 ) -> Float[Array, "B L D"]:
     """(y + D u) silu(z) in the type of y, then rounded once to the type of u."""

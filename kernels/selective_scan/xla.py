@@ -3,9 +3,10 @@
 The forward pass steps through time and keeps the state at each chunk's start. The backward pass recomputes a chunk's
 decays and states from there, so that nothing of size (batch, length, d_inner, d_state) is ever in memory.
 
-The work is cut into blocks of examples and channels whose state stays in a core's cache while time passes. Within a
-block, axes are ordered (chunks, steps, batch, d_inner) for sequences and (batch, d_state, d_inner) for states: XLA
-vectorises the last axis, and channels fill it better than the few entries of a state.
+The work is cut into blocks of examples and channels whose state stays in a core's cache while time passes. Inputs and
+outputs keep their layout; a window of them is read, and written, at a time. In a window time comes first, and channels
+are last in states too, (batch, d_state, d_inner): XLA vectorises the last axis, and channels fill it better than the
+few entries of a state.
 """
 
 import dataclasses
@@ -24,9 +25,9 @@ def selective_scan_xla(
     A: Float[Array, "D N"],
     B: Float[Array, "B L N"],
     C: Float[Array, "B L N"],
-    D: Float[Array, "D"] | None = None,
+    D: Float[Array, " D"] | None = None,
     z: Float[Array, "B L D"] | None = None,
-    delta_bias: Float[Array, "D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
     *,
     delta_softplus: bool = False,
     reverse: bool = False,
@@ -52,12 +53,12 @@ class BlockSizes:
 
 
 def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSizes:
-    """The largest even cut whose state takes half of a 32 KiB first-level cache, and 32 steps of it.
+    """The largest even cut whose state stays under 24 KiB of a 32 KiB first-level cache, and 32 steps of it.
 
-    Measured on two Zen 4 cores: with states of 16 KiB the gradient takes a quarter less time than with 48 or 128 KiB,
-    and chunks of fewer than 16 or more than 64 steps cost more.
+    Measured on two Zen 4 cores: from 12 to 48 KiB and from 16 to 64 steps the gradient's time varies by a tenth; with
+    larger blocks it grows.
     """
-    max_state = 4096
+    max_state = 6144
     d_block = _largest_divisor(d_inner, max_state // d_state)
     if d_block < 64:  # Too narrow for vector instructions to pay: rather leave the cache.
         d_block = d_inner
@@ -80,56 +81,50 @@ def _scan(reverse, u, step_size, A, B, C, initial_state):
 
 
 def _scan_fwd(reverse, u, step_size, A, B, C, initial_state):
-    sizes = block_sizes(*u.shape, A.shape[1])
-    by_batch, by_channels, by_both = _cut_inputs(sizes, u, step_size, A, B, C, initial_state)
-    forward = functools.partial(_forward_block, reverse)
-    y, h_end, h_starts = _map_blocks(forward, by_batch, by_channels, by_both)
+    batch, length, d_inner = u.shape
+    dtype = step_size.dtype
+    sizes = block_sizes(batch, length, d_inner, A.shape[1])
+    sequences = [_pad(x, sizes.steps) for x in (u, step_size, B, C)]
+    A_t = A.astype(dtype).T
+
+    def block(rows, columns, outputs):
+        A_block = _read(A_t, None, columns)
+
+        def step(h, inputs):
+            u_t, step_size_t, B_t, C_t = inputs
+            h = _decay(step_size_t, A_block) * h + (step_size_t * u_t)[:, None, :] * B_t[:, :, None]
+            return h, _sum_states(h, C_t[:, :, None])
+
+        def chunk(i, steps, loop):
+            h, y, h_starts = loop
+            u, step_size, B, C = sequences
+            inputs = (
+                _read_steps(u, rows, steps, columns, dtype),
+                _read_steps(step_size, rows, steps, columns, dtype),
+                _read_steps(B, rows, steps, None, dtype),
+                _read_steps(C, rows, steps, None, dtype),
+            )
+            h_starts = _write(h_starts, h[None], (i, 1), rows, None, columns)
+            h, y_chunk = jax.lax.scan(step, h, inputs, reverse=reverse)
+            return h, _write_steps(y, y_chunk, rows, steps, columns), h_starts
+
+        state, y, h_starts = outputs
+        h = _read(state, rows, None, columns)
+        h, y, h_starts = _for_chunks(chunks, sizes.steps, reverse, chunk, (h, y, h_starts))
+        return _write(state, h, rows, None, columns), y, h_starts
+
+    padded_length = sequences[0].shape[1]
+    chunks = padded_length // sizes.steps
+    state = jnp.swapaxes(initial_state, 1, 2)
+    y = jnp.zeros((batch, padded_length, d_inner), dtype)
+    h_starts = jnp.zeros((chunks, *state.shape), dtype)
+    state, y, h_starts = _for_blocks(batch, d_inner, sizes, block, (state, y, h_starts))
     # Kept: the inputs, which live anyway, and one state a chunk. Recomputed: decays and states of every step.
-    return (_join_sequence(y, u.shape[1]), _join_state(h_end)), (u, step_size, A, B, C, initial_state, h_starts)
+    return (y[:, :length], jnp.swapaxes(state, 1, 2)), (u, step_size, A, B, C, initial_state, h_starts)
 
 
 def _scan_bwd(reverse, residuals, cotangents):
-    *inputs, h_starts = residuals
-    u, step_size, A, B, C, initial_state = inputs
-    dy, d_final_state = cotangents
-    length = u.shape[1]
-    sizes = block_sizes(*u.shape, A.shape[1])
-    by_batch, by_channels, by_both = _cut_inputs(sizes, *inputs)
-    by_both += (h_starts, _cut_sequence(dy, sizes, sizes.d_inner), _cut_state(d_final_state, sizes))
-    backward = functools.partial(_backward_block, reverse)
-    du, d_step_size, dA, dB, dC, d_initial_state = _map_blocks(backward, by_batch, by_channels, by_both)
-    gradients = (
-        _join_sequence(du, length),
-        _join_sequence(d_step_size, length),
-        jnp.swapaxes(jnp.sum(dA, axis=0), 1, 2).reshape(A.shape),
-        _join_sequence(jnp.sum(dB, axis=1, keepdims=True), length),
-        _join_sequence(jnp.sum(dC, axis=1, keepdims=True), length),
-        _join_state(d_initial_state),
-    )
-    return tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
-def _forward_block(reverse, B, C, A, u, step_size, h):
-    """Returns y, the last state, and the state before each chunk, (chunks, batch, d_state, d_inner)."""
-
-    def step(h, inputs):
-        u_t, step_size_t, B_t, C_t = inputs
-        h = _decay(step_size_t, A) * h + (step_size_t * u_t)[:, None, :] * B_t[:, :, None]
-        return h, _sum_states(h, C_t[:, :, None])
-
-    def chunk(h, inputs):
-        h_end, y = jax.lax.scan(step, h, inputs, reverse=reverse)
-        return h_end, (y, h)
-
-    h_end, (y, h_starts) = jax.lax.scan(chunk, h, (u, step_size, B, C), reverse=reverse)
-    return y, h_end, h_starts
-
-
-def _backward_block(reverse, B, C, A, u, step_size, h_first, h_starts, dy, d_h_end):
-    """The adjoint recurrence of a block.
+    """The adjoint recurrence.
 
     Let carry_t be the loss's gradient by h_{t-1} through step t, and so carry_{t+1} + dy_t C_t that by h_t:
 
@@ -139,47 +134,96 @@ def _backward_block(reverse, B, C, A, u, step_size, h_first, h_starts, dy, d_h_e
         d(Δ_t u_t)  = Σ_n (carry_{t+1} + dy_t C_t) B_t
         d(Δ_t A)    = carry_t h_{t-1}
 
-    A chunk stores h_t and carry_{t+1}, which line up in the last product too, shifted by a step: carry_{t+1} h_t. So no
+    A chunk stores h_t and carry_{t+1}. They line up in the last product too, shifted by a step: carry_{t+1} h_t. So no
     sum reads the decays, and the terms dy_t C_t need no sum over d_state times d_inner entries.
     """
+    u, step_size, A, B, C, initial_state, h_starts = residuals
+    dy, d_final_state = cotangents
+    batch, length, d_inner = u.shape
+    dtype = step_size.dtype
+    sizes = block_sizes(batch, length, d_inner, A.shape[1])
+    sequences = [_pad(x, sizes.steps) for x in (u, step_size, B, C, dy)]
+    A_t = A.astype(dtype).T
+    state = jnp.swapaxes(initial_state, 1, 2)
     dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # float32 sums on TPU and GPU too
 
-    def chunk(accumulated, inputs):
-        carry, dA, h_all, carry_all = accumulated
-        h_start, u, step_size, step_size_next, B, C, dy = inputs
-        decay = _decay(step_size, A)
-        drive = step_size * u
+    def block(rows, columns, outputs):
+        A_block = _read(A_t, None, columns)
 
-        def recompute(h, t):
-            h = _at(decay, t) * h + _at(drive, t)[:, None, :] * _at(B, t)[:, :, None]
-            return h, h
+        def chunk(i, steps, loop):
+            (carry, dA, step_size_end), (h_all, carry_all), (du, d_step_size, d_step_size_next, dB, dC) = loop
+            u, step_size, B, C, dy = sequences
+            u = _read_steps(u, rows, steps, columns, dtype)
+            step_size = _read_steps(step_size, rows, steps, columns, dtype)
+            B = _read_steps(B, rows, steps, None, dtype)
+            C = _read_steps(C, rows, steps, None, dtype)
+            dy = _read_steps(dy, rows, steps, columns, dtype)
+            h_start = _read(h_starts, (i, 1), rows, None, columns)[0]
+            step_size_next = _next_step(step_size, step_size_end, reverse)
+            decay = _decay(step_size, A_block)
+            drive = step_size * u
 
-        def adjoint(accumulated, t):
-            carry, dA = accumulated
-            dA = dA + carry * _at(h_all, t) * _at(step_size_next, t)[:, None, :]
-            return (_at(decay, t) * (carry + _at(dy, t)[:, None, :] * _at(C, t)[:, :, None]), dA), carry
+            def recompute(h, t):
+                h = _at(decay, t) * h + _at(drive, t)[:, None, :] * _at(B, t)[:, :, None]
+                return h, h
 
-        _, h_all = _loop_into(h_all, recompute, h_start, reverse)
-        (carry, dA), carry_all = _loop_into(carry_all, adjoint, (carry, dA), not reverse)
-        dC = dot("tbnd,tbd->tbn", h_all, dy)
-        dB = dot("tbnd,tbd->tbn", carry_all, drive) + C * dot("tbd,tbd->tb", dy, drive)[:, :, None]
-        d_drive = dot("tbnd,tbn->tbd", carry_all, B) + dy * dot("tbn,tbn->tb", B, C)[:, :, None]
-        d_step_size_next = _sum_states(carry_all, h_all, A[None, None])
-        return (carry, dA, h_all, carry_all), (d_drive * step_size, d_drive * u, d_step_size_next, dB, dC)
+            def adjoint(accumulated, t):
+                carry, dA = accumulated
+                dA = dA + carry * _at(h_all, t) * _at(step_size_next, t)[:, None, :]
+                return (_at(decay, t) * (carry + _at(dy, t)[:, None, :] * _at(C, t)[:, :, None]), dA), carry
 
-    # A chunk's states live in the loop's carry because a scan would zero a new array for them each time.
-    chunk_states = jnp.zeros((u.shape[1], *h_first.shape), h_first.dtype)
-    inputs = (h_starts, u, step_size, _shift(step_size, jnp.zeros_like(step_size[0, 0]), -1 if reverse else 1), B, C, dy)
-    accumulated = (d_h_end, jnp.zeros_like(h_first), chunk_states, chunk_states)
-    (carry, dA, _, _), outputs = jax.lax.scan(chunk, accumulated, inputs, reverse=not reverse)
-    du, d_step_size, d_step_size_next, dB, dC = outputs
+            _, h_all = _loop_into(h_all, recompute, h_start, reverse)
+            (carry, dA), carry_all = _loop_into(carry_all, adjoint, (carry, dA), not reverse)
+            dC_block = dot("tbnd,tbd->tbn", h_all, dy)
+            dB_block = dot("tbnd,tbd->tbn", carry_all, drive)
+            d_drive = dot("tbnd,tbn->tbd", carry_all, B) + dy * dot("tbn,tbn->tb", B, C)[:, :, None]
+            d_step_size_next_block = _sum_states(carry_all, h_all, A_block[None, None])
+            sequence_outputs = (
+                _write_steps(du, d_drive * step_size, rows, steps, columns),
+                _write_steps(d_step_size, d_drive * u, rows, steps, columns),
+                _write_steps(d_step_size_next, d_step_size_next_block, rows, steps, columns),
+                _write_steps(dB, _read_steps(dB, rows, steps, None, dtype) + dB_block, rows, steps, None),
+                _write_steps(dC, _read_steps(dC, rows, steps, None, dtype) + dC_block, rows, steps, None),
+            )
+            return (carry, dA, step_size[-1 if reverse else 0]), (h_all, carry_all), sequence_outputs
 
-    # The first step's product has no step before it to be computed in.
-    first = (-1, -1) if reverse else (0, 0)
-    dA = dA + carry * h_first * step_size[first][:, None, :]
-    d_first = _sum_states(carry, h_first, A[None])
-    d_step_size = d_step_size + _shift(d_step_size_next, d_first, 1 if reverse else -1)
-    return du, d_step_size, jnp.sum(dA, axis=0), dB, dC, carry
+        d_state, dA_t, chunk_states, sequence_outputs = outputs
+        carry = _read(d_state, rows, None, columns)
+        loop = ((carry, jnp.zeros_like(carry), jnp.zeros_like(carry[:, 0])), chunk_states, sequence_outputs)
+        loop = _for_chunks(chunks, sizes.steps, not reverse, chunk, loop)
+        (carry, dA, step_size_first), chunk_states, sequence_outputs = loop
+        # The first step's product has no step before it to be computed in.
+        dA = dA + carry * _read(state, rows, None, columns) * step_size_first[:, None, :]
+        dA_t = _write(dA_t, _read(dA_t, None, columns) + jnp.sum(dA, axis=0), None, columns)
+        return _write(d_state, carry, rows, None, columns), dA_t, chunk_states, sequence_outputs
+
+    padded_length = sequences[0].shape[1]
+    chunks = padded_length // sizes.steps
+    channels = jnp.zeros((batch, padded_length, d_inner), dtype)
+    states = jnp.zeros((batch, padded_length, A.shape[1]), dtype)
+    # A chunk's states live in the loops' carry because a scan would zero a new array for them each time.
+    chunk_states = jnp.zeros((sizes.steps, sizes.batch, A.shape[1], sizes.d_inner), dtype)
+    outputs = (
+        jnp.swapaxes(d_final_state, 1, 2),
+        jnp.zeros_like(A_t),
+        (chunk_states, chunk_states),
+        (channels.astype(u.dtype), channels, channels, states, states),
+    )
+    d_state, dA_t, _, outputs = _for_blocks(batch, d_inner, sizes, block, outputs)
+    du, d_step_size, d_step_size_next, dB, dC = (x[:, :length] for x in outputs)
+    # What sums no states is left for the end, where it is cheap.
+    dB += C.astype(dtype) * jnp.sum(dy * step_size * u.astype(dtype), axis=2, keepdims=True)
+    d_first = _sum_states(d_state, state, A_t[None])[:, None]
+    if reverse:
+        d_step_size += jnp.concatenate([d_step_size_next[:, 1:], d_first], axis=1)
+    else:
+        d_step_size += jnp.concatenate([d_first, d_step_size_next[:, :-1]], axis=1)
+    gradients = (du, d_step_size, dA_t.T, dB, dC, jnp.swapaxes(d_state, 1, 2))
+    inputs = (u, step_size, A, B, C, initial_state)
+    return tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def _decay(step_size, A):
@@ -219,59 +263,55 @@ def _at(x, t):
     return jax.lax.dynamic_index_in_dim(x, t, 0, keepdims=False, allow_negative_indices=False)
 
 
-def _shift(x, end, offset):
-    """(chunks, steps, ...) with every step replaced by the one `offset`, 1 or -1, after it; `end` fills the gap."""
-    by_step = x.reshape(-1, *x.shape[2:])
-    parts = (by_step[1:], end[None]) if offset == 1 else (end[None], by_step[:-1])
-    return jnp.concatenate(parts).reshape(x.shape)
+def _next_step(x, end, reverse):
+    """Each step of (steps, ...) replaced by the one that the scan takes after it, and the last one by `end`."""
+    return jnp.concatenate([end[None], x[:-1]] if reverse else [x[1:], end[None]])
 
 
-def _map_blocks(function, by_batch, by_channels, by_both):
-    """Maps function over the blocks, one at a time: outputs get the axes (batch blocks, channel blocks) in front."""
+def _for_blocks(batch, d_inner, sizes, body, outputs):
+    """Updates outputs by body(rows, columns, outputs) for every block of examples and channels."""
+    channel_blocks = d_inner // sizes.d_inner
 
-    def map_channels(inputs):
-        by_batch, by_both = inputs
-        return jax.lax.map(lambda inputs: function(*by_batch, *inputs[0], *inputs[1]), (by_channels, by_both))
+    def block(i, outputs):
+        row, column = i // channel_blocks * sizes.batch, i % channel_blocks * sizes.d_inner
+        return body((row, sizes.batch), (column, sizes.d_inner), outputs)
 
-    return jax.lax.map(map_channels, (by_batch, by_both))
-
-
-def _cut_inputs(sizes, u, step_size, A, B, C, initial_state):
-    """The blocks' inputs in the type of the computation: those that vary with the batch, the channels, and both."""
-    u, A, B, C = (x.astype(step_size.dtype) for x in (u, A, B, C))
-    d_inner, d_state = A.shape
-    by_batch = tuple(_cut_sequence(x, sizes, d_state)[:, 0] for x in (B, C))
-    by_channels = (jnp.swapaxes(A.reshape(-1, sizes.d_inner, d_state), 1, 2),)
-    sequences = (_cut_sequence(x, sizes, sizes.d_inner) for x in (u, step_size))
-    return by_batch, by_channels, (*sequences, _cut_state(initial_state, sizes))
+    return jax.lax.fori_loop(0, batch // sizes.batch * channel_blocks, block, outputs)
 
 
-def _cut_sequence(x, sizes, width):
-    """(B, L, width of all blocks) to (batch blocks, width blocks, chunks, steps, batch, width).
+def _for_chunks(chunks, chunk_steps, reverse, body, loop):
+    """Updates loop by body(i, steps, loop) for every chunk i."""
 
-    Padding at the end is zero, and a step of size zero leaves the state as it is.
-    """
-    x = jnp.pad(x, ((0, 0), (0, -x.shape[1] % sizes.steps), (0, 0)))
-    x = x.reshape(-1, sizes.batch, x.shape[1] // sizes.steps, sizes.steps, x.shape[2] // width, width)
-    return x.transpose(0, 4, 2, 3, 1, 5)
+    def chunk(i, loop):
+        i = chunks - 1 - i if reverse else i
+        return body(i, (i * chunk_steps, chunk_steps), loop)
 
-
-def _join_sequence(x, length):
-    """The inverse of `_cut_sequence`."""
-    x = x.transpose(0, 4, 2, 3, 1, 5)
-    batch_blocks, batch, chunks, steps, width_blocks, width = x.shape
-    return x.reshape(batch_blocks * batch, chunks * steps, width_blocks * width)[:, :length]
+    return jax.lax.fori_loop(0, chunks, chunk, loop)
 
 
-def _cut_state(h, sizes):
-    """(B, D, N) to (batch blocks, channel blocks, batch, N, channels)."""
-    _, d_inner, d_state = h.shape
-    h = h.reshape(-1, sizes.batch, d_inner // sizes.d_inner, sizes.d_inner, d_state)
-    return h.transpose(0, 2, 1, 4, 3)
+def _pad(x, steps):
+    """(B, L, ...) to whole chunks with zeros at the end: a step of size zero leaves the state as it is."""
+    padding = -x.shape[1] % steps
+    return jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x
 
 
-def _join_state(h):
-    """The inverse of `_cut_state`."""
-    h = h.transpose(0, 2, 1, 4, 3)
-    batch_blocks, batch, channel_blocks, channels, d_state = h.shape
-    return h.reshape(batch_blocks * batch, channel_blocks * channels, d_state)
+def _read(x, *windows):
+    """The part of x within windows, one an axis: (start, size), or None for the whole axis."""
+    windows = [window or (0, size) for window, size in zip(windows, x.shape, strict=True)]
+    starts, sizes = zip(*windows, strict=True)
+    return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
+
+
+def _write(x, part, *windows):
+    """x with its part within windows replaced."""
+    starts = [window[0] if window else 0 for window in windows]
+    return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), starts, allow_negative_indices=False)
+
+
+def _read_steps(x, rows, steps, columns, dtype):
+    """A window of (B, L, ...) as (steps, batch, ...)."""
+    return jnp.swapaxes(_read(x, rows, steps, columns), 0, 1).astype(dtype)
+
+
+def _write_steps(x, part, rows, steps, columns):
+    return _write(x, jnp.swapaxes(part, 0, 1), rows, steps, columns)

@@ -79,7 +79,7 @@ def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     atomic.write_bytes(path, images.encode_png(image))
 
 
-def loss_curve(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike) -> None:
+def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.PathLike) -> None:
     """Draws the training loss over the steps into a PNG file.
 
     The loss of every logged step is drawn faintly, and over it the mean of the twentieth of the run around each step.
@@ -109,7 +109,7 @@ def loss_curve(metrics: Sequence[Mapping[str, float]], path: str | os.PathLike) 
     atomic.write_bytes(path, buffer.getvalue())
 
 
-def _series(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+def _series(metrics: Sequence[Mapping[str, int | float]], name: str) -> tuple[np.ndarray, np.ndarray]:
     points = np.array([(line["step"], line[name]) for line in metrics if name in line], np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 

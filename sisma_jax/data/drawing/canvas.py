@@ -10,11 +10,15 @@ Colours come channels first, (3, rows, columns): NumPy then works along whole ro
 import cv2
 import numpy as np
 
+from sisma_jax.data.drawing.contours import grown
 from sisma_jax.data.labels import INDEX
 
 # Fractional bits of the coordinates that OpenCV rasterises.
 _SHIFT = 4
 _ONE = 1 << _SHIFT
+# OpenCV's antialiased fill reaches so many pixels beyond a contour. Canvases larger than the reference grow the contour
+# instead, so that shapes are the same at all resolutions.
+_EXCESS, _REFERENCE_SIDE = 0.7, 192
 
 Color = np.ndarray | tuple[float, float, float]
 Window = tuple[slice, slice]
@@ -38,6 +42,8 @@ class Canvas:
         Returns:
           float32 opacity in [0, 1] of the window's shape, and the window as (rows, columns).
         """
+        if self.side > _REFERENCE_SIDE:
+            contour = grown(contour, _EXCESS * (1 / _REFERENCE_SIDE - 1 / self.side))
         sigma = blur * self.side
         # Pixel centres lie at half-integer coordinates.
         fixed = np.floor((contour * self.side - 0.5) * _ONE + 0.5).astype(np.int32)
@@ -51,7 +57,8 @@ class Canvas:
         filled = np.zeros((bottom - top, right - left), np.uint8)
         if filled.size:
             cv2.fillPoly(filled, [fixed], 255, cv2.LINE_AA, _SHIFT, (-left * _ONE, -top * _ONE))
-            if sigma > 0.3:
+            # A narrower blur than this is lost when the canvas is reduced.
+            if sigma > 0.5:
                 filled = cv2.GaussianBlur(filled, (0, 0), sigma, borderType=cv2.BORDER_REPLICATE)
         return filled * np.float32(1 / 255), window
 
@@ -131,4 +138,4 @@ def spread(field: np.ndarray, side: int) -> np.ndarray:
     field = field.astype(np.float32, copy=False)
     channels = [field] if field.ndim == 2 else list(field)
     large = cv2.resize(cv2.merge(channels), (side, side), interpolation=cv2.INTER_LINEAR)
-    return large if field.ndim == 2 else np.stack(cv2.split(large))
+    return large if field.ndim == 2 else np.ascontiguousarray(np.moveaxis(large, -1, 0))

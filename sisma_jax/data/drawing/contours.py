@@ -74,6 +74,14 @@ def normals(line: np.ndarray) -> np.ndarray:
     return normal / (np.sqrt(normal[:, :1] ** 2 + normal[:, 1:] ** 2) + 1e-9)
 
 
+def grown(contour: np.ndarray, by: float) -> np.ndarray:
+    """Returns a closed contour whose edge is moved outwards."""
+    x, y = contour[:, 0], contour[:, 1]
+    clockwise = 1 if x @ np.roll(y, -1) > y @ np.roll(x, -1) else -1
+    closed = np.concatenate([contour[-1:], contour, contour[:1]])
+    return contour + normals(closed)[1:-1] * (clockwise * by)
+
+
 def ellipse(center: np.ndarray, radii: tuple[float, float], angle: float = 0.0, count: int = 24) -> np.ndarray:
     """Returns an ellipse of `count` points; `angle` in radians turns it clockwise on screen."""
     x, y = radii[0] * _circle(count)[0], radii[1] * _circle(count)[1]

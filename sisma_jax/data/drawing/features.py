@@ -34,8 +34,8 @@ def _paint_eye(canvas: Canvas, face: Face, geometry: Geometry, side: int, light:
     hump = np.sin(np.pi * t)
     x = 0.0435 * eyes.size * (2 * t - 1)
     base = 0.004 - (eyes.tilt + 0.006) * t
-    upper = base - 0.0215 * eyes.opening * eyes.size * np.sin(np.pi * t**0.88) ** 0.8
-    lower = base + 0.0130 * eyes.size * (0.7 + 0.3 * eyes.opening) * np.sin(np.pi * t**1.12) ** 0.85
+    upper = base - 0.0200 * eyes.opening * eyes.size * np.sin(np.pi * t**0.88) ** 0.8
+    lower = base + 0.0118 * eyes.size * (0.7 + 0.3 * eyes.opening) * np.sin(np.pi * t**1.12) ** 0.85
     crease = upper - eyes.lid * hump**0.5
 
     def place(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -57,8 +57,9 @@ def _paint_eye(canvas: Canvas, face: Face, geometry: Geometry, side: int, light:
     corner = ellipse(upper_line[0], (0.009, 0.007), count=12)
     canvas.paint(corner, skin * np.array([0.95, 0.65, 0.62]), within=inside, opacity=0.8)
 
-    center = place(np.array([side * eyes.gaze[0]]), np.array([eyes.gaze[1] - 0.0015]))[0]
-    radius, foreshortening = 0.0205 * geometry.scale, np.cos(face.pose.yaw)
+    height = eyes.gaze[1] + 0.5 * (upper.min() + lower.max()) - 0.003
+    center = place(np.array([side * eyes.gaze[0]]), np.array([height]))[0]
+    radius, foreshortening = 0.0215 * geometry.scale, np.cos(face.pose.yaw)
     rounds = ((1.0, eyes.iris * 0.35, 0.0015), (0.84, eyes.iris, 0.002), (0.46, np.array([0.02, 0.02, 0.025]), 0.001))
     for factor, color, blur in rounds:
         contour = ellipse(center, (radius * factor * foreshortening, radius * factor))

@@ -110,7 +110,7 @@ def strand_colors(canvas: Canvas, face: Face, geometry: Geometry, rng: np.random
     color = per_channel(hair.color) + tips * per_channel(hair.tip_color - hair.color)
     lit = color * light + band * per_channel(face.light.key)
     texture = _strand_texture(spread(across, canvas.side), spread(y, canvas.side), hair.texture, rng)
-    return np.clip(spread(lit, canvas.side) * (1 + texture), 0.015, 1)
+    return spread(lit, canvas.side) * (1 + texture)
 
 
 def _strand_texture(across: np.ndarray, down: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
@@ -130,9 +130,11 @@ def _strand_texture(across: np.ndarray, down: np.ndarray, kind: str, rng: np.ran
 
 
 def _dome(width: float, height: float) -> np.ndarray:
-    """The quarter of a head from its top to its right, fuller than an ellipse (P, 2)."""
+    """The quarter of a head from its top to its right (P, 2)."""
     turn = np.linspace(np.pi / 2, 0, 9)
-    return polyline(width * np.maximum(np.cos(turn), 0) ** 0.86, _SKULL_V - height * np.sin(turn) ** 0.86)
+    # Close to the skull fuller than an ellipse; wide hair falls from the top in a narrower curve.
+    power = np.interp(width, [0.30, 0.37], [0.86, 1.04])
+    return polyline(width * np.maximum(np.cos(turn), 0) ** power, _SKULL_V - height * np.sin(turn) ** power)
 
 
 def _outer(face: Face) -> np.ndarray:
@@ -167,11 +169,16 @@ def _half(face: Face, geometry: Geometry, side: int, half: HairSide) -> tuple[np
         shares, drops = [0.70, 0.35, 0], [0.016 + 0.08 * half.sweep, 0.006 + 0.045 * half.sweep, 0]
     else:
         temple = np.array([[0.228 * w, -0.155 + 0.02 * half.sweep]])
-        shares, drops = [0.72, 0.37, 0], [0.050 + 0.10 * half.sweep, 0.018 + 0.045 * half.sweep, 0]
+        shares, drops = [0.72, 0.37, 0], [0.050 + 0.075 * half.sweep, 0.018 + 0.045 * half.sweep, 0]
     parting = side * hair.parting
     forehead = polyline(parting + np.multiply(shares, 0.225 * w - parting), np.subtract(drops, hair.line))
     inner = spline(np.concatenate([cheek, temple, forehead]))
-    return geometry.at_depth(spline(mirrored(outer, side)), _OUTER_Z), geometry.face(mirrored(inner, side))
+    # On the side turned away it is the hair further forward that bounds the head.
+    forward = max(side * np.sin(face.pose.yaw), 0)
+    outer = spline(outer)
+    depth = _OUTER_Z + 1.1 * forward * outer[:, 0]
+    outer = geometry.picture(np.column_stack([mirrored(outer, side), depth]))
+    return outer, geometry.face(mirrored(inner, side))
 
 
 def _receding(face: Face, geometry: Geometry, side: int) -> np.ndarray:

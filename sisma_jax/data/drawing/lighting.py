@@ -46,7 +46,7 @@ class Relief:
         corner = linear @ [_LEFT, _TOP] + self._geometry.shift * side - 0.5
         matrix = np.concatenate([linear * _CELL, corner[:, None]], axis=1)
         warped = cv2.warpAffine(cv2.merge(list(field)), matrix, (side, side), borderMode=cv2.BORDER_REPLICATE)
-        return np.stack(cv2.split(warped))
+        return np.ascontiguousarray(np.moveaxis(warped, -1, 0))
 
     def _heights(self, face: Face) -> np.ndarray:
         smile, nose, mouth = max(face.mouth.smile, 0.0), face.nose, face.mouth

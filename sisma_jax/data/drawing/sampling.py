@@ -3,6 +3,8 @@
 Sizes and places of the parts have the means and spreads that CelebAMask-HQ's label maps show.
 """
 
+from typing import Any
+
 import numpy as np
 
 from sisma_jax.data.drawing.parameters import (
@@ -51,16 +53,14 @@ HAIR_COLORS = {
     "pink": (0.78, 0.36, 0.52),
     "blue": (0.20, 0.36, 0.62),
 }
-IRIS_COLORS = np.array(
-    [
-        [0.20, 0.11, 0.06],
-        [0.34, 0.20, 0.10],
-        [0.45, 0.33, 0.16],
-        [0.33, 0.42, 0.24],
-        [0.30, 0.47, 0.60],
-        [0.46, 0.52, 0.56],
-    ]
-)
+IRIS_COLORS = {
+    "dark": (0.20, 0.11, 0.06),
+    "brown": (0.34, 0.20, 0.10),
+    "hazel": (0.45, 0.33, 0.16),
+    "green": (0.33, 0.42, 0.24),
+    "blue": (0.30, 0.47, 0.60),
+    "grey": (0.46, 0.52, 0.56),
+}
 
 
 def sample_face(rng: np.random.Generator) -> Face:
@@ -95,7 +95,7 @@ def sample_face(rng: np.random.Generator) -> Face:
             color=0.7 * hair.color * (0.9 if hair.kind != "bald" else 0.5) + 0.1 * skin.color,
         ),
         nose=Nose(
-            width=_normal(rng, 1.08 - 0.1 * softness + 0.06 * tone / 7, 0.08),
+            width=_normal(rng, 1.05 - 0.1 * softness + 0.06 * tone / 7, 0.08),
             length=_normal(rng, 0.190, 0.008),
             bridge=_normal(rng, 1.0, 0.12),
             height=_normal(rng, 1.0, 0.12),
@@ -116,6 +116,13 @@ def sample_face(rng: np.random.Generator) -> Face:
 def _normal(rng: np.random.Generator, mean: float, std: float) -> float:
     """A normal variate cut at 2.5 standard deviations, so that no face falls apart."""
     return float(mean + std * np.clip(rng.standard_normal(), -2.5, 2.5))
+
+
+def _pick(rng: np.random.Generator, weights: dict[Any, float]) -> Any:
+    """One of the keys, with a probability in proportion to its weight."""
+    keys = list(weights)
+    steps = np.cumsum(list(weights.values()))
+    return keys[int(np.searchsorted(steps, rng.random() * steps[-1], side="right"))]
 
 
 def _color(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
@@ -160,15 +167,16 @@ def _sample_skin(rng: np.random.Generator, softness: float, age: float, tone: fl
 
 
 def _sample_eyes(rng: np.random.Generator, softness: float, tone: float) -> Eyes:
-    weights = np.array([3, 3, 1.2, 1, 1.8, 1.2]) if tone < 3 else np.array([5, 2, 0.4, 0.1, 0.1, 0.1])
-    iris = IRIS_COLORS[rng.choice(len(IRIS_COLORS), p=weights / weights.sum())]
+    names = {"dark": 3, "brown": 3, "hazel": 1.2, "green": 1, "blue": 1.8, "grey": 1.2}
+    if tone > 3:
+        names = {"dark": 5, "brown": 2, "hazel": 0.4, "green": 0.1, "blue": 0.1, "grey": 0.1}
     return Eyes(
         spacing=_normal(rng, 1.0, 0.025),
         size=_normal(rng, 0.98 + 0.08 * softness, 0.06),
         opening=_normal(rng, 0.92 + 0.16 * softness, 0.14),
         tilt=_normal(rng, 0.006, 0.006),
         lid=_normal(rng, 0.013, 0.003),
-        iris=iris * rng.uniform(0.85, 1.15),
+        iris=np.array(IRIS_COLORS[_pick(rng, names)]) * rng.uniform(0.85, 1.15),
         gaze=(_normal(rng, 0, 0.007), _normal(rng, 0, 0.002)),
         liner=float(np.clip(0.25 + 0.75 * softness * rng.uniform(0.3, 1.2), 0, 1)),
         shadow=_color(rng, (0.2, 0.6), (0.25, 0.6)),
@@ -177,7 +185,7 @@ def _sample_eyes(rng: np.random.Generator, softness: float, tone: float) -> Eyes
 
 
 def _sample_mouth(rng: np.random.Generator, softness: float, skin: np.ndarray) -> Mouth:
-    smile = float(rng.choice([rng.uniform(-0.15, 0.25), rng.uniform(0.4, 1.0)], p=[0.45, 0.55]))
+    smile = float(rng.uniform(-0.15, 0.25) if rng.random() < 0.45 else rng.uniform(0.4, 1.0))
     is_open = rng.random() < 0.25 + 0.75 * max(smile, 0)
     natural = skin * np.array([0.86, 0.62, 0.62])
     lipstick = np.array([rng.uniform(0.5, 0.8), rng.uniform(0.1, 0.3), rng.uniform(0.15, 0.35)])
@@ -188,7 +196,7 @@ def _sample_mouth(rng: np.random.Generator, softness: float, skin: np.ndarray) -
         upper=_normal(rng, 0.0225 + 0.004 * softness - 0.004 * max(smile, 0), 0.0025),
         lower=_normal(rng, 0.029 + 0.005 * softness - 0.003 * max(smile, 0), 0.003),
         smile=smile,
-        gap=float(rng.uniform(0.018, 0.055 if smile > 0.3 else 0.034)) if is_open else 0.0,
+        gap=float(rng.uniform(0.022, 0.060 if smile > 0.3 else 0.038)) if is_open else 0.0,
         teeth=float(rng.uniform(0.75, 1.0)),
         color=(1 - paint) * natural + paint * lipstick,
     )
@@ -197,9 +205,9 @@ def _sample_mouth(rng: np.random.Generator, softness: float, skin: np.ndarray) -
 def _sample_hair(rng: np.random.Generator, softness: float, age: float, tone: float, hat: bool) -> Hair:
     long_haired = rng.random() < 0.08 + 0.88 * softness
     if long_haired:
-        kind = rng.choice(["long", "bob", "tied", "afro"], p=[0.62, 0.2, 0.13, 0.05])
+        kind = _pick(rng, {"long": 62, "bob": 20, "tied": 13, "afro": 5})
     else:
-        kind = rng.choice(["short", "buzz", "receding", "bald", "afro"], p=[0.72, 0.1, 0.08, 0.06, 0.04])
+        kind = _pick(rng, {"short": 72, "buzz": 10, "receding": 8, "bald": 6, "afro": 4})
     if hat and kind == "afro":
         kind = "short"
     if kind == "afro":
@@ -207,30 +215,30 @@ def _sample_hair(rng: np.random.Generator, softness: float, age: float, tone: fl
     elif kind in ("buzz", "receding", "bald"):
         texture = "straight"
     elif kind == "short":
-        texture = rng.choice(["straight", "wavy", "curly", "spiky"], p=[0.45, 0.2, 0.15, 0.2])
+        texture = _pick(rng, {"straight": 45, "wavy": 20, "curly": 15, "spiky": 20})
     else:
-        texture = rng.choice(["straight", "wavy", "curly"], p=[0.45, 0.38, 0.17])
+        texture = _pick(rng, {"straight": 45, "wavy": 38, "curly": 17})
     color = _sample_hair_color(rng, age, tone)
     tip = np.clip(color * rng.uniform(1.0, 1.5) + rng.uniform(0, 0.06), 0, 1) if rng.random() < 0.4 else color
-    curtains = {"long": 0.85, "bob": 0.85}.get(str(kind), 0.0)
+    curtains = {"long": 0.85, "bob": 0.85}.get(kind, 0.0)
     both = rng.random() < curtains
     fringe = long_haired and kind != "afro" and rng.random() < 0.22
     return Hair(
-        kind=str(kind),
+        kind=kind,
         color=color,
         tip_color=tip,
-        texture=str(texture),
-        top={"buzz": 0.012, "receding": 0.01, "bald": 0.0, "afro": 0.12}.get(str(kind), _normal(rng, 0.062, 0.018)),
+        texture=texture,
+        top={"buzz": 0.012, "receding": 0.01, "bald": 0.0, "afro": 0.12}.get(kind, _normal(rng, 0.070, 0.018)),
         side={"buzz": 0.008, "receding": 0.02, "bald": 0.0, "afro": 0.13, "short": _normal(rng, 0.026, 0.008)}.get(
-            str(kind), 0.02 if kind == "tied" else _normal(rng, 0.095, 0.024)
+            kind, 0.02 if kind == "tied" else _normal(rng, 0.108, 0.026)
         ),
-        bottom=float({"bob": rng.uniform(0.28, 0.42), "long": rng.uniform(0.5, 0.75)}.get(str(kind), 0.04)),
+        bottom=float({"bob": rng.uniform(0.28, 0.42), "long": rng.uniform(0.5, 0.75)}.get(kind, 0.04)),
         flare=_normal(rng, 0.065, 0.035),
         parting=_normal(rng, 0, 0.07),
         line=_normal(rng, 0.285, 0.016),
         fringe=_normal(rng, 0.085, 0.012) if fringe else 0.0,
         bun=float(rng.uniform(0.09, 0.13)) if kind == "tied" and rng.random() < 0.45 else 0.0,
-        tail=int(rng.choice([-1, 0, 1])) if kind == "tied" else 0,
+        tail=int(rng.integers(-1, 2)) if kind == "tied" else 0,
         left=HairSide(bool(both or rng.random() < curtains / 2), float(rng.beta(1, 2.2))),
         right=HairSide(bool(both or rng.random() < curtains / 2), float(rng.beta(1, 2.2))),
         gloss=float(rng.uniform(0.3, 1.0)),
@@ -239,30 +247,31 @@ def _sample_hair(rng: np.random.Generator, softness: float, age: float, tone: fl
 
 def _sample_hair_color(rng: np.random.Generator, age: float, tone: float) -> np.ndarray:
     if age > 0.6 and rng.random() < 0.7:
-        name = rng.choice(["grey", "white"])
+        weights = {"grey": 1, "white": 1}
     elif tone > 3.5:
-        name = rng.choice(["black", "dark_brown", "brown", "blond"], p=[0.62, 0.28, 0.07, 0.03])
+        weights = {"black": 62, "dark_brown": 28, "brown": 7, "blond": 3}
     else:
-        name = rng.choice(
-            ["black", "dark_brown", "brown", "auburn", "ginger", "dark_blond", "blond", "platinum", "pink", "blue"],
-            p=[0.13, 0.19, 0.19, 0.08, 0.06, 0.12, 0.14, 0.06, 0.015, 0.015],
-        )
-    return np.clip(
-        np.array(HAIR_COLORS[str(name)]) * rng.uniform(0.88, 1.14) * (1 + rng.normal(0, 0.02, 3)), 0.03, 0.95
-    )
+        weights = {"black": 13, "dark_brown": 19, "brown": 19, "auburn": 8, "ginger": 6, "dark_blond": 12, "blond": 14}
+        weights |= {"platinum": 6, "pink": 1.5, "blue": 1.5}
+    shade = rng.uniform(0.88, 1.14) * (1 + rng.normal(0, 0.02, 3))
+    return np.clip(np.array(HAIR_COLORS[_pick(rng, weights)]) * shade, 0.03, 0.95)
 
 
 def _sample_clothes(rng: np.random.Generator, softness: float) -> Clothes:
-    neckline = rng.choice(
-        ["crew", "v", "collar", "turtleneck", "wide", "none"],
-        p=np.array([0.3, 0.2, 0.32 - 0.2 * softness, 0.05, 0.04 + 0.18 * softness, 0.09]) / (1 - 0.02 * softness),
-    )
+    necklines = {
+        "crew": 30,
+        "v": 20,
+        "collar": 32 - 20 * softness,
+        "turtleneck": 5,
+        "wide": 4 + 18 * softness,
+        "none": 9,
+    }
     return Clothes(
-        neckline=str(neckline),
-        pattern=str(rng.choice(["plain", "stripes", "dots", "check", "jacket"], p=[0.5, 0.14, 0.08, 0.1, 0.18])),
+        neckline=_pick(rng, necklines),
+        pattern=_pick(rng, {"plain": 50, "stripes": 14, "dots": 8, "check": 10, "jacket": 18}),
         color=_color(rng, (0.0, 0.65), (0.08, 0.9)),
         second=_color(rng, (0.0, 0.6), (0.3, 0.95)),
-        height=_normal(rng, 0.395, 0.03),
+        height=_normal(rng, 0.388, 0.03),
     )
 
 
@@ -270,7 +279,7 @@ def _sample_background(rng: np.random.Generator) -> Background:
     base = _color(rng, (0.02, 0.38), (0.25, 0.92))
     colors = np.stack([np.clip(base + rng.normal(0, 0.13) + rng.normal(0, 0.05, 3), 0.03, 0.97) for _ in range(5)])
     return Background(
-        kind=str(rng.choice(["gradient", "blobs", "stripes", "outdoors", "studio"], p=[0.22, 0.26, 0.12, 0.2, 0.2])),
+        kind=_pick(rng, {"gradient": 22, "blobs": 26, "stripes": 12, "outdoors": 20, "studio": 20}),
         colors=colors,
         angle=float(rng.uniform(0, 2 * np.pi)),
     )
@@ -279,7 +288,7 @@ def _sample_background(rng: np.random.Generator) -> Background:
 def _sample_glasses(rng: np.random.Generator) -> Glasses:
     dark = rng.random() < 0.3
     return Glasses(
-        shape=str(rng.choice(["round", "rectangle", "aviator", "cat"])),
+        shape=_pick(rng, dict.fromkeys(("round", "rectangle", "aviator", "cat"), 1)),
         color=_color(rng, (0, 0.6), (0.05, 0.35)) if rng.random() < 0.75 else _color(rng, (0.2, 0.5), (0.5, 0.85)),
         thickness=float(rng.uniform(0.006, 0.014)),
         tint=_color(rng, (0.1, 0.5), (0.06, 0.22)) if dark else _color(rng, (0.0, 0.2), (0.75, 0.95)),
@@ -289,7 +298,7 @@ def _sample_glasses(rng: np.random.Generator) -> Glasses:
 
 def _sample_hat(rng: np.random.Generator) -> Hat:
     return Hat(
-        kind=str(rng.choice(["beanie", "cap", "brim", "scarf"])),
+        kind=_pick(rng, dict.fromkeys(("beanie", "cap", "brim", "scarf"), 1)),
         color=_color(rng, (0.05, 0.6), (0.1, 0.75)),
         second=_color(rng, (0.05, 0.55), (0.15, 0.85)),
     )
@@ -298,4 +307,4 @@ def _sample_hat(rng: np.random.Generator) -> Hat:
 def _sample_jewel(rng: np.random.Generator, kinds: tuple[str, ...]) -> Jewel:
     metals = np.array([[0.86, 0.70, 0.34], [0.80, 0.81, 0.84], [0.93, 0.90, 0.86]])
     color = metals[rng.integers(3)] if rng.random() < 0.75 else _color(rng, (0.5, 0.9), (0.4, 0.9))
-    return Jewel(kind=str(rng.choice(kinds)), color=color, size=float(rng.uniform(0.9, 1.6)))
+    return Jewel(kind=_pick(rng, dict.fromkeys(kinds, 1)), color=color, size=float(rng.uniform(0.9, 1.6)))

@@ -1,5 +1,7 @@
 """What lies behind and below the face: background, neck and clothes."""
 
+import math
+
 import numpy as np
 
 from sisma_jax.data.drawing.canvas import Canvas, spread
@@ -9,7 +11,7 @@ from sisma_jax.data.drawing.lighting import per_channel
 from sisma_jax.data.drawing.parameters import Background, Face
 from sisma_jax.data.drawing.skin import SIDES
 
-_CELLS = 48
+_CELLS = 32
 
 
 def paint_background(canvas: Canvas, background: Background, rng: np.random.Generator) -> None:
@@ -17,7 +19,7 @@ def paint_background(canvas: Canvas, background: Background, rng: np.random.Gene
     axis = (np.arange(_CELLS, dtype=np.float32) + 0.5) / _CELLS
     x, y = axis[None, :], axis[:, None]
     colors = background.colors.astype(np.float32)[:, :, None, None]
-    cos, sin = np.cos(background.angle), np.sin(background.angle)
+    cos, sin = math.cos(background.angle), math.sin(background.angle)
     along = (0.5 + cos * (x - 0.5) + sin * (y - 0.5)).astype(np.float32)
     if background.kind == "outdoors":
         sky = per_channel(np.array([0.62, 0.76, 0.92])) * (0.85 + 0.3 * (colors[0].mean() - 0.5))
@@ -34,8 +36,8 @@ def paint_background(canvas: Canvas, background: Background, rng: np.random.Gene
         picture = picture * (1.12 - 0.75 * np.clip(distance, 0, 1) ** 1.5)
     if background.kind in ("blobs", "outdoors"):
         for index in range(7):
-            center, radius = rng.uniform(-0.1, 1.1, 2), rng.uniform(0.06, 0.22)
-            disc = _step(radius - np.hypot(x - center[0], y - center[1]), 0.035) * rng.uniform(0.2, 0.7)
+            center_x, center_y, radius = rng.uniform(-0.1, 1.1), rng.uniform(-0.1, 1.1), rng.uniform(0.06, 0.22)
+            disc = _step(radius - np.hypot(x - center_x, y - center_y), 0.035) * rng.uniform(0.2, 0.7)
             glow = np.clip(colors[index % len(colors)] * rng.uniform(0.7, 1.5), 0, 1)
             picture = _mix(picture, glow, disc)
     canvas.image[:] = spread(np.clip(picture, 0, 1), canvas.side)
@@ -66,9 +68,10 @@ def paint_neck(canvas: Canvas, face: Face, geometry: Geometry, face_contour: np.
     canvas.paint(contour, field, "neck")
     inside = canvas.inside(contour)
     # The chin's shadow moves away from the light; the part under the jaw stays dark in any light.
-    cast = moved(face_contour, -0.10 * light.direction[0], 0.035 + 0.05 * max(-light.direction[1], 0))
+    jaw = face_contour[face_contour[:, 1] > face_contour[:, 1].mean()]
+    cast = moved(jaw, -0.10 * light.direction[0], 0.035 + 0.05 * max(-light.direction[1], 0))
     canvas.tint(cast, (0.58, 0.50, 0.48), blur=0.018, within=inside)
-    canvas.tint(moved(face_contour, 0, 0.012), (0.72, 0.66, 0.64), blur=0.010, within=inside)
+    canvas.tint(moved(jaw, 0, 0.012), (0.72, 0.66, 0.64), blur=0.010, within=inside)
     tendon = spline(polyline([w * 0.75, w * 0.42, 0.03], [0.36, 0.46, 0.53]))
     collarbone = spline(polyline([0.035, 0.15, 0.30], [0.54, 0.522, 0.50]))
     for side in SIDES:

@@ -30,9 +30,9 @@ _OUTLINE = np.array(
 )
 _EAR = polyline(
     [0.250, 0.283, 0.312, 0.319, 0.309, 0.296, 0.276, 0.255],
-    [-0.020, -0.045, -0.030, 0.015, 0.070, 0.115, 0.138, 0.110],
+    [-0.005, -0.030, -0.015, 0.030, 0.085, 0.130, 0.153, 0.125],
 )
-_EAR_ROOT = np.array([0.25, 0.05])
+_EAR_ROOT = np.array([0.25, 0.065])
 
 
 def face_contour(face: Face, geometry: Geometry) -> np.ndarray:
@@ -49,8 +49,8 @@ def face_contour(face: Face, geometry: Geometry) -> np.ndarray:
     turn, sin = np.sign(face.pose.yaw), abs(np.sin(face.pose.yaw))
     away = np.sign(both[:, 0]) == turn
     # On the side turned away the cheek's silhouette, not the ear's line, bounds the face ...
-    bulge = np.clip((both[:, 1] + 0.2) / 0.15, 0, 1)
-    both[:, 2] += np.where(away, 0.5 * np.abs(both[:, 0]) * sin * bulge, 0)
+    bulge = np.interp(both[:, 1], [-0.40, -0.30, -0.06, 0.06], [0.0, 0.9, 0.9, 0.5])
+    both[:, 2] += np.where(away, bulge * np.abs(both[:, 0]) * sin, 0)
     # ... and on the near side the jaw runs forward from the ear.
     both[:, 0] *= np.where(away, 1, 1 - 0.4 * sin * np.clip((both[:, 1] - 0.10) / 0.25, 0, 1))
     return geometry.picture(spline(both, closed=True))
@@ -97,7 +97,7 @@ def _complexion(face: Face, relief: Relief, rng: np.random.Generator) -> np.ndar
         [(0.11, side * eye, -0.005, 0.06, 0.038, 0) for side in SIDES]
         + [(bag, side * eye * 0.9, 0.038, 0.045, 0.012, 0) for side in SIDES]
     )
-    grain = 1 + 0.015 * rng.standard_normal(red.shape, np.float32)
+    grain = 1 + 0.010 * rng.standard_normal(red.shape, np.float32)
     if skin.freckles:
         spots = rng.random(red.shape, np.float32) < 0.16
         grain -= 0.28 * np.float32(skin.freckles) * spots * np.clip(cheeks + tip, 0, 1)

@@ -1,0 +1,462 @@
+"""The selective scan: every implementation against a loop in float64 NumPy, in values and in gradients."""
+
+import dataclasses
+import functools
+import inspect
+import math
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from kernels import selective_scan
+from kernels.selective_scan import api, xla
+
+IMPLEMENTATIONS = tuple(api.IMPLEMENTATIONS)
+ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem's sizes and options; hashable, so that expected results are computed once."""
+
+    batch: int
+    length: int
+    d_inner: int
+    d_state: int
+    optional: tuple[str, ...] = ("D", "z", "delta_bias", "initial_state")
+    delta_softplus: bool = True
+    reverse: bool = False
+    dtype: str = "float32"
+
+    def inputs(self) -> dict[str, np.ndarray]:
+        """Arguments in float64, whose values are exact in `dtype` so that every precision solves the same problem."""
+        rng = np.random.default_rng(0)
+        batch, length, d_inner, d_state = self.batch, self.length, self.d_inner, self.d_state
+        delta = rng.normal(size=(batch, length, d_inner)) - 1
+        arrays = {
+            "u": rng.normal(size=(batch, length, d_inner)),
+            "delta": delta if self.delta_softplus else np.exp(delta),
+            "A": -np.exp(rng.normal(size=(d_inner, d_state))),
+            "B": rng.normal(size=(batch, length, d_state)),
+            "C": rng.normal(size=(batch, length, d_state)),
+            "D": rng.normal(size=d_inner),
+            "z": rng.normal(size=(batch, length, d_inner)),
+            "delta_bias": rng.normal(size=d_inner) if self.delta_softplus else np.abs(rng.normal(size=d_inner)),
+            "initial_state": rng.normal(size=(batch, d_inner, d_state)),
+        }
+        kept = {name: x for name, x in arrays.items() if name in ARGUMENTS[:5] or name in self.optional}
+        return {name: _round(x, self.dtype_of(name)) for name, x in kept.items()}
+
+    def cotangents(self) -> tuple[np.ndarray, np.ndarray]:
+        """Random weights of y and of the final state in the loss."""
+        rng = np.random.default_rng(1)
+        dy = rng.normal(size=(self.batch, self.length, self.d_inner))
+        return _round(dy, self.dtype), _round(rng.normal(size=(self.batch, self.d_inner, self.d_state)), "float32")
+
+    def dtype_of(self, name: str) -> str:
+        """A model computes sequences in `dtype` and keeps its parameters and the state in float32."""
+        return self.dtype if name in ("u", "delta", "B", "C", "z") else "float32"
+
+    def scan(self, implementation: str, inputs):
+        return selective_scan(
+            **inputs,
+            delta_softplus=self.delta_softplus,
+            reverse=self.reverse,
+            return_final_state=True,
+            implementation=implementation,
+        )
+
+    def results(self, implementation: str, inputs, cotangents):
+        """{"y", "final_state", "d <argument>" for every argument}; may be compiled."""
+        (y, final_state), vjp = jax.vjp(functools.partial(self.scan, implementation), inputs)
+        dy, d_final_state = cotangents
+        (gradients,) = vjp((dy.astype(y.dtype), d_final_state.astype(final_state.dtype)))
+        return {"y": y, "final_state": final_state} | {f"d {name}": gradient for name, gradient in gradients.items()}
+
+    def computed(self, implementation: str, jit: bool = True):
+        inputs = {name: jnp.asarray(x, self.dtype_of(name)) for name, x in self.inputs().items()}
+        cotangents = tuple(jnp.asarray(x, "float32") for x in self.cotangents())
+        function = functools.partial(self.results, implementation)
+        return (jax.jit(function) if jit else function)(inputs, cotangents)
+
+
+@functools.cache
+def expected_results(case: Case):
+    """The step-by-step reference in float64; that it is right is the first test's business."""
+    with jax.enable_x64(True):
+        inputs, cotangents = jax.tree.map(lambda x: jnp.asarray(x, "float64"), (case.inputs(), case.cotangents()))
+        return jax.tree.map(np.asarray, jax.jit(functools.partial(case.results, "reference"))(inputs, cotangents))
+
+
+def _round(x, dtype):
+    return np.asarray(jnp.asarray(x, dtype), np.float64)
+
+
+def numpy_scan(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """The formula of `selective_scan`'s docstring, a step at a time."""
+    x = case.inputs()
+    delta = x["delta"] + x.get("delta_bias", 0.0)
+    if case.delta_softplus:
+        delta = np.logaddexp(delta, 0.0)
+    h = x.get("initial_state", np.zeros((case.batch, case.d_inner, case.d_state)))
+    y = np.zeros_like(x["u"])
+    for t in range(case.length)[:: -1 if case.reverse else 1]:
+        drive = (delta[:, t] * x["u"][:, t])[:, :, None] * x["B"][:, t, None, :]
+        h = np.exp(delta[:, t, :, None] * x["A"]) * h + drive
+        y[:, t] = np.sum(h * x["C"][:, t, None, :], axis=-1)
+    y = y + x.get("D", 0.0) * x["u"]
+    if "z" in x:
+        y = y * x["z"] / (1 + np.exp(-x["z"]))
+    return y, h
+
+
+def assert_close(computed, expected, value_tolerance, gradient_tolerance):
+    """Errors relative to each array's largest entry, since a sum's rounding follows its largest terms."""
+    assert computed.keys() == expected.keys()
+    for name, wanted in expected.items():
+        got = np.asarray(computed[name], np.float64)
+        assert got.shape == wanted.shape, name
+        tolerance = gradient_tolerance if name.startswith("d ") else value_tolerance
+        scale = np.max(np.abs(wanted), initial=0.0)
+        error = np.max(np.abs(got - wanted), initial=0.0)
+        assert error <= tolerance * scale, f"{name}: relative error {error / scale:.1e}, tolerance {tolerance:.1e}"
+
+
+# Float32 rounds to 6e-8. States forget, so that an entry adds up the roundings of some ten steps and d_state products;
+# gradients of A, D and delta_bias add up batch times length terms more.
+FLOAT32 = dict(value_tolerance=2e-6, gradient_tolerance=5e-6)
+# Everything inside is float32, and an entry is rounded on its way out, to 2^-9 of itself. The gradient of u is rounded
+# three times: it adds those of the recurrence and of the skip.
+BFLOAT16 = dict(value_tolerance=2**-9 + 1e-5, gradient_tolerance=3 * 2**-9 + 1e-5)
+
+CASES = {
+    "bare": Case(2, 33, 24, 5, optional=(), delta_softplus=False),
+    "bare, reversed": Case(2, 33, 24, 5, optional=(), delta_softplus=False, reverse=True),
+    "all options": Case(2, 71, 24, 5),
+    "all options, reversed": Case(2, 71, 24, 5, reverse=True),
+    "one step": Case(2, 1, 6, 3),
+    "one example, one channel, one state": Case(1, 35, 1, 1),
+    "whole chunks": Case(1, 64, 16, 8),
+    "D only": Case(1, 9, 6, 3, optional=("D",)),
+    "z only": Case(1, 9, 6, 3, optional=("z",), delta_softplus=False),
+    "delta_bias only": Case(1, 9, 6, 3, optional=("delta_bias",), delta_softplus=False),
+    "initial_state only": Case(1, 9, 6, 3, optional=("initial_state",), reverse=True),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_the_reference_is_the_formula(case):
+    y, final_state = numpy_scan(case)
+    # Both sum in float64, in another order.
+    np.testing.assert_allclose(expected_results(case)["y"], y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(expected_results(case)["final_state"], final_state, rtol=1e-12, atol=1e-12)
+
+
+def test_the_references_gradients_are_those_of_finite_differences():
+    case = Case(1, 4, 3, 2)
+    with jax.enable_x64(True):
+        inputs = jax.tree.map(lambda x: jnp.asarray(x, "float64"), case.inputs())
+        check_grads(jax.jit(functools.partial(case.scan, "reference")), (inputs,), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_xlas_values_and_gradients_in_float32(case):
+    assert_close(case.computed("xla"), expected_results(case), **FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", ["associative", "reference"])
+@pytest.mark.parametrize("name", ["bare", "all options, reversed", "one step", "one example, one channel, one state"])
+def test_the_other_implementations_values_and_gradients_in_float32(name, implementation):
+    assert_close(CASES[name].computed(implementation), expected_results(CASES[name]), **FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_values_and_gradients_in_bfloat16(implementation, reverse):
+    case = Case(2, 37 if implementation == "xla" else 7, 24, 5, reverse=reverse, dtype="bfloat16")
+    computed = case.computed(implementation)
+    assert computed["y"].dtype == jnp.bfloat16
+    assert computed["final_state"].dtype == jnp.float32
+    assert {name: computed[f"d {name}"].dtype.name for name in ARGUMENTS} == {n: case.dtype_of(n) for n in ARGUMENTS}
+    assert_close(computed, expected_results(case), **BFLOAT16)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_float64_stays_float64(implementation):
+    case = Case(2, 11, 6, 3)
+    with jax.enable_x64(True):
+        inputs, cotangents = jax.tree.map(lambda x: jnp.asarray(x, "float64"), (case.inputs(), case.cotangents()))
+        computed = jax.jit(functools.partial(case.results, implementation))(inputs, cotangents)
+        assert {x.dtype.name for x in computed.values()} == {"float64"}
+        # Twelve digits: a thousand roundings of 1e-16 and then some.
+        assert_close(computed, expected_results(case), value_tolerance=1e-12, gradient_tolerance=1e-12)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_jit(implementation):
+    case = Case(2, 11, 6, 3)
+    assert_close(case.computed(implementation, jit=False), expected_results(case), **FLOAT32)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_twice_gives_the_same_bits(implementation):
+    case = Case(2, 100, 256, 16) if implementation == "xla" else Case(2, 11, 6, 3)
+    function = jax.jit(functools.partial(case.results, implementation))
+    inputs, cotangents = jax.tree.map(lambda x: jnp.asarray(x, "float32"), (case.inputs(), case.cotangents()))
+    for first, second in zip(*(jax.tree.leaves(function(inputs, cotangents)) for _ in range(2)), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_empty_sequence_returns_the_initial_state(implementation, reverse):
+    case = Case(2, 0, 6, 3, reverse=reverse)
+    computed = case.computed(implementation)
+    assert computed["y"].shape == (2, 0, 6)
+    np.testing.assert_array_equal(computed["final_state"], case.inputs()["initial_state"])
+    np.testing.assert_array_equal(computed["d initial_state"], case.cotangents()[1])
+    np.testing.assert_array_equal(computed["d A"], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "reverse"),
+    [
+        (xla.BlockSizes(1, 8, 5), False),
+        (xla.BlockSizes(2, 4, 7), True),
+        (xla.BlockSizes(4, 12, 3), True),
+        (xla.BlockSizes(2, 24, 23), False),
+    ],
+)
+def test_xla_in_any_blocks(sizes, reverse, monkeypatch):
+    monkeypatch.setattr(xla, "block_sizes", lambda *_: sizes)
+    case = Case(4, 23, 24, 5, reverse=reverse)
+    assert_close(case.computed("xla"), expected_results(case), **FLOAT32)
+
+
+@hypothesis.given(*(st.integers(1, limit) for limit in (64, 5000, 4096, 256)))
+def test_block_sizes_cut_evenly_and_pad_little(batch, length, d_inner, d_state):
+    sizes = xla.block_sizes(batch, length, d_inner, d_state)
+    assert batch % sizes.batch == 0
+    assert d_inner % sizes.d_inner == 0
+    assert 1 <= sizes.steps <= 32
+    chunks = math.ceil(length / sizes.steps)
+    assert chunks * sizes.steps - length < chunks
+    assert sizes.d_inner >= min(d_inner, 64)
+
+
+def test_the_models_block_sizes_hold_their_states_in_cache():
+    for batch, d_inner, d_state in [(16, 256, 8), (1, 768, 16), (2, 768, 16), (1, 1536, 16), (8, 2304, 16)]:
+        sizes = xla.block_sizes(batch, 1024, d_inner, d_state)
+        assert 12 * 1024 <= 4 * sizes.batch * sizes.d_inner * d_state <= 24 * 1024
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap_is_a_loop_over_examples(implementation):
+    case = Case(3, 11, 8, 4)
+    inputs = {name: jnp.asarray(x, "float32") for name, x in case.inputs().items()}
+    shared = ("A", "D", "delta_bias")
+
+    def one_example(example):
+        example = {name: x if name in shared else x[None] for name, x in example.items()}
+        y, final_state = case.scan(implementation, example)
+        return y[0], final_state[0]
+
+    axes = {name: None if name in shared else 0 for name in inputs}
+    vmapped = jax.jit(jax.vmap(one_example, in_axes=(axes,)))(inputs)
+    for got, wanted in zip(vmapped, case.scan(implementation, inputs), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)  # float32, another order of sums
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_checkpointed_gradients_under_vmap(implementation):
+    case = Case(2, 11, 8, 4)
+    inputs = {name: jnp.asarray(x, "float32") for name, x in case.inputs().items()}
+
+    def loss(inputs, scale):
+        y, final_state = case.scan(implementation, inputs)
+        return scale * (jnp.sum(jnp.sin(y)) + jnp.sum(final_state))
+
+    plain = jax.jit(jax.grad(loss))(inputs, 1.0)
+    checkpointed = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss)), in_axes=(None, 0)))(inputs, jnp.arange(2.0))
+    for name in inputs:
+        np.testing.assert_array_equal(checkpointed[name][0], 0.0)
+        np.testing.assert_allclose(checkpointed[name][1], plain[name], rtol=1e-4, atol=1e-5)  # float32, twice compiled
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_the_final_state_needs_no_gradient_of_y(implementation):
+    case = Case(1, 20, 6, 3)
+    inputs = {name: jnp.asarray(x, "float32") for name, x in case.inputs().items()}
+    gradients = jax.jit(jax.grad(lambda inputs: jnp.sum(case.scan(implementation, inputs)[1])))(inputs)
+    for name in ("C", "D", "z"):
+        np.testing.assert_array_equal(gradients[name], 0.0)
+    assert all(np.any(gradients[name]) for name in ("u", "delta", "A", "B", "delta_bias", "initial_state"))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@hypothesis.settings(max_examples=5)
+@hypothesis.given(cut=st.integers(0, 40), seed=st.integers(0, 2**32 - 1))
+def test_a_sequence_may_be_scanned_in_two_parts(implementation, cut, seed):
+    # Both parts have the length of the whole: steps of size zero do nothing, and one compilation serves all cuts.
+    length = 40
+    rng = np.random.default_rng(seed)
+    u, delta = rng.normal(size=(2, 2, length, 6))
+    B, C = rng.normal(size=(2, 2, length, 3))
+    A = -np.exp(rng.normal(size=(6, 3)))
+    u, delta, A, B, C = (jnp.asarray(x, "float32") for x in (u, np.exp(delta), A, B, C))
+    scan = _jitted_scan(implementation)
+    before = (jnp.arange(length) < cut)[None, :, None]
+    state = jnp.zeros((2, 6, 3))
+    whole, whole_state = scan(u, delta, A, B, C, initial_state=state)
+    first, state = scan(u, jnp.where(before, delta, 0.0), A, B, C, initial_state=state)
+    second, state = scan(u, jnp.where(before, 0.0, delta), A, B, C, initial_state=state)
+    # A few roundings of values that are a few hundred at most.
+    np.testing.assert_allclose(jnp.where(before, first, second), whole, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(state, whole_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@hypothesis.settings(max_examples=5)
+@hypothesis.given(seed=st.integers(0, 2**32 - 1))
+def test_reversed_is_the_scan_of_the_flipped_sequence(implementation, seed):
+    rng = np.random.default_rng(seed)
+    u, delta = rng.normal(size=(2, 2, 41, 6))
+    B, C = rng.normal(size=(2, 2, 41, 3))
+    A = jnp.asarray(-np.exp(rng.normal(size=(6, 3))), "float32")
+    state = jnp.asarray(rng.normal(size=(2, 6, 3)), "float32")
+    u, delta, B, C = (jnp.asarray(x, "float32") for x in (u, np.exp(delta), B, C))
+    y, final_state = _jitted_scan(implementation, reverse=True)(u, delta, A, B, C, initial_state=state)
+    flipped = (jnp.flip(x, axis=1) for x in (u, delta))
+    flipped_projections = (jnp.flip(x, axis=1) for x in (B, C))
+    y_flipped, flipped_state = _jitted_scan(implementation)(*flipped, A, *flipped_projections, initial_state=state)
+    np.testing.assert_allclose(y, jnp.flip(y_flipped, axis=1), rtol=1e-4, atol=1e-4)  # as above
+    np.testing.assert_allclose(final_state, flipped_state, rtol=1e-4, atol=1e-4)
+
+
+@functools.cache
+def _jitted_scan(implementation, reverse=False):
+    return jax.jit(
+        functools.partial(selective_scan, reverse=reverse, return_final_state=True, implementation=implementation)
+    )
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_four_thousand_steps_are_accurate(implementation):
+    case = Case(1, 4096, 32, 16)
+    # The goal set for the kernels: 1e-5 in values, 1e-4 in gradients, which sum over all of the sequence.
+    assert_close(case.computed(implementation), expected_results(case), value_tolerance=1e-5, gradient_tolerance=1e-4)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("decay", [1e4, 1e-7], ids=["forgets at once", "hardly forgets"])
+def test_long_sequences_of_extreme_decays_stay_finite_and_right(implementation, decay):
+    length, d_inner, d_state = 16384, 4, 2
+    rng = np.random.default_rng(0)
+    u, delta = rng.normal(size=(2, 1, length, d_inner))
+    B, C = rng.normal(size=(2, 1, length, d_state))
+    A = np.full((d_inner, d_state), -decay)
+    arrays = [np.asarray(x, np.float32) for x in (u, np.exp(delta - 3), A, B, C)]
+
+    @jax.jit
+    def value_and_gradients(dy, *arrays):
+        y, vjp = jax.vjp(functools.partial(selective_scan, implementation=implementation), *arrays)
+        return y, *vjp(dy)
+
+    dy = np.asarray(rng.normal(size=u.shape), np.float32)
+    computed = value_and_gradients(*(jnp.asarray(x) for x in (dy, *arrays)))
+    with jax.enable_x64(True):
+        expected = _reference_in_float64(*(jnp.asarray(x, "float64") for x in (dy, *arrays)))
+    for name, *arrays in zip(("y", "u", "delta", "A", "B", "C"), computed, expected, strict=True):
+        got, wanted = (np.asarray(x, np.float64) for x in arrays)
+        assert np.all(np.isfinite(got)), name
+        # A state that hardly forgets is a random walk of 16,384 terms, each rounded: 1e-7 · sqrt(16384) · a few.
+        # The float64 gradient of A is exactly zero where exp underflows, and then the scale is the smallest float.
+        scale = np.max(np.abs(wanted)) + np.finfo(np.float32).tiny
+        assert np.max(np.abs(got - wanted)) <= 1e-4 * scale, name
+
+
+@jax.jit
+def _reference_in_float64(dy, *arrays):
+    y, vjp = jax.vjp(functools.partial(selective_scan, implementation="reference"), *arrays)
+    return y, *vjp(dy)
+
+
+@pytest.mark.parametrize(("implementation", "fits"), [("xla", True), ("associative", False), ("reference", False)])
+def test_memory_of_the_gradient(implementation, fits):
+    """xla never has an array with an entry for each example, step, channel and state; the others show one is found."""
+    case = Case(2, 512, 64, 16)
+    inputs, cotangents = jax.tree.map(lambda x: jnp.asarray(x, "float32"), (case.inputs(), case.cotangents()))
+    compiled = jax.jit(functools.partial(case.results, implementation)).lower(inputs, cotangents).compile()
+    shapes = re.findall(r"\bf\d+\[([\d,]+)\]", compiled.as_text())
+    largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
+    everything = case.batch * case.length * case.d_inner * case.d_state
+    # 32 steps of states is a sixteenth of the sequence's, as is a sequence of channels.
+    assert (largest <= everything // 16) == fits
+    assert (compiled.memory_analysis().temp_size_in_bytes < 4 * everything) == fits
+
+
+GOOD = Case(2, 5, 6, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("u", (5, 6), r"u: got shape \(5, 6\), want \(batch, length, d_inner\)"),
+        ("delta", (2, 4, 6), r"delta: got shape \(2, 4, 6\), want \(2, 5, 6\)"),
+        ("A", (3, 6), r"A: got shape \(3, 6\), want \(d_inner, d_state\) with d_inner = 6"),
+        ("B", (2, 5, 4), r"B: got shape \(2, 5, 4\), want \(2, 5, 3\)"),
+        ("C", (2, 5, 6), r"C: got shape \(2, 5, 6\), want \(2, 5, 3\)"),
+        ("D", (3,), r"D: got shape \(3,\), want \(6,\)"),
+        ("z", (2, 5), r"z: got shape \(2, 5\), want \(2, 5, 6\)"),
+        ("delta_bias", (1,), r"delta_bias: got shape \(1,\), want \(6,\)"),
+        ("initial_state", (2, 3, 6), r"initial_state: got shape \(2, 3, 6\), want \(2, 6, 3\)"),
+    ],
+)
+def test_a_wrong_shape_is_named(name, shape, message):
+    inputs = {key: jnp.asarray(x, "float32") for key, x in GOOD.inputs().items()} | {name: jnp.zeros(shape)}
+    with pytest.raises(ValueError, match=message):
+        _as_users_call_it(**inputs)
+
+
+def test_integers_are_refused_by_name():
+    inputs = {key: jnp.asarray(x, "float32") for key, x in GOOD.inputs().items()} | {"u": jnp.ones((2, 5, 6), int)}
+    with pytest.raises(ValueError, match="u: got dtype int32, want a real floating-point type"):
+        _as_users_call_it(**inputs)
+
+
+def test_an_unknown_implementation_is_refused_with_the_valid_names():
+    inputs = {key: jnp.asarray(x, "float32") for key, x in GOOD.inputs().items()}
+    with pytest.raises(ValueError, match=r"'cuda'.*'xla', 'associative', 'reference'"):
+        selective_scan(**inputs, implementation="cuda")
+
+
+def _as_users_call_it(**arguments):
+    """Without the annotation checks of test time, which would speak first."""
+    return inspect.unwrap(selective_scan)(**arguments)
+
+
+def test_the_default_is_the_platforms_first_preference():
+    case = CASES["bare"]
+    inputs = {key: jnp.asarray(x, "float32") for key, x in case.inputs().items()}
+    default = jax.jit(functools.partial(selective_scan, implementation=None)).lower(**inputs).as_text()
+    assert default == jax.jit(functools.partial(selective_scan, implementation="xla")).lower(**inputs).as_text()
+
+
+@pytest.mark.parametrize("platform", api.PREFERENCE)
+def test_preferences_name_implementations(platform):
+    assert set(api.PREFERENCE[platform]) <= set(IMPLEMENTATIONS)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_implementations_share_a_signature(implementation):
+    parameters, wanted = (
+        [(p.name, p.kind, p.default) for p in inspect.signature(api.IMPLEMENTATIONS[name]).parameters.values()]
+        for name in (implementation, "reference")
+    )
+    assert parameters == wanted

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import errno
 import logging
 import sys
 from pathlib import Path
@@ -13,6 +14,9 @@ from sisma_jax import commands, config
 from sisma_jax.commands import SampleOptions
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
+
+# Failures of the disk or of its permissions, which the user can mend; any other OSError is a defect of the program.
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +74,11 @@ def main(arguments: list[str]) -> None:
                 commands.evaluate(settings, workdir)
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        print(f"Error: {error}. Free disk space or mend the folder; the same command goes on.", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("Interrupted; the same command resumes from the last checkpoint.", file=sys.stderr)

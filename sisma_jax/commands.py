@@ -14,11 +14,12 @@ from sisma_jax.data import images, loading
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids, mask_agreement, segmenter
 from sisma_jax.evaluation.held_out_loss import held_out_loss
+from sisma_jax.files import write_atomically
 from sisma_jax.pipeline import Pipeline, load
 from sisma_jax.training import loop
 from sisma_jax.training.metrics import METRICS_NAME, read_metrics
 from sisma_jax.training.step import make_held_out_loss
-from sisma_jax.training.workdir import open_workdir, read_config, write_atomically
+from sisma_jax.training.workdir import open_workdir, read_config
 
 logger = logging.getLogger(__name__)
 

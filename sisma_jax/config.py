@@ -171,6 +171,7 @@ class TrainConfig(_Section):
     def _check_ranges(self) -> None:
         for name in ("num_steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
             self._require(getattr(self, name) > 0, name, "positive")
+        self._require(0 <= self.seed < 2**32, "seed", "in 0..2**32 - 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +191,7 @@ class SampleConfig(_Section):
         self._require(self.steps > 0, "steps", "positive")
         self._require(self.guidance >= 0, "guidance", "non-negative")
         self._require(self.batch_size > 0, "batch_size", "positive")
+        self._require(0 <= self.seed < 2**32, "seed", "in 0..2**32 - 1")
 
 
 @dataclasses.dataclass(frozen=True)

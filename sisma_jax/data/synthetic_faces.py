@@ -6,6 +6,7 @@ builder(config.data).download_and_prepare() -> array_record shards of {"image", 
 import dataclasses
 import functools
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -97,4 +98,4 @@ def builder(config: DataConfig) -> tfds.core.DatasetBuilder:
     drawn = SyntheticFacesConfig(
         image_size=config.image_size, num_train=config.num_train, num_test=config.num_test, seed=SEED
     )
-    return SyntheticFaces(config=drawn, data_dir=config.cache_dir, file_format="array_record")
+    return SyntheticFaces(config=drawn, data_dir=os.path.expanduser(config.cache_dir), file_format="array_record")

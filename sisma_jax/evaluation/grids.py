@@ -10,7 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from sisma_jax.data import images, labels
-from sisma_jax.evaluation import atomic
+from sisma_jax.files import write_atomically
 
 SEPARATOR = 2
 """Width in pixels of the white lines around and between the cells of a grid."""
@@ -76,7 +76,7 @@ def _draw_title(header: np.ndarray, title: str, left: int, width: int) -> None:
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes a uint8 RGB image (H, W, 3) as PNG; a reader sees the whole file or none."""
-    atomic.write_bytes(path, images.encode_png(image))
+    write_atomically(path, images.encode_png(image))
 
 
 def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.PathLike) -> None:
@@ -106,7 +106,7 @@ def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.Path
         axes.legend()
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
-    atomic.write_bytes(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
 
 
 def _series(metrics: Sequence[Mapping[str, int | float]], name: str) -> tuple[np.ndarray, np.ndarray]:

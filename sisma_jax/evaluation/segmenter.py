@@ -12,18 +12,18 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key, UInt8
 from tqdm import tqdm
 
 from sisma_jax.data import labels
 from sisma_jax.errors import InputError
-from sisma_jax.evaluation import atomic
+from sisma_jax.files import write_atomically
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 
 Params = dict[str, Any]
@@ -43,7 +43,6 @@ _LOGIT_ADJUSTMENT = 0.25
 
 # What NumPy, zipfile and the checks of `load` raise for a truncated, overwritten or foreign file.
 _UNREADABLE = (
-    AssertionError,
     AttributeError,
     EOFError,
     IndexError,
@@ -255,11 +254,9 @@ def predict(params: Params, images: np.ndarray, *, batch_size: int = 64) -> np.n
 
 def save(params: Params, path: str | os.PathLike) -> None:
     """Writes the parameters as one .npz file; a reader sees the whole file or none."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    flat = {jax.tree_util.keystr(keys, simple=True, separator="/"): np.asarray(leaf) for keys, leaf in leaves}
     buffer = io.BytesIO()
-    np.savez(buffer, **flat)
-    atomic.write_bytes(path, buffer.getvalue())
+    np.savez(buffer, **flatten_dict(params, sep="/"))
+    write_atomically(path, buffer.getvalue())
 
 
 def load(path: str | os.PathLike) -> Params:
@@ -274,18 +271,14 @@ def load(path: str | os.PathLike) -> Params:
             damaged = file.zip.testzip()  # NumPy itself does not look at the checksums.
             if damaged is not None:
                 raise ValueError(f"wrong checksum of {damaged}")
-            flat = {name: file[name] for name in file.files}
-        expected = _abstract_params(flat["stem/kernel"].shape[-1])
-        params = jax.tree_util.tree_map_with_path(
-            lambda keys, _: flat.pop(jax.tree_util.keystr(keys, simple=True, separator="/")), expected
-        )
-        chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
-        if flat:
-            raise KeyError(f"unknown arrays {sorted(flat)}")
+            arrays = {name: file[name] for name in file.files}
+        expected = flatten_dict(_abstract_params(arrays["stem/kernel"].shape[-1]), sep="/")
+        if jax.eval_shape(lambda: arrays) != expected:
+            raise ValueError("other arrays than this network's")
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file.") from error
     except _UNREADABLE as error:
         raise InputError(
             f"{path} is damaged or not a segmenter's parameters ({error}); delete it to train anew."
         ) from error
-    return params
+    return unflatten_dict(arrays, sep="/")

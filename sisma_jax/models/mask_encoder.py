@@ -48,9 +48,7 @@ class MaskEncoder(nnx.Module):
         self.embedding = nnx.Linear(NUM_CLASSES, d_label, use_bias=False, dtype=dtype, rngs=rngs)
         num_stages = downsampling.bit_length() - 1
         widths = [min(d_label * 2**i, d_model) for i in range(num_stages + 1)]
-        self.stages = nnx.List(
-            [Stage(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)]
-        )
+        self.stages = nnx.List([Stage(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)])
         self.proj = nnx.Linear(widths[-1], d_model, dtype=dtype, rngs=rngs)
         self.context = nnx.List([DepthwiseConv(d_model, 3, rngs=rngs) for _ in range(2)])
         self.norm = nnx.LayerNorm(d_model, dtype=jnp.float32, rngs=rngs)

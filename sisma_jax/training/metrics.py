@@ -15,7 +15,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from sisma_jax.errors import InputError
-from sisma_jax.training.workdir import write_atomically
+from sisma_jax.files import write_atomically
 
 logger = logging.getLogger(__name__)
 

@@ -7,12 +7,12 @@ workdir/
   tensorboard/     the same values as TensorBoard events
 """
 
-import os
 from pathlib import Path
 
 from sisma_jax import config as config_lib
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
+from sisma_jax.files import write_atomically
 
 CONFIG_NAME = "config.json"
 
@@ -63,16 +63,3 @@ def read_config(workdir: Path) -> Config:
         return config_lib.from_json(text, source=str(path))
     except InputError as error:
         raise InputError(f"{path} is damaged: {error} Restore it from a copy, or choose another --workdir.") from error
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces the file at once: a reader, or a run killed meanwhile, finds the old text or the new, never a part."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from sisma_jax.data import labels
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import segmenter
 
-WIDTH = 16
+WIDTH = 32
 SIZE = 16
 
 
@@ -35,7 +35,7 @@ def train(num_steps, *, seed=0):
 
 @pytest.fixture(scope="module")
 def params():
-    return train(250)
+    return train(400)
 
 
 def test_the_segmenter_learns_blocks_of_colour(params):

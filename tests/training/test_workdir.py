@@ -8,7 +8,7 @@ import pytest
 
 from sisma_jax.config import Config, ModelConfig, TrainConfig, to_json
 from sisma_jax.errors import InputError
-from sisma_jax.training.workdir import open_workdir, read_config, write_atomically
+from sisma_jax.training.workdir import open_workdir, read_config
 
 CONFIG = Config(model=ModelConfig(depth=2, d_model=32), train=TrainConfig(num_steps=10, batch_size=4))
 
@@ -119,11 +119,3 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         open_workdir(tmp_path, CONFIG)
     assert names(tmp_path) == ["config.json"]
     assert read_config(tmp_path) == CONFIG
-
-
-def test_atomic_write_replaces_the_text(tmp_path):
-    path = tmp_path / "file.txt"
-    for text in ("one\n", "zwei ä\n"):
-        write_atomically(path, text)
-        assert path.read_text(encoding="utf-8") == text
-    assert names(tmp_path) == ["file.txt"]

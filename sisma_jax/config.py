@@ -248,9 +248,7 @@ def load(path: Path) -> Config:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         if unknown is None:
             raise
-        raise InputError(
-            f"{path} sets {unknown[1]!r}, which is no key of the schema. {_nearest(unknown[1])}"
-        ) from error
+        raise InputError(f"{path} sets {unknown[1]!r}, which is not a key. {_nearest(unknown[1])}") from error
     except AttributeError as error:
         if hasattr(module, "get_config"):
             raise
@@ -261,15 +259,15 @@ def load(path: Path) -> Config:
 
 
 def _nearest(name: str) -> str:
-    keys = {
-        field.name: f"{section}.{field.name}"
+    keys = [
+        f"{section}.{field.name}"
         for section, hint in get_type_hints(Config).items()
         for field in dataclasses.fields(hint)
-    }
-    near = difflib.get_close_matches(name, keys, n=3)
-    return (
-        f"Perhaps you meant {' or '.join(keys[key] for key in near)}." if near else f"Keys: {', '.join(keys.values())}."
-    )
+    ]
+    near = difflib.get_close_matches(name, {key.split(".")[1] for key in keys}, n=2)
+    if not near:
+        return f"The keys are {', '.join(keys)}."
+    return f"Perhaps you meant {' or '.join(key for key in keys if key.split('.')[1] in near)}."
 
 
 # What may differ between a run's saved configuration and the one that resumes it: these change how

@@ -180,7 +180,7 @@ def test_the_workdir_of_another_configuration_is_refused(capsys, finished):
         assert "--model.d_state: the run has 4, given 2" in message
 
 
-def test_damaged_checkpoints_are_stepped_over_and_all_damaged_is_refused(capsys, caplog, finished, mask_file, tmp_path):
+def test_damaged_checkpoints_are_stepped_over_and_all_damaged_is_refused(capsys, finished, mask_file, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(finished[1], workdir)
 
@@ -191,7 +191,7 @@ def test_damaged_checkpoints_are_stepped_over_and_all_damaged_is_refused(capsys,
 
     damage("4")
     command(finished, "sample", "--mask", mask_file, "--out", tmp_path / "out", workdir=workdir)
-    assert "checkpoint of step 4" in caplog.text
+    assert "checkpoint of step 4 is damaged" in capsys.readouterr().err
     assert (tmp_path / "out/mask_0.png").exists()
     damage("2")
     message = refused(capsys, finished, "sample", "--mask", mask_file, workdir=workdir)

@@ -56,8 +56,14 @@ def first_state(
 ) -> Float[Array, "B D N"]:
     """The state before the first scanned step: zeros where none is given."""
     if initial_state is None:
-        return jnp.zeros((u.shape[0], *A.shape), dtype)
+        return batch_zeros(u, (u.shape[0], *A.shape), dtype)
     return initial_state.astype(dtype)
+
+
+def batch_zeros(u: Float[Array, "B L D"], shape: tuple[int, ...], dtype: jnp.dtype, batch_axis: int = 0) -> Array:
+    """Zeros whose batch axis is sharded, or varies over the devices of a `jax.shard_map`, as that of u."""
+    zeros = jnp.zeros_like(u[:, :1, :1], dtype).sum(axis=(1, 2))
+    return jax.lax.broadcast_in_dim(zeros, shape, (batch_axis,))
 
 
 def skip_and_gate(

@@ -52,7 +52,7 @@ def make_update(config: Config) -> Callable[[TrainState, Batch], tuple[TrainStat
         # The average's horizon grows with the run, so that a short run's average is not its initial values.
         decay = jnp.minimum(config.optim.ema_decay, step / (step + 9.0))
         ema = jax.tree.map(lambda average, x: average + (1 - decay) * (x - average), state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(step=step, params=params, ema=ema, opt_state=opt_state, key=state.key), metrics
 
     return update

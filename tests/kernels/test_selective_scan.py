@@ -18,6 +18,10 @@ from kernels import selective_scan
 from kernels.selective_scan import api, xla
 
 IMPLEMENTATIONS = tuple(api.IMPLEMENTATIONS)
+# Where sequences are long: the associative scan's many levels compile for seconds.
+ASSOCIATIVE_IS_SLOW = tuple(
+    pytest.param(name, marks=pytest.mark.slow) if name == "associative" else name for name in IMPLEMENTATIONS
+)
 ARGUMENTS = ("u", "delta", "A", "B", "C", "D", "z", "delta_bias", "initial_state")
 
 
@@ -131,9 +135,9 @@ def assert_close(computed, expected, value_tolerance, gradient_tolerance):
 # Float32 rounds to 6e-8. States forget, so that an entry adds up the roundings of some ten steps and d_state products;
 # gradients of A, D and delta_bias add up batch times length terms more.
 FLOAT32 = dict(value_tolerance=2e-6, gradient_tolerance=5e-6)
-# Everything inside is float32, and an entry is rounded on its way out, to 2^-9 of itself. The gradient of u is rounded
+# Everything inside is float32, and an entry is rounded on its way out, to 2^-8 of itself. The gradient of u is rounded
 # three times: it adds those of the recurrence and of the skip.
-BFLOAT16 = dict(value_tolerance=2**-9 + 1e-5, gradient_tolerance=3 * 2**-9 + 1e-5)
+BFLOAT16 = dict(value_tolerance=2**-8 + 1e-5, gradient_tolerance=3 * 2**-8 + 1e-5)
 
 CASES = {
     "bare": Case(2, 33, 24, 5, optional=(), delta_softplus=False),
@@ -171,15 +175,17 @@ def test_xlas_values_and_gradients_in_float32(case):
 
 
 @pytest.mark.parametrize("implementation", ["associative", "reference"])
-@pytest.mark.parametrize("name", ["bare", "all options, reversed", "one step", "one example, one channel, one state"])
+@pytest.mark.parametrize("name", ["all options, reversed", "one step", "one example, one channel, one state"])
 def test_the_other_implementations_values_and_gradients_in_float32(name, implementation):
     assert_close(CASES[name].computed(implementation), expected_results(CASES[name]), **FLOAT32)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("reverse", [False, True])
-def test_values_and_gradients_in_bfloat16(implementation, reverse):
-    case = Case(2, 37 if implementation == "xla" else 7, 24, 5, reverse=reverse, dtype="bfloat16")
+@pytest.mark.parametrize(
+    ("implementation", "length", "reverse"),
+    [("xla", 37, False), ("xla", 37, True), ("associative", 7, True), ("reference", 7, False)],
+)
+def test_values_and_gradients_in_bfloat16(implementation, length, reverse):
+    case = Case(2, length, 24, 5, reverse=reverse, dtype="bfloat16")
     computed = case.computed(implementation)
     assert computed["y"].dtype == jnp.bfloat16
     assert computed["final_state"].dtype == jnp.float32
@@ -200,7 +206,7 @@ def test_float64_stays_float64(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_without_jit(implementation):
-    case = Case(2, 11, 6, 3)
+    case = Case(2, 5, 6, 3)
     assert_close(case.computed(implementation, jit=False), expected_results(case), **FLOAT32)
 
 
@@ -227,10 +233,10 @@ def test_an_empty_sequence_returns_the_initial_state(implementation, reverse):
 @pytest.mark.parametrize(
     ("sizes", "reverse"),
     [
-        (xla.BlockSizes(1, 8, 5), False),
-        (xla.BlockSizes(2, 4, 7), True),
-        (xla.BlockSizes(4, 12, 3), True),
-        (xla.BlockSizes(2, 24, 23), False),
+        (xla.BlockSizes(d_inner=8, steps=5), False),
+        (xla.BlockSizes(d_inner=4, steps=7), True),
+        (xla.BlockSizes(d_inner=24, steps=1), True),
+        (xla.BlockSizes(d_inner=12, steps=23), False),
     ],
 )
 def test_xla_in_any_blocks(sizes, reverse, monkeypatch):
@@ -242,23 +248,28 @@ def test_xla_in_any_blocks(sizes, reverse, monkeypatch):
 @hypothesis.given(*(st.integers(1, limit) for limit in (64, 5000, 4096, 256)))
 def test_block_sizes_cut_evenly_and_pad_little(batch, length, d_inner, d_state):
     sizes = xla.block_sizes(batch, length, d_inner, d_state)
-    assert batch % sizes.batch == 0
     assert d_inner % sizes.d_inner == 0
+    assert sizes.d_inner >= min(d_inner, 64)
     assert 1 <= sizes.steps <= 32
     chunks = math.ceil(length / sizes.steps)
     assert chunks * sizes.steps - length < chunks
-    assert sizes.d_inner >= min(d_inner, 64)
 
 
-def test_the_models_block_sizes_hold_their_states_in_cache():
-    for batch, d_inner, d_state in [(16, 256, 8), (1, 768, 16), (2, 768, 16), (1, 1536, 16), (8, 2304, 16)]:
-        sizes = xla.block_sizes(batch, 1024, d_inner, d_state)
-        assert 12 * 1024 <= 4 * sizes.batch * sizes.d_inner * d_state <= 24 * 1024
+@pytest.mark.parametrize(
+    ("batch", "length", "d_inner", "d_state"),
+    [(16, 256, 256, 8), (1, 1024, 768, 16), (2, 1024, 768, 16), (1, 4096, 1536, 16), (8, 1024, 2304, 16)],
+)
+def test_the_models_block_sizes_stay_in_cache_and_need_no_padding(batch, length, d_inner, d_state):
+    sizes = xla.block_sizes(batch, length, d_inner, d_state)
+    state_bytes = 4 * batch * sizes.d_inner * d_state
+    assert 2**15 <= state_bytes <= 2**17
+    assert sizes.steps * state_bytes <= 2**21
+    assert length % sizes.steps == 0
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_vmap_is_a_loop_over_examples(implementation):
-    case = Case(3, 11, 8, 4)
+    case = Case(3, 5, 8, 4)
     inputs = {name: jnp.asarray(x, "float32") for name, x in case.inputs().items()}
     shared = ("A", "D", "delta_bias")
 
@@ -275,7 +286,7 @@ def test_vmap_is_a_loop_over_examples(implementation):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_checkpointed_gradients_under_vmap(implementation):
-    case = Case(2, 11, 8, 4)
+    case = Case(2, 5, 8, 4)
     inputs = {name: jnp.asarray(x, "float32") for name, x in case.inputs().items()}
 
     def loss(inputs, scale):
@@ -346,14 +357,14 @@ def _jitted_scan(implementation, reverse=False):
     )
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ASSOCIATIVE_IS_SLOW)
 def test_four_thousand_steps_are_accurate(implementation):
     case = Case(1, 4096, 32, 16)
     # The goal set for the kernels: 1e-5 in values, 1e-4 in gradients, which sum over all of the sequence.
     assert_close(case.computed(implementation), expected_results(case), value_tolerance=1e-5, gradient_tolerance=1e-4)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", ASSOCIATIVE_IS_SLOW)
 @pytest.mark.parametrize("decay", [1e4, 1e-7], ids=["forgets at once", "hardly forgets"])
 def test_long_sequences_of_extreme_decays_stay_finite_and_right(implementation, decay):
     length, d_inner, d_state = 16384, 4, 2
@@ -387,18 +398,48 @@ def _reference_in_float64(dy, *arrays):
     return y, *vjp(dy)
 
 
-@pytest.mark.parametrize(("implementation", "fits"), [("xla", True), ("associative", False), ("reference", False)])
+@pytest.mark.parametrize(("implementation", "fits"), [("xla", True), ("reference", False)])
 def test_memory_of_the_gradient(implementation, fits):
-    """xla never has an array with an entry for each example, step, channel and state; the others show one is found."""
+    """xla has no array with an entry for each example, step, channel and state; the reference's, for one, is found."""
     case = Case(2, 512, 64, 16)
     inputs, cotangents = jax.tree.map(lambda x: jnp.asarray(x, "float32"), (case.inputs(), case.cotangents()))
     compiled = jax.jit(functools.partial(case.results, implementation)).lower(inputs, cotangents).compile()
     shapes = re.findall(r"\bf\d+\[([\d,]+)\]", compiled.as_text())
     largest = max(math.prod(map(int, shape.split(","))) for shape in shapes)
     everything = case.batch * case.length * case.d_inner * case.d_state
-    # 32 steps of states is a sixteenth of the sequence's, as is a sequence of channels.
+    # The states of 32 steps are a sixteenth of all; so is an array with an entry for each example, step and channel.
     assert (largest <= everything // 16) == fits
     assert (compiled.memory_analysis().temp_size_in_bytes < 4 * everything) == fits
+
+
+@pytest.mark.parametrize("axis_type", [jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit])
+@pytest.mark.parametrize("mapped", [False, True], ids=["jit", "shard_map"])
+def test_a_sharded_batch_stays_where_it_is(mapped, axis_type):
+    case = Case(8, 20, 16, 4)
+    mesh = jax.make_mesh((4, 2), ("data", "fsdp"), axis_types=(axis_type, axis_type))
+    whole, by_batch = jax.P(), jax.P(("data", "fsdp"))
+    specs = {name: whole if name in ("A", "D", "delta_bias") else by_batch for name in ARGUMENTS}
+    scan = functools.partial(case.scan, "xla")
+    if mapped:
+        scan = jax.shard_map(scan, mesh=mesh, in_specs=(specs,), out_specs=(by_batch, by_batch))
+
+    def results(inputs, cotangents):
+        (y, final_state), vjp = jax.vjp(scan, inputs)
+        gradients = {f"d {name}": gradient for name, gradient in vjp(cotangents)[0].items()}
+        return {"y": y, "final_state": final_state} | gradients
+
+    def put(x, spec):
+        return jax.device_put(jnp.asarray(x, "float32"), jax.NamedSharding(mesh, spec))
+
+    inputs = {name: put(x, specs[name]) for name, x in case.inputs().items()}
+    cotangents = tuple(put(x, by_batch) for x in case.cotangents())
+    compiled = jax.jit(results).lower(inputs, cotangents).compile()
+    # Gradients of parameters are summed over devices; nothing else has to travel.
+    assert not re.search(r"(all-gather|all-to-all|collective-permute)\(", compiled.as_text())
+    computed = compiled(inputs, cotangents)
+    assert all(len(computed[name].sharding.device_set) == 8 for name in ("y", "d u"))
+    assert not computed["y"].is_fully_replicated
+    assert_close(computed, expected_results(case), **FLOAT32)
 
 
 GOOD = Case(2, 5, 6, 3)

@@ -167,7 +167,7 @@ def test_learning_rate_warms_up_and_decays():
 def test_weight_decay_leaves_norms_biases_and_the_scan_alone(cache_dir):
     config = tiny_config(cache_dir)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=10.0))
-    state = init_state(config)
+    state = jax.jit(lambda: init_state(config))()
     zeros = jax.tree.map(jax.numpy.zeros_like, state.params)
     updates, _ = optimizer(config.optim).update(zeros, state.opt_state, state.params)
     scan = updates["blocks"][0]["self_mamba"]["scans"][0]

@@ -108,6 +108,22 @@ class ModelConfig(_Section):
         self._require(self.mlp_ratio > 0, "mlp_ratio", "positive")
 
 
+# Depth and width of DiT's S, B, L and XL (arXiv 2212.09748), the sizes that diffusion backbones are compared at.
+PRESETS = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
+
+
+def preset(name: str, **values: Any) -> ModelConfig:
+    """Returns the model of a preset size, with single values replaced.
+
+    Raises:
+      InputError: there is no such preset.
+    """
+    if name not in PRESETS:
+        raise InputError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
+    depth, d_model = PRESETS[name]
+    return ModelConfig(**({"depth": depth, "d_model": d_model} | values))
+
+
 @dataclasses.dataclass(frozen=True)
 class FlowConfig(_Section):
     """Flow matching (arXiv 2209.03003, 2210.02747) and classifier-free guidance (arXiv 2207.12598)."""

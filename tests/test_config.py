@@ -89,3 +89,9 @@ def test_a_missing_file_or_function_is_named(tmp_path):
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="does not define get_config"):
         config_lib.load(path)
+
+
+def test_presets():
+    assert config_lib.preset("XL", patch_size=4) == ModelConfig(depth=28, d_model=1152, patch_size=4)
+    with pytest.raises(InputError, match="the presets are S, B, L, XL"):
+        config_lib.preset("M")

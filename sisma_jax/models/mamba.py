@@ -7,7 +7,7 @@ come from two streams (Mamba-ST, arXiv 2409.10385): the image reads the mask thr
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -88,12 +88,8 @@ class OrderedScan(nnx.Module):
         return self.order.to_grid(y, height, width)
 
 
-def _scans(orders: Sequence[ScanOrder], d_inner: int, d_state: int, dt_rank: int, dtype: jnp.dtype, rngs: nnx.Rngs):
-    return nnx.List([OrderedScan(d_inner, d_state, dt_rank, order, dtype=dtype, rngs=rngs) for order in orders])
-
-
-class SelfMamba(nnx.Module):
-    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image.
+class _Mixer(nnx.Module):
+    """What Self-Mamba and Cross-Mamba share: all but where the scan's inputs come from.
 
     Args:
       d_model: channels of a token.
@@ -113,58 +109,51 @@ class SelfMamba(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        d_inner = expand * d_model
-        self.in_proj = nnx.Linear(d_model, 2 * d_inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.conv = DepthwiseConv(d_inner, d_conv, rngs=rngs)
-        self.scans = _scans(orders, d_inner, d_state, math.ceil(d_model / 16), dtype, rngs)
-        self.out_norm = nnx.LayerNorm(d_inner, dtype=jnp.float32, rngs=rngs)
-        self.out_proj = nnx.Linear(d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
+        self.d_inner = expand * d_model
+        self.in_proj = nnx.Linear(d_model, 2 * self.d_inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv = DepthwiseConv(self.d_inner, d_conv, rngs=rngs)
+        dt_rank = math.ceil(d_model / 16)
+        self.scans = nnx.List(
+            [OrderedScan(self.d_inner, d_state, dt_rank, order, dtype=dtype, rngs=rngs) for order in orders]
+        )
+        self.out_norm = nnx.LayerNorm(self.d_inner, dtype=jnp.float32, rngs=rngs)
+        self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
+
+    def _scan_and_gate(self, u: Grid, z: Grid, *, drive: Grid, readout: Grid) -> Grid:
+        y = sum(scan(u, drive=drive, readout=readout) for scan in self.scans)
+        return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))
+
+
+class SelfMamba(_Mixer):
+    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image."""
 
     def __call__(self, x: Grid) -> Grid:
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u = self.conv(u)
-        y = sum(scan(u, drive=u, readout=u) for scan in self.scans)
-        return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))
+        return self._scan_and_gate(u, z, drive=u, readout=u)
 
 
-class CrossMamba(nnx.Module):
+class CrossMamba(_Mixer):
     """Lets the image read the mask, in linear time: the only place where the mask enters the denoiser.
 
     The scan's input u always comes from the mask features and the gate from the image. With the wiring
     `state_from_mask`, Δ and B (what the state keeps) come from the mask and C (what is read) from the image;
-    `readout_from_mask` is the other way round.
+    `readout_from_mask` is the other way round. Both streams go through the same convolution.
 
     Args:
       d_model: channels of an image token and of a mask feature.
       wiring: see above.
-      others: as for `SelfMamba`.
+      mixer: as for `_Mixer`.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        *,
-        wiring: Literal["state_from_mask", "readout_from_mask"],
-        d_state: int,
-        expand: int,
-        d_conv: int,
-        orders: Sequence[ScanOrder],
-        dtype: jnp.dtype,
-        rngs: nnx.Rngs,
-    ):
-        d_inner = expand * d_model
+    def __init__(self, d_model: int, *, wiring: Literal["state_from_mask", "readout_from_mask"], **mixer: Any):
+        super().__init__(d_model, **mixer)
         self.wiring = wiring
-        self.in_proj = nnx.Linear(d_model, 2 * d_inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.mask_proj = nnx.Linear(d_model, d_inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.conv = DepthwiseConv(d_inner, d_conv, rngs=rngs)
-        self.scans = _scans(orders, d_inner, d_state, math.ceil(d_model / 16), dtype, rngs)
-        self.out_norm = nnx.LayerNorm(d_inner, dtype=jnp.float32, rngs=rngs)
-        self.out_proj = nnx.Linear(d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
+        self.mask_proj = nnx.Linear(d_model, self.d_inner, use_bias=False, dtype=mixer["dtype"], rngs=mixer["rngs"])
 
     def __call__(self, x: Grid, mask_features: Grid) -> Grid:
         image, z = jnp.split(self.in_proj(x), 2, axis=-1)
         image = self.conv(image)
         mask = self.conv(self.mask_proj(mask_features))
         drive, readout = (mask, image) if self.wiring == "state_from_mask" else (image, mask)
-        y = sum(scan(mask, drive=drive, readout=readout) for scan in self.scans)
-        return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))
+        return self._scan_and_gate(mask, z, drive=drive, readout=readout)

@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sisma_jax.config import Config, ModelConfig
+from sisma_jax.config import PRESETS, Config, ModelConfig, preset
 from sisma_jax.data.labels import NUM_CLASSES
 from sisma_jax.models.factory import graph_of, init_params
 from sisma_jax.models.mamba import CrossMamba, SelfMamba
@@ -197,6 +197,16 @@ def test_graph_and_parameters_are_the_model():
     assert all(type(x) is dict for x in (params, params["blocks"], params["blocks"][0]))
     xt, t, mask = make_inputs(side=64)
     assert predict(nnx.merge(graph, params), xt, t, mask).shape == xt.shape
+
+
+@pytest.mark.parametrize("name", ["S", "XL"])
+def test_presets_have_the_parameters_of_their_depth_and_width(name):
+    config = Config(model=preset(name))
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]))
+    depth, d_model = PRESETS[name]
+    # Self-Mamba 6, Cross-Mamba 8, feed-forward 8, modulation 9 square matrices; the scan's projections are thin.
+    assert count == pytest.approx(31 * depth * d_model**2, rel=0.05)
 
 
 def test_a_tiny_model_overfits_one_batch():

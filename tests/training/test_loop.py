@@ -59,6 +59,10 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
     assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
 
 
+def complete_checkpoints(workdir):
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+
+
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
     config = tiny_config(cache_dir, num_steps=400)
@@ -76,14 +80,13 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir
     workdir = tmp_path / "killed"
     process = start(workdir)
     deadline = time.monotonic() + 240
-    while not list((workdir / "checkpoints").glob("[1-9]*")):
+    while not complete_checkpoints(workdir):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    reached = max(int(path.name) for path in (workdir / "checkpoints").glob("[1-9]*") if path.name.isdigit())
-    assert reached < 400
+    assert max(complete_checkpoints(workdir)) < 400
 
     process = start(workdir)
     _, errors = process.communicate(timeout=400)

@@ -1,6 +1,6 @@
 """The demo: drawn faces at 64 px, in pixel space, small enough for two CPU cores.
 
-Cost: about six minutes on 2 cores. Run: python run.py --config configs/demo.py
+Cost: about six minutes on 2 CPU cores, half of them training. Run: python run.py --config configs/demo.py
 """
 
 from sisma_jax.config import (

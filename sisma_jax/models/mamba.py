@@ -119,7 +119,7 @@ class _Mixer(nnx.Module):
         self.out_norm = nnx.LayerNorm(self.d_inner, dtype=jnp.float32, rngs=rngs)
         self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def _scan_and_gate(self, u: Grid, z: Grid, *, drive: Grid, readout: Grid) -> Grid:
+    def _scan_and_gate(self, u: Grid, z: Grid, *, drive: Grid, readout: Grid) -> Float[Array, "B H W M"]:
         y = sum(scan(u, drive=drive, readout=readout) for scan in self.scans)
         return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))
 

@@ -65,11 +65,12 @@ def complete_checkpoints(workdir):
 
 @pytest.mark.slow
 def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
-    config = tiny_config(cache_dir, num_steps=400)
+    settings = {"num_steps": 120, "checkpoint_every_steps": 20}
+    config = tiny_config(cache_dir, **settings)
     file = tmp_path / "tiny_experiment.py"
     file.write_text(
         "from pathlib import Path\nfrom tests.tiny import tiny_config\n\n\n"
-        f"def get_config():\n    return tiny_config(Path({str(cache_dir)!r}), num_steps=400)\n"
+        f"def get_config():\n    return tiny_config(Path({str(cache_dir)!r}), **{settings})\n"
     )
 
     def start(workdir):
@@ -83,10 +84,10 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir
     while not complete_checkpoints(workdir):
         assert process.poll() is None, process.stderr.read().decode()
         assert time.monotonic() < deadline
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    assert max(complete_checkpoints(workdir)) < 400
+    assert max(complete_checkpoints(workdir)) < 120
 
     process = start(workdir)
     _, errors = process.communicate(timeout=400)
@@ -95,7 +96,7 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir
     loop.train(config, tmp_path / "unbroken")
     assert_same(final_state(workdir, config), final_state(tmp_path / "unbroken", config))
     steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
-    assert steps == list(range(1, 401))
+    assert steps == list(range(1, 121))
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, cache_dir):

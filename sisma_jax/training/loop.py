@@ -104,7 +104,6 @@ def _run(
                 continue
             values = window.summary(settings.batch_size)
             if is_checkpoint:
-                checkpoints.save(step, state=_without_ema(state), ema=state.ema, iterator=iterator)
                 values["held_out_loss"] = held_out_loss(
                     losses,
                     state.ema,
@@ -112,7 +111,11 @@ def _run(
                     batch_size=settings.batch_size,
                     num_examples=config.evaluate.num_samples,
                 )
+            # Before the checkpoint: a run killed between the two resumes from an earlier step and writes the line again,
+            # where the other order would lose it.
             writer.write(step, values)
+            if is_checkpoint:
+                checkpoints.save(step, state=_without_ema(state), ema=state.ema, iterator=iterator)
             _report(progress, step, settings.num_steps, values)
             window = _Window()
 

@@ -75,7 +75,10 @@ def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir
 
     def start(workdir):
         command = [sys.executable, "run.py", "--config", str(file), "train", "--workdir", str(workdir)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        environment = os.environ | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+        }
         return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
     workdir = tmp_path / "killed"

@@ -111,8 +111,8 @@ def _run(
                     batch_size=settings.batch_size,
                     num_examples=config.evaluate.num_samples,
                 )
-            # Before the checkpoint: a run killed between the two resumes from an earlier step and writes the line again,
-            # where the other order would lose it.
+            # Before the checkpoint: a run killed between the two resumes from an earlier step and writes the line
+            # again, where the other order would lose it.
             writer.write(step, values)
             if is_checkpoint:
                 checkpoints.save(step, state=_without_ema(state), ema=state.ema, iterator=iterator)

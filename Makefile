@@ -1,13 +1,16 @@
-# Every target makes .venv from the pinned requirements.txt when it is missing or older than that file.
+# Every target makes .venv from the pinned requirements.txt when it is missing or older than that file. The tests also
+# compile for TPUs that need not be present. That compiler stays out of the environment, since with it JAX would look for
+# a TPU in every run.
 PYTHON ?= python3
 VENV := .venv
+LIBTPU := libtpu==0.0.42.1
 
-.PHONY: demo test lint clean
+.PHONY: demo test tpu-compiler lint cuda-compile clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python run.py --config configs/demo.py
 
-test: $(VENV)/installed
+test: $(VENV)/installed tpu-compiler
 	$(VENV)/bin/python -m pytest
 
 lint: $(VENV)/installed
@@ -20,5 +23,21 @@ $(VENV)/installed: requirements.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
 	touch $@
 
+tpu-compiler: $(VENV)/tpu-compiler
+
+$(VENV)/tpu-compiler: $(VENV)/installed
+	rm -rf $@
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(LIBTPU)
+	touch $@
+
+# Compiles the CUDA kernels for a GPU that need not be present. The compiler is 5.5 GB.
+cuda-compile: $(VENV)-cuda/installed
+	$(VENV)-cuda/bin/python -m benchmarks.compile_for_h100
+
+$(VENV)-cuda/installed: requirements-cuda.txt requirements.txt
+	$(PYTHON) -m venv --clear $(VENV)-cuda
+	$(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-cuda.txt
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) $(VENV)-cuda runs data

@@ -97,6 +97,8 @@ class ModelConfig(_Section):
     the mask. The scan's input u comes from the mask in both."""
     d_label: int = 32
     """Channels of the label embedding at image resolution in the mask encoder."""
+    scan_implementation: Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "associative", "reference"] = "auto"
+    """Which selective scan; auto is the fastest that this machine's devices have. Results agree to rounding."""
     autoencoder: Literal["identity"] = "identity"
     """identity: the denoiser works on pixels."""
 
@@ -292,6 +294,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.root",
     "data.cache_dir",
     "data.num_threads",
+    "model.scan_implementation",
     "train.num_steps",
     "train.log_every_steps",
     "train.checkpoint_every_steps",

@@ -1,24 +1,38 @@
 """The public selective scan: checks the arguments, picks an implementation and calls it."""
 
+import functools
+import logging
 from types import MappingProxyType
 
 import jax
 
 from kernels.selective_scan.associative import selective_scan_associative
+from kernels.selective_scan.pallas_gpu import check_supported_by_pallas_gpu, selective_scan_pallas_gpu
+from kernels.selective_scan.pallas_tpu import check_supported_by_pallas_tpu, selective_scan_pallas_tpu
+from kernels.selective_scan.partition import split_batch
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.selective_scan.xla import selective_scan_xla
 from kernels.typing import Array, Float
 
+logger = logging.getLogger(__name__)
+
 IMPLEMENTATIONS = MappingProxyType(
     {
+        "pallas_tpu": selective_scan_pallas_tpu,
+        "pallas_gpu": selective_scan_pallas_gpu,
         "xla": selective_scan_xla,
         "associative": selective_scan_associative,
         "reference": selective_scan_reference,
     }
 )
 
+# Raise NotImplementedError for arguments that their implementation does not take; the others take all.
+SUPPORT_CHECKS = MappingProxyType(
+    {"pallas_tpu": check_supported_by_pallas_tpu, "pallas_gpu": check_supported_by_pallas_gpu}
+)
+
 # What `implementation=None` means on each `jax.default_backend()`, the first choice first.
-PREFERENCE = MappingProxyType({"cpu": ("xla",), "tpu": ("xla",), "gpu": ("xla",)})
+PREFERENCE = MappingProxyType({"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")})
 
 
 def selective_scan(
@@ -60,8 +74,13 @@ def selective_scan(
       reverse: scan from the last token to the first.
       initial_state: the state before the first scanned token, (batch, d_inner, d_state); zeros if None.
       return_final_state: whether to return the state after the last scanned token too.
-      implementation: "xla" (chunked; little memory), "associative" (parallel over the sequence; much memory),
-        "reference" (one step at a time); None takes the platform's preference.
+      implementation: "pallas_tpu" and "pallas_gpu" (kernels for these platforms), "xla" (chunked; little memory, any
+        platform), "associative" (parallel over the sequence; much memory), "reference" (one step at a time). None
+        takes the first that the default backend prefers and that supports the arguments; name one to compile ahead
+        of time for another platform.
+
+    Kernels are opaque to XLA, which cannot split them over devices. Under `jax.jit` with a sharded batch they want the
+    mesh in context, `jax.set_mesh(mesh)`: then each device scans its part of the batch.
 
     Returns:
       y, of u's shape and type; with return_final_state the pair (y, final_state), the state being
@@ -69,29 +88,48 @@ def selective_scan(
 
     Raises:
       ValueError: a shape does not fit, or there is no implementation of that name.
+      NotImplementedError: the named implementation does not take such arguments, float64 for example.
     """
     _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    arguments = {
+        "u": u,
+        "delta": delta,
+        "A": A,
+        "B": B,
+        "C": C,
+        "D": D,
+        "z": z,
+        "delta_bias": delta_bias,
+        "initial_state": initial_state,
+    }
     if implementation is None:
-        implementation = PREFERENCE.get(jax.default_backend(), ("xla",))[0]
+        implementation = _preferred(arguments)
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(
             f"implementation: got {implementation!r}, want one of {', '.join(map(repr, IMPLEMENTATIONS))} "
             "or None for the platform's preference"
         )
-    y, final_state = IMPLEMENTATIONS[implementation](
-        u,
-        delta,
-        A,
-        B,
-        C,
-        D,
-        z,
-        delta_bias,
-        delta_softplus=delta_softplus,
-        reverse=reverse,
-        initial_state=initial_state,
-    )
+    scan = functools.partial(IMPLEMENTATIONS[implementation], delta_softplus=delta_softplus, reverse=reverse)
+    is_kernel = implementation in SUPPORT_CHECKS
+    y, final_state = split_batch(scan, arguments) if is_kernel else scan(**arguments)
     return (y, final_state) if return_final_state else y
+
+
+def _preferred(arguments):
+    *kernels, portable = PREFERENCE.get(jax.default_backend(), ("xla",))
+    for name in kernels:
+        try:
+            SUPPORT_CHECKS[name](**arguments)
+        except NotImplementedError as error:
+            _log_once(f"selective_scan takes {portable!r} instead of {name!r}: {error}")
+        else:
+            return name
+    return portable
+
+
+@functools.cache
+def _log_once(message):
+    logger.warning(message)
 
 
 def _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):

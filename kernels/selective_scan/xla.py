@@ -21,6 +21,7 @@ from kernels.selective_scan.reference import (
     discretization_step,
     first_state,
     skip_and_gate,
+    vary_as,
 )
 from kernels.typing import Array, Float
 
@@ -45,10 +46,7 @@ def selective_scan_xla(
     state = first_state(initial_state, u, A, dtype)
     if 0 in u.shape or 0 in A.shape:
         return skip_and_gate(jnp.zeros(u.shape, dtype), u, D, z), state
-    # In a `jax.shard_map` each device has a part of A's gradient. JAX sums the parts where an A that is the same on all
-    # devices meets something that is not: here, because it does not do so for a custom VJP.
-    A = A + batch_zeros(u, (u.shape[0],), A.dtype).sum()
-    y, final_state = _scan(reverse, u, step_size, A, B, C, state)
+    y, final_state = _scan(reverse, u, step_size, vary_as(u, A), B, C, state)
     return skip_and_gate(y, u, D, z), final_state
 
 

@@ -51,10 +51,12 @@ class OrderedScan(nnx.Module):
         dt_rank: int,
         order: ScanOrder,
         *,
+        implementation: str | None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
         self.order = order
+        self.implementation = implementation
         self.d_state = d_state
         self.dt_rank = dt_rank
         self.drive_proj = nnx.Linear(d_inner, dt_rank + d_state, use_bias=False, dtype=dtype, rngs=rngs)
@@ -84,6 +86,7 @@ class OrderedScan(nnx.Module):
             delta_bias=self.dt_bias[...],
             delta_softplus=True,
             reverse=self.order.reverse,
+            implementation=self.implementation,
         )
         return self.order.to_grid(y, height, width)
 
@@ -95,6 +98,7 @@ class _Mixer(nnx.Module):
       d_model: channels of a token.
       d_state, expand, d_conv: as in Mamba; d_inner = expand * d_model, dt_rank = ceil(d_model / 16).
       orders: the paths that are scanned and summed.
+      scan_implementation: of `kernels.selective_scan`; None takes the platform's preference.
       dtype: type of the matrix products; parameters, the norm and the scan's carry stay float32.
     """
 
@@ -106,6 +110,7 @@ class _Mixer(nnx.Module):
         expand: int,
         d_conv: int,
         orders: Sequence[ScanOrder],
+        scan_implementation: str | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -113,9 +118,8 @@ class _Mixer(nnx.Module):
         self.in_proj = nnx.Linear(d_model, 2 * self.d_inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.conv = DepthwiseConv(self.d_inner, d_conv, rngs=rngs)
         dt_rank = math.ceil(d_model / 16)
-        self.scans = nnx.List(
-            [OrderedScan(self.d_inner, d_state, dt_rank, order, dtype=dtype, rngs=rngs) for order in orders]
-        )
+        options = {"implementation": scan_implementation, "dtype": dtype, "rngs": rngs}
+        self.scans = nnx.List([OrderedScan(self.d_inner, d_state, dt_rank, order, **options) for order in orders])
         self.out_norm = nnx.LayerNorm(self.d_inner, dtype=jnp.float32, rngs=rngs)
         self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
 

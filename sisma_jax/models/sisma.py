@@ -74,6 +74,7 @@ class SismaBlock(nnx.Module):
             "expand": config.expand,
             "d_conv": config.d_conv,
             "orders": orders,
+            "scan_implementation": None if config.scan_implementation == "auto" else config.scan_implementation,
             "dtype": dtype,
             "rngs": rngs,
         }

@@ -51,7 +51,8 @@ def train(config: Config, workdir: Path) -> None:
         state = _restore(checkpoints, jax.eval_shape(initialize), replicated, iterator)
         first_step = None if state is None else int(state.step)
         state = initialize() if state is None else state
-        with MetricWriter(workdir, resume_step=first_step) as writer:
+        # The mesh in context: kernels, which XLA cannot split, split their batch over it.
+        with MetricWriter(workdir, resume_step=first_step) as writer, jax.set_mesh(mesh):
             _run(config, mesh, state, iterator, checkpoints, writer)
 
 

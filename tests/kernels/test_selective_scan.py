@@ -17,7 +17,8 @@ from kernels import selective_scan
 from kernels.selective_scan import api, xla
 from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, CASES, FLOAT32, Case, assert_close, expected_results
 
-IMPLEMENTATIONS = tuple(api.IMPLEMENTATIONS)
+# Those that any platform runs; the kernels have test files of their own.
+IMPLEMENTATIONS = tuple(name for name in api.IMPLEMENTATIONS if name not in api.SUPPORT_CHECKS)
 # Where sequences are long: the associative scan's many levels compile for seconds.
 ASSOCIATIVE_IS_SLOW = tuple(
     pytest.param(name, marks=pytest.mark.slow) if name == "associative" else name for name in IMPLEMENTATIONS
@@ -361,7 +362,7 @@ def test_integers_are_refused_by_name():
 
 def test_an_unknown_implementation_is_refused_with_the_valid_names():
     inputs = {key: jnp.asarray(x, "float32") for key, x in GOOD.inputs().items()}
-    with pytest.raises(ValueError, match=r"'cuda'.*'xla', 'associative', 'reference'"):
+    with pytest.raises(ValueError, match=r"'cuda'.*'pallas_tpu', 'pallas_gpu', 'xla', 'associative', 'reference'"):
         selective_scan(**inputs, implementation="cuda")
 
 
@@ -379,13 +380,36 @@ def test_the_default_is_the_platforms_first_preference():
 
 @pytest.mark.parametrize("platform", api.PREFERENCE)
 def test_preferences_name_implementations(platform):
-    assert set(api.PREFERENCE[platform]) <= set(IMPLEMENTATIONS)
+    *kernels, portable = api.PREFERENCE[platform]
+    assert set(kernels) <= set(api.SUPPORT_CHECKS)
+    assert portable in IMPLEMENTATIONS
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_what_a_kernel_does_not_support_another_implementation_takes(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    api._log_once.cache_clear()
+    with jax.enable_x64(True):
+        inputs = {key: jnp.asarray(x, "float64") for key, x in CASES["bare"].inputs().items()}
+        for _ in range(2):
+            y = selective_scan(**inputs)
+        assert y.dtype == jnp.float64
+    messages = [record.message for record in caplog.records if "selective_scan" in record.message]
+    assert messages == [
+        "selective_scan takes 'xla' instead of 'pallas_tpu': u: got dtype float64, pallas_tpu wants float32 or bfloat16"
+    ]
+
+
+def test_a_kernel_is_preferred_where_it_supports_the_arguments(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    inputs = {key: jnp.asarray(x, "float32") for key, x in CASES["bare"].inputs().items()}
+    assert "pallas_call" in str(jax.make_jaxpr(lambda inputs: selective_scan(**inputs))(inputs))
+
+
+@pytest.mark.parametrize("implementation", api.IMPLEMENTATIONS)
 def test_implementations_share_a_signature(implementation):
     parameters, wanted = (
         [(p.name, p.kind, p.default) for p in inspect.signature(api.IMPLEMENTATIONS[name]).parameters.values()]
         for name in (implementation, "reference")
     )
-    assert parameters == wanted
+    # Kernels can be interpreted too.
+    assert [p for p in parameters if p[0] != "interpret"] == wanted

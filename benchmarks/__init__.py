@@ -1,0 +1,1 @@
+"""Speed and memory, measured at shapes people run. Each file beside `measure.py` is one benchmark's command."""

@@ -1,0 +1,121 @@
+"""Compiles the selective scan's CUDA kernels for an H100 that need not be present, and prints each kernel's registers.
+
+    make cuda-compile
+
+XLA's own GPU compiler runs, with the description of the device in place of the device; ptxas then reports, for every
+kernel of the dumped PTX, registers a thread (at most 255) and bytes spilled. Spills call for smaller blocks in
+`kernels.selective_scan.pallas_gpu.block_sizes`, and are this script's failure.
+"""
+
+import argparse
+import functools
+import itertools
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+
+# The presets' d_inner, and the tokens of their latents.
+D_INNER = {"S": 768, "B": 1536, "L": 2048, "XL": 2304}
+LENGTH, D_STATE = 1024, 16
+
+# What the compiler asks of a device: an H100 PCIe.
+TARGET_CONFIG = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  clock_rate_ghz: 1.755
+  core_count: 114
+  device_memory_size: 84942979072
+  fpus_per_core: 128
+  l2_cache_size: 52428800
+  memory_bandwidth: 2039040000000
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  threads_per_warp: 32
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  dnn_version: "9.8.0"
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 patch: 0 }
+device_description_str: "NVIDIA H100 PCIe"
+"""
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target-config", type=pathlib.Path, help="a GpuTargetConfigProto in text form; the H100's")
+    parser.add_argument("--presets", nargs="+", choices=D_INNER, default=list(D_INNER))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    args = parser.parse_args()
+    target_config = args.target_config.read_text() if args.target_config else TARGET_CONFIG
+    with tempfile.TemporaryDirectory() as dump:
+        # Before JAX is imported, which reads both once.
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
+        print(f"{'preset':6} {'batch':>5} {'dtype':8} {'kernel':33} registers  spills  temporaries of the gradient")
+        spills = 0
+        for preset, batch, dtype in itertools.product(args.presets, args.batch, args.dtype):
+            megabytes = compile_gradient(target_config, batch, LENGTH, D_INNER[preset], D_STATE, dtype)
+            for name, (registers, spilled) in sorted(register_usage(pathlib.Path(dump)).items()):
+                row = f"{preset:6} {batch:5} {dtype:8} {name:33} {registers:9} {spilled:7} {megabytes:9.0f} MB"
+                print(row, flush=True)
+                spills += spilled
+    sys.exit(f"{spills} bytes are spilled" if spills else 0)
+
+
+def compile_gradient(target_config, batch, length, d_inner, d_state, dtype):
+    """Compiles the scan and its gradient by all inputs; returns the megabytes of its temporary arrays."""
+    import jax
+    from jax.experimental import topologies
+
+    from kernels.selective_scan.pallas_gpu import selective_scan_pallas_gpu
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target_config, topology="1x1x1")
+    sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
+    struct = functools.partial(jax.ShapeDtypeStruct, sharding=sharding)
+    sequence, projection = (struct((batch, length, size), dtype) for size in (d_inner, d_state))
+    channels = struct((d_inner,), "float32")
+    arguments = dict(u=sequence, delta=sequence, A=struct((d_inner, d_state), "float32"), B=projection, C=projection)
+    arguments |= dict(D=channels, z=sequence, delta_bias=channels)
+    arguments |= dict(initial_state=struct((batch, d_inner, d_state), "float32"))
+
+    def gradient(arguments, cotangents):
+        outputs, vjp = jax.vjp(lambda x: selective_scan_pallas_gpu(**x, delta_softplus=True), arguments)
+        return outputs, vjp(cotangents)
+
+    cotangents = (sequence, arguments["initial_state"])
+    compiled = jax.jit(gradient).lower(arguments, cotangents).compile()
+    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+
+
+def register_usage(dump):
+    """{name: (registers, bytes spilled)} of this project's kernels in the dumped PTX, whose files are removed."""
+    ptxas = next(path for root in sys.path for path in pathlib.Path(root).glob("nvidia/cuda_nvcc/bin/ptxas"))
+    # XLA numbers the kernels that it calls more than once.
+    pattern = r"entry function '(selective_scan\w*?)(?:__\d+)?' for.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    found = {}
+    for file in sorted(dump.iterdir()):
+        if file.suffix == ".ptx" and file.stat().st_size:  # it dumps an empty one too
+            command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, file]
+            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            for name, spilled, registers in re.findall(pattern, report, re.DOTALL):
+                found[name] = (int(registers), int(spilled))
+        file.unlink()
+    return found
+
+
+if __name__ == "__main__":
+    main()

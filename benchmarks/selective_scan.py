@@ -1,0 +1,245 @@
+"""Times `selective_scan` on this machine: forward, and forward with every gradient, against the floor and its peers.
+
+    python benchmarks/selective_scan.py                               the two standard problems
+    python benchmarks/selective_scan.py --sweep --json scan.json      lengths 256 to 65536 too, all samples to a file
+    python benchmarks/selective_scan.py --peers                       PyTorch's packages, and attention, beside it
+
+The floor is the least time that any implementation could take here: the larger of
+
+- the bytes that it must move, each argument read and each result written once, at the speed of a large copy, and
+- the exponentials that it must take, batch x length x d_inner x d_state forward and as many again backward (keeping
+  them would move more bytes than it saves), at the speed of a sweep in cache.
+
+Both speeds are measured in the same rounds as the implementations. JSON: {"benchmark", "machine", "settings",
+"problems", "sweep"}, the last two lists of {"problem": {"batch", "length", "d_inner", "d_state"}, "direction", "floor",
+"results": [{"name", "median_secs", "quartiles_secs", "samples_secs", "temporary_bytes", "skipped", "ratio_to_floor",
+"ratio_to_associative", "secs_per_token"}]}. A ratio is time over time; what was not run says why in "skipped".
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import tyro
+
+from benchmarks import measure
+from benchmarks.measure import Candidate
+from benchmarks.peers import absent, attention_candidates, peer_candidates
+from kernels import selective_scan
+from kernels.selective_scan import api
+
+DIRECTIONS = ("forward", "forward and backward")
+# Float32 in another order of summation; gradients of A sum over all tokens.
+TOLERANCE = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A bare scan: u, delta, A, B and C in float32."""
+
+    batch: int
+    length: int
+    d_inner: int
+    d_state: int
+
+    @classmethod
+    def parse(cls, text: str) -> "Problem":
+        """From "2x1024x768x16": batch, length, d_inner, d_state."""
+        sizes = text.split("x")
+        if len(sizes) != 4 or not all(size.isdigit() and int(size) > 0 for size in sizes):
+            raise ValueError(f"problems: got {text!r}, want BATCHxLENGTHxD_INNERxD_STATE such as 2x1024x768x16")
+        return cls(*map(int, sizes))
+
+    def __str__(self) -> str:
+        return f"B={self.batch} L={self.length} D={self.d_inner} N={self.d_state}"
+
+    @property
+    def exponentials(self) -> int:
+        return self.batch * self.length * self.d_inner * self.d_state
+
+    def moved_bytes(self, backward: bool) -> int:
+        sequence = self.batch * self.length * self.d_inner
+        inputs = 2 * sequence + self.d_inner * self.d_state + 2 * self.batch * self.length * self.d_state
+        # Arguments and y; backward, the cotangent of y and a gradient of every argument too.
+        return 4 * (2 if backward else 1) * (inputs + sequence)
+
+    def inputs(self) -> dict[str, jax.Array]:
+        """Values of the sizes that a trained model has: steps below one, states that decay."""
+        keys = jax.random.split(jax.random.key(0), 4)
+        by_channel = (self.batch, self.length, self.d_inner)
+        by_state = (self.batch, self.length, self.d_state)
+        return {
+            "u": jax.random.normal(keys[0], by_channel),
+            "delta": jax.nn.softplus(jax.random.normal(keys[1], by_channel) - 3),
+            "A": -jnp.tile(jnp.arange(1.0, self.d_state + 1)[None], (self.d_inner, 1)),
+            "B": jax.random.normal(keys[2], by_state),
+            "C": jax.random.normal(keys[3], by_state),
+        }
+
+    def cotangent(self) -> jax.Array:
+        return jax.random.normal(jax.random.key(1), (self.batch, self.length, self.d_inner))
+
+
+def implementations() -> list[str]:
+    """The implementations of this backend, XLA's first, which the others are checked against."""
+    kernel = f"pallas_{jax.default_backend()}"
+    names = [name for name in api.IMPLEMENTATIONS if not name.startswith("pallas_") or name == kernel]
+    return sorted(names, key=lambda name: name != "xla")
+
+
+def scan_candidate(name: str, inputs: dict[str, jax.Array], cotangent: jax.Array | None) -> Candidate:
+    """`selective_scan` by one implementation; with a cotangent, its gradients of every argument too."""
+
+    def forward(inputs):
+        return selective_scan(**inputs, implementation=name)
+
+    def forward_and_backward(inputs, cotangent):
+        y, vjp = jax.vjp(forward, inputs)
+        return y, vjp(cotangent)[0]
+
+    try:
+        if cotangent is None:
+            return measure.compiled_candidate(name, forward, inputs, group="scan")
+        return measure.compiled_candidate(name, forward_and_backward, inputs, cotangent, group="scan")
+    except NotImplementedError as error:
+        return Candidate(name, run=lambda: None, group="scan", skip=str(error))
+
+
+class Benchmark:
+    """Measures one problem after another, and leaves out what took too long on a smaller one."""
+
+    def __init__(self, repeats: int, budget_secs: float, with_peers: bool):
+        self.repeats = repeats
+        self.budget_secs = budget_secs
+        self.with_peers = with_peers
+        self._secs_per_exponential = {}
+
+    def measure(self, problem: Problem, direction: str) -> dict:
+        """Returns the JSON record of a problem in one direction."""
+        backward = direction == DIRECTIONS[1]
+        inputs, cotangent = problem.inputs(), problem.cotangent() if backward else None
+        candidates = [scan_candidate(name, inputs, cotangent) for name in implementations()]
+        if self.with_peers:
+            candidates += peer_candidates(inputs, cotangent)
+            candidates += attention_candidates(problem.batch, problem.length, problem.d_inner, backward)
+        candidates = [self._unless_too_slow(candidate, problem, direction) for candidate in candidates]
+        floors = [measure.copy_candidate(), measure.exponentials_candidate(problem.exponentials)]
+        results = measure.measure(floors + candidates, self.repeats, self.budget_secs, TOLERANCE)
+        floor = measure.floor(
+            problem.moved_bytes(backward), (1 + backward) * problem.exponentials, results, swept=problem.exponentials
+        )
+        secs = {result["name"]: result["median_secs"] for result in results}
+        for result in results:
+            median = result["median_secs"]
+            result["ratio_to_floor"] = median and median / floor["secs"]
+            associative = secs.get("associative")
+            result["ratio_to_associative"] = median and associative and median / associative
+            result["secs_per_token"] = median and median / (problem.batch * problem.length)
+            if median:
+                self._secs_per_exponential[result["name"], direction] = median / problem.exponentials
+        return {
+            "problem": dataclasses.asdict(problem),
+            "direction": direction,
+            "floor": floor,
+            "results": results,
+        }
+
+    def _unless_too_slow(self, candidate: Candidate, problem: Problem, direction: str) -> Candidate:
+        secs = problem.exponentials * self._secs_per_exponential.get((candidate.name, direction), 0.0)
+        too_slow = not candidate.skip and secs > self.budget_secs
+        return dataclasses.replace(candidate, skip=f"over {secs:.0f} s a run") if too_slow else candidate
+
+
+def print_record(record: dict):
+    def ratio(x):
+        return "-" if x is None else f"{x:.2f}" if x < 10 else f"{x:.1f}"
+
+    rows = [
+        [
+            result["name"],
+            *measure.milliseconds(result),
+            str(len(result["samples_secs"])),
+            measure.mebibytes(result["temporary_bytes"]),
+            ratio(result["ratio_to_floor"]),
+            ratio(result["ratio_to_associative"]),
+        ]
+        for result in record["results"]
+        if not result["name"].startswith("floor")
+    ]
+    floor = record["floor"]
+    title = (
+        f"{Problem(**record['problem'])}, {record['direction']}. Floor {1e3 * floor['secs']:.1f} ms: "
+        f"{1e3 * floor['bytes_secs']:.1f} ms for {floor['bytes'] / 2**20:.0f} MiB, "
+        f"{1e3 * floor['exponentials_secs']:.1f} ms for {floor['exponentials'] / 1e6:.1f}M exponentials"
+    )
+    measure.print_table(title, ["", "ms", "quartiles", "runs", "temp MiB", "/floor", "/associative"], rows)
+
+
+def print_sweep(records: list[dict]):
+    for direction in DIRECTIONS:
+        sweep = [record for record in records if record["direction"] == direction]
+        if not sweep:
+            continue
+        rows = [
+            [results[0]["name"]]
+            + [f"{1e6 * r['secs_per_token']:.1f}" if r["secs_per_token"] else r["skipped"] for r in results]
+            for results in zip(*(record["results"] for record in sweep), strict=True)
+            if not results[0]["name"].startswith("floor")
+        ]
+        floors = [f"{1e6 * r['floor']['secs'] / r['problem']['length']:.1f}" for r in sweep]
+        lengths = [f"L={record['problem']['length']}" for record in sweep]
+        measure.print_table(
+            f"Microseconds a token, {direction}, B=1 D={sweep[0]['problem']['d_inner']}",
+            ["", *lengths],
+            [*rows, ["floor", *floors]],
+        )
+
+
+def main(
+    problems: tuple[str, ...] = ("2x1024x768x16", "1x4096x1536x16"),
+    sweep: bool = False,
+    lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),
+    peers: bool = False,
+    repeats: int = 9,
+    budget_secs: float = 60.0,
+    json: Path | None = None,
+):
+    """Times the selective scan.
+
+    Args:
+      problems: each BATCHxLENGTHxD_INNERxD_STATE.
+      sweep: measure the time a token takes at several lengths, batch 1, 768 channels of 16 states.
+      lengths: those of the sweep, rising.
+      peers: measure other packages and attention too.
+      repeats: rounds in which every candidate has a turn.
+      budget_secs: a candidate that has run for so long sits out the remaining rounds, and larger problems if it would
+        take longer for one run.
+      json: the file for all samples.
+    """
+    if peers:
+        print("\n".join(absent()))
+    benchmark = Benchmark(repeats, budget_secs, with_peers=peers)
+    records = []
+    for problem in [Problem.parse(text) for text in problems]:
+        for direction in DIRECTIONS:
+            records.append(benchmark.measure(problem, direction))
+            print_record(records[-1])
+    sweep_records = []
+    if sweep:
+        benchmark = Benchmark(repeats, budget_secs, with_peers=peers)
+        for length in lengths:
+            for direction in DIRECTIONS:
+                sweep_records.append(benchmark.measure(Problem(1, length, 768, 16), direction))
+                print_record(sweep_records[-1])
+        print_sweep(sweep_records)
+    if json:
+        settings = {"repeats": repeats, "budget_secs": budget_secs, "peers": peers}
+        measure.write_json(json, "selective_scan", settings=settings, problems=records, sweep=sweep_records)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

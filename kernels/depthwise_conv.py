@@ -60,28 +60,25 @@ def _forward(x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
 
 def _backward(residuals: tuple[Array, Array], grad: Array) -> tuple[Array, Array]:
     x, kernel = residuals
-    batch, height, width, channels = x.shape
+    height, width = x.shape[1:3]
     kernel_height, kernel_width = kernel.shape[:2]
     padded = _pad(x, kernel.shape)
 
-    # One image row at a time: all products of a row stay in cache while they are added, where one reduction
-    # over the whole array for each of the kernel's positions would read it KH x KW times.
-    def add_row(index: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
-        image, row = index // height, index % height
-        grad_row = jax.lax.dynamic_slice(grad, (image, row, 0, 0), (1, 1, width, channels))[0, 0]
-        rows = jax.lax.dynamic_slice(
-            padded, (image, row, 0, 0), (1, kernel_height, width + kernel_width - 1, channels)
-        )[0]
+    # Row by row: all products of a row stay in cache while they are added, where one reduction over the whole array for
+    # each of the kernel's positions would read it KH x KW times. All images at once, since the batch may be sharded.
+    def add_row(row: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
+        grad_row = jax.lax.dynamic_slice_in_dim(grad, row, 1, axis=1)[:, 0]
+        rows = jax.lax.dynamic_slice_in_dim(padded, row, kernel_height, axis=1)
         products = (
-            rows[i, j : j + width].astype(jnp.float32) * grad_row.astype(jnp.float32)
+            rows[:, i, j : j + width].astype(jnp.float32) * grad_row.astype(jnp.float32)
             for i in range(kernel_height)
             for j in range(kernel_width)
         )
         return tuple(total + product for total, product in zip(sums, products, strict=True))
 
-    zeros = tuple(jnp.zeros((width, channels), jnp.float32) for _ in range(kernel_height * kernel_width))
-    sums = jax.lax.fori_loop(0, batch * height, add_row, zeros)
-    grad_kernel = jnp.stack(sums).sum(axis=1).reshape(kernel.shape).astype(kernel.dtype)
+    zeros = jnp.zeros_like(grad[:, 0], jnp.float32)
+    sums = jax.lax.fori_loop(0, height, add_row, (zeros,) * (kernel_height * kernel_width))
+    grad_kernel = jnp.stack([x.sum(axis=(0, 1)) for x in sums]).reshape(kernel.shape).astype(kernel.dtype)
     return _correlate(grad, kernel[::-1, ::-1]), grad_kernel
 
 

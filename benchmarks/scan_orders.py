@@ -3,7 +3,7 @@
     python benchmarks/scan_orders.py [--json FILE]
     python benchmarks/scan_orders.py --tpu v5e          what the TPU's compiler says of both, without a TPU
 
-A path and its reverse cost `ScanOrder.to_sequence` the same, since the scan itself runs backwards.
+Flips leave out the reverse of a path, since the scan itself can run backwards.
 Between there and back the sequence is held in memory, as a scan would want it.
 """
 
@@ -31,7 +31,8 @@ DIRECTIONS = ("forward", "gradient")
 def project(order: ScanOrder, x: jax.Array) -> jax.Array:
     """There and back as the project does it: gathers whose gradients are the inverse gathers."""
     height, width = x.shape[1:3]
-    return order.to_grid(jax.lax.optimization_barrier(order.to_sequence(x)), height, width)
+    path = order.path(height, width)
+    return path.to_grid(jax.lax.optimization_barrier(path.to_sequence(x)), height, width)
 
 
 def flips(order: ScanOrder, x: jax.Array) -> jax.Array:
@@ -81,9 +82,9 @@ def _there_and_back(order: ScanOrder, serpentine: Callable, x: jax.Array) -> jax
 
 def take(order: ScanOrder, x: jax.Array) -> jax.Array:
     """There and back by `jnp.take`, whose gradient is a scatter-add."""
-    path = order.indices(*x.shape[1:3])
-    sequence = jnp.take(x.reshape(x.shape[0], -1, x.shape[3]), path, axis=1)
-    return jnp.take(jax.lax.optimization_barrier(sequence), np.argsort(path), axis=1).reshape(x.shape)
+    path = order.path(*x.shape[1:3])
+    sequence = jnp.take(x.reshape(x.shape[0], -1, x.shape[3]), path.tokens, axis=1)
+    return jnp.take(jax.lax.optimization_barrier(sequence), path.places, axis=1).reshape(x.shape)
 
 
 VARIANTS = {

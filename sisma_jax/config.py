@@ -99,6 +99,8 @@ class ModelConfig(_Section):
     """Channels of the label embedding at image resolution in the mask encoder."""
     scan_implementation: Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "associative", "reference"] = "auto"
     """Which selective scan; auto is the fastest that this machine's devices have. Results agree to rounding."""
+    remat: Literal["none", "dots", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing, all but the matrix products, or all of a block."""
     autoencoder: Literal["identity"] = "identity"
     """identity: the denoiser works on pixels."""
 
@@ -294,6 +296,7 @@ MAY_CHANGE_ON_RESUME = (
     "data.root",
     "data.cache_dir",
     "data.num_threads",
+    "model.remat",
     "model.scan_implementation",
     "train.num_steps",
     "train.log_every_steps",

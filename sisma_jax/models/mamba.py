@@ -6,7 +6,6 @@ come from two streams (Mamba-ST, arXiv 2409.10385): the image reads the mask thr
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -15,12 +14,13 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from kernels import depthwise_conv2d, selective_scan
-from sisma_jax.models.scan_orders import ScanOrder
+from sisma_jax.models.scan_orders import Path
 
 # Mamba's range of initial step sizes: log-uniform in [DT_MIN, DT_MAX].
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
 Grid = Float[Array, "B H W D"]
+Paths = tuple[Path, ...]
 
 
 class DepthwiseConv(nnx.Module):
@@ -49,13 +49,11 @@ class OrderedScan(nnx.Module):
         d_inner: int,
         d_state: int,
         dt_rank: int,
-        order: ScanOrder,
         *,
         implementation: str | None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        self.order = order
         self.implementation = implementation
         self.d_state = d_state
         self.dt_rank = dt_rank
@@ -70,12 +68,12 @@ class OrderedScan(nnx.Module):
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=jnp.float32))[None], (d_inner, 1)))
         self.D = nnx.Param(jnp.ones((d_inner,)))
 
-    def __call__(self, u: Grid, drive: Grid, readout: Grid) -> Grid:
+    def __call__(self, u: Grid, drive: Grid, readout: Grid, path: Path) -> Grid:
         height, width = u.shape[1:3]
         # Projections act on each token alone, so they come before the path and the narrow results are reordered.
         dt, B = jnp.split(self.drive_proj(drive), [self.dt_rank], axis=-1)
         C = self.readout_proj(readout)
-        dt, B, C, u = (self.order.to_sequence(x) for x in (dt, B, C, u))
+        dt, B, C, u = (path.to_sequence(x) for x in (dt, B, C, u))
         y = selective_scan(
             u,
             dt @ self.dt_proj[...].astype(dt.dtype),
@@ -85,10 +83,9 @@ class OrderedScan(nnx.Module):
             self.D[...],
             delta_bias=self.dt_bias[...],
             delta_softplus=True,
-            reverse=self.order.reverse,
             implementation=self.implementation,
         )
-        return self.order.to_grid(y, height, width)
+        return path.to_grid(y, height, width)
 
 
 class _Mixer(nnx.Module):
@@ -97,7 +94,7 @@ class _Mixer(nnx.Module):
     Args:
       d_model: channels of a token.
       d_state, expand, d_conv: as in Mamba; d_inner = expand * d_model, dt_rank = ceil(d_model / 16).
-      orders: the paths that are scanned and summed.
+      num_orders: how many paths are scanned, each with parameters of its own, and summed.
       scan_implementation: of `kernels.selective_scan`; None takes the platform's preference.
       dtype: type of the matrix products; parameters, the norm and the scan's carry stay float32.
     """
@@ -109,7 +106,7 @@ class _Mixer(nnx.Module):
         d_state: int,
         expand: int,
         d_conv: int,
-        orders: Sequence[ScanOrder],
+        num_orders: int,
         scan_implementation: str | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -119,22 +116,22 @@ class _Mixer(nnx.Module):
         self.conv = DepthwiseConv(self.d_inner, d_conv, rngs=rngs)
         dt_rank = math.ceil(d_model / 16)
         options = {"implementation": scan_implementation, "dtype": dtype, "rngs": rngs}
-        self.scans = nnx.List([OrderedScan(self.d_inner, d_state, dt_rank, order, **options) for order in orders])
+        self.scans = nnx.List([OrderedScan(self.d_inner, d_state, dt_rank, **options) for _ in range(num_orders)])
         self.out_norm = nnx.LayerNorm(self.d_inner, dtype=jnp.float32, rngs=rngs)
         self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def _scan_and_gate(self, u: Grid, z: Grid, *, drive: Grid, readout: Grid) -> Float[Array, "B H W M"]:
-        y = sum(scan(u, drive=drive, readout=readout) for scan in self.scans)
+    def _scan_and_gate(self, u: Grid, z: Grid, paths: Paths, *, drive: Grid, readout: Grid) -> Float[Array, "B H W M"]:
+        y = sum(scan(u, drive, readout, path) for scan, path in zip(self.scans, paths, strict=True))
         return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))
 
 
 class SelfMamba(_Mixer):
     """Mixes the image tokens: u, Δ, B, C and the gate all come from the image."""
 
-    def __call__(self, x: Grid) -> Grid:
+    def __call__(self, x: Grid, paths: Paths) -> Grid:
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u = self.conv(u)
-        return self._scan_and_gate(u, z, drive=u, readout=u)
+        return self._scan_and_gate(u, z, paths, drive=u, readout=u)
 
 
 class CrossMamba(_Mixer):
@@ -155,9 +152,9 @@ class CrossMamba(_Mixer):
         self.wiring = wiring
         self.mask_proj = nnx.Linear(d_model, self.d_inner, use_bias=False, dtype=mixer["dtype"], rngs=mixer["rngs"])
 
-    def __call__(self, x: Grid, mask_features: Grid) -> Grid:
+    def __call__(self, x: Grid, mask_features: Grid, paths: Paths) -> Grid:
         image, z = jnp.split(self.in_proj(x), 2, axis=-1)
         image = self.conv(image)
         mask = self.conv(self.mask_proj(mask_features))
         drive, readout = (mask, image) if self.wiring == "state_from_mask" else (image, mask)
-        return self._scan_and_gate(mask, z, drive=drive, readout=readout)
+        return self._scan_and_gate(mask, z, paths, drive=drive, readout=readout)

@@ -9,12 +9,18 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from sisma_jax.config import ModelConfig
-from sisma_jax.models.mamba import CrossMamba, Grid, SelfMamba
+from sisma_jax.models.mamba import CrossMamba, Grid, Paths, SelfMamba
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.patches import depth_to_space, space_to_depth
-from sisma_jax.models.scan_orders import ScanOrder, orders_of_layer
+from sisma_jax.models.scan_orders import paths_of_layers
 
 TIME_FREQUENCIES = 256
+
+# What a block's forward pass keeps for its backward pass; the rest is computed again.
+REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def time_features(t: Float[Array, " B"]) -> Float[Array, "B 256"]:
@@ -68,12 +74,12 @@ class SismaBlock(nnx.Module):
     The gates start at zero, so a new block is the identity.
     """
 
-    def __init__(self, config: ModelConfig, orders: tuple[ScanOrder, ...], *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         mixer = {
             "d_state": config.d_state,
             "expand": config.expand,
             "d_conv": config.d_conv,
-            "orders": orders,
+            "num_orders": config.orders_per_layer,
             "scan_implementation": None if config.scan_implementation == "auto" else config.scan_implementation,
             "dtype": dtype,
             "rngs": rngs,
@@ -85,7 +91,7 @@ class SismaBlock(nnx.Module):
         zeros = nnx.initializers.zeros
         self.modulation = nnx.Linear(config.d_model, 9 * config.d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
-    def __call__(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid) -> Grid:
+    def __call__(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid, paths: Paths) -> Grid:
         shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = jnp.split(
             self.modulation(jax.nn.silu(condition)), 9, axis=-1
         )
@@ -96,8 +102,8 @@ class SismaBlock(nnx.Module):
         def after(y: Grid, gate: Array) -> Grid:
             return y * gate.astype(y.dtype)[:, None, None]
 
-        x = x + after(self.self_mamba(before(x, shift1, scale1)), gate1)
-        x = x + after(self.cross_mamba(before(x, shift2, scale2), mask_features), gate2)
+        x = x + after(self.self_mamba(before(x, shift1, scale1), paths), gate1)
+        x = x + after(self.cross_mamba(before(x, shift2, scale2), mask_features, paths), gate2)
         return x + after(self.feed_forward(before(x, shift3, scale3)), gate3)
 
 
@@ -118,6 +124,9 @@ class Sisma(nnx.Module):
         self, config: ModelConfig, latent_channels: int, latent_downsampling: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         self.patch_size = config.patch_size
+        self.depth = config.depth
+        self.orders_per_layer = config.orders_per_layer
+        self.remat = config.remat
         self.dtype = dtype
         d_model = config.d_model
         d_patch = config.patch_size**2 * latent_channels
@@ -127,11 +136,9 @@ class Sisma(nnx.Module):
         self.embed = nnx.Linear(d_patch, d_model, dtype=dtype, rngs=rngs)
         self.time_up = nnx.Linear(TIME_FREQUENCIES, d_model, rngs=rngs)
         self.time_down = nnx.Linear(d_model, d_model, rngs=rngs)
-        self.blocks = nnx.List(
-            [
-                SismaBlock(config, orders_of_layer(i, config.orders_per_layer), dtype=dtype, rngs=rngs)
-                for i in range(config.depth)
-            ]
+        # One block whose parameters have a leading axis of layers.
+        self.blocks = nnx.vmap(lambda key: SismaBlock(config, dtype=dtype, rngs=nnx.Rngs(key)))(
+            jax.random.split(rngs.params(), config.depth)
         )
         zeros = nnx.initializers.zeros
         self.modulation = nnx.Linear(d_model, 2 * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
@@ -167,7 +174,19 @@ class Sisma(nnx.Module):
             raise ValueError(f"mask_features are {mask_features.shape[:3]}, want the token grid {x.shape[:3]}")
         x = x + jnp.asarray(position_features(x.shape[1], x.shape[2], x.shape[3]), x.dtype)[None]
         condition = self.time_down(jax.nn.silu(self.time_up(time_features(t))))
-        for block in self.blocks:
-            x = block(x, condition, mask_features)
+        x = self._run_blocks(x, condition, mask_features)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(condition)), 2, axis=-1)
         return depth_to_space(self.head(modulate(layer_norm(x), shift, scale)).astype(jnp.float32), self.patch_size)
+
+    def _run_blocks(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid) -> Grid:
+        """One after the other, rolled into a loop: compile time does not grow with depth."""
+        graph, params = nnx.split(self.blocks)
+
+        def run(x: Grid, layer: tuple[nnx.State, Paths]) -> tuple[Grid, None]:
+            params, paths = layer
+            return nnx.merge(graph, params)(x, condition, mask_features, paths), None
+
+        paths = paths_of_layers(self.depth, self.orders_per_layer, x.shape[1], x.shape[2])
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(run, x, (params, paths))[0]

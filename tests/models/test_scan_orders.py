@@ -1,10 +1,11 @@
 import hypothesis
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from sisma_jax.models.scan_orders import ORDERS, orders_of_layer
+from sisma_jax.models.scan_orders import ORDERS, orders_of_layer, paths_of_layers
 
 sides = st.integers(1, 9)
 
@@ -14,30 +15,33 @@ sides = st.integers(1, 9)
 @hypothesis.settings(max_examples=15)
 def test_to_grid_inverts_to_sequence(order, height, width):
     x = jnp.arange(2 * height * width * 3.0).reshape(2, height, width, 3)
-    np.testing.assert_array_equal(order.to_grid(order.to_sequence(x), height, width), x)
+    path = order.path(height, width)
+    np.testing.assert_array_equal(path.to_grid(path.to_sequence(x), height, width), x)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @hypothesis.given(height=sides, width=sides)
 @hypothesis.settings(max_examples=15)
-def test_sequence_is_the_index_path(order, height, width):
+def test_the_sequence_runs_along_the_path_and_its_gradient_back(order, height, width):
     x = jnp.arange(height * width).reshape(1, height, width, 1).astype(jnp.float32)
-    path = np.asarray(order.to_sequence(x))[0, :, 0]
-    np.testing.assert_array_equal(path[::-1] if order.reverse else path, order.indices(height, width))
+    path = order.path(height, width)
+    sequence, vjp = jax.vjp(path.to_sequence, x)
+    np.testing.assert_array_equal(sequence[0, :, 0], path.tokens)
+    np.testing.assert_array_equal(vjp(sequence)[0], x)
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @hypothesis.given(height=sides, width=sides)
 @hypothesis.settings(max_examples=15)
 def test_a_path_visits_every_token_once_and_only_steps_to_neighbours(order, height, width):
-    path = order.indices(height, width)
+    path = order.path(height, width).tokens
     assert sorted(path) == list(range(height * width))
     rows, columns = np.divmod(path, width)
     np.testing.assert_array_equal(np.abs(np.diff(rows)) + np.abs(np.diff(columns)), 1)
 
 
 def test_the_eight_orders_are_different_paths():
-    assert len({tuple(order.indices(4, 6)) for order in ORDERS}) == 8
+    assert len({tuple(order.path(4, 6).tokens) for order in ORDERS}) == 8
 
 
 def test_layers_rotate_through_all_orders():
@@ -53,3 +57,11 @@ def test_several_orders_in_a_layer_read_from_both_ends_and_four_along_both_axes(
     assert {(order.lines, order.reverse) for order in four} == {
         (lines, reverse) for lines in ("rows", "columns") for reverse in (False, True)
     }
+
+
+def test_layers_have_the_paths_of_their_orders():
+    paths = paths_of_layers(10, 2, 4, 6)
+    for layer in range(10):
+        for stacked, order in zip(paths, orders_of_layer(layer, 2), strict=True):
+            np.testing.assert_array_equal(stacked.tokens[layer], order.path(4, 6).tokens)
+            np.testing.assert_array_equal(stacked.places[layer], order.path(4, 6).places)

@@ -61,11 +61,12 @@ def test_patches_invert():
 
 
 def test_a_new_block_is_the_identity():
-    block = SismaBlock(TINY, orders_of_layer(0, 1), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    block = SismaBlock(TINY, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     keys = jax.random.split(jax.random.key(0), 3)
     x, features = (jax.random.normal(key, (2, 4, 4, 16)) for key in keys[:2])
     condition = jax.random.normal(keys[2], (2, 16))
-    np.testing.assert_array_equal(jax.jit(lambda *inputs: block(*inputs))(x, condition, features), x)
+    paths = (orders_of_layer(0, 1)[0].path(4, 4),)
+    np.testing.assert_array_equal(jax.jit(lambda *inputs: block(*inputs))(x, condition, features, paths), x)
 
 
 def test_a_new_model_predicts_zero():
@@ -81,8 +82,8 @@ def test_the_mask_changes_the_output_and_only_through_cross_mamba(wiring, orders
     xt, t, mask = make_inputs()
     other = (mask + 1) % NUM_CLASSES
     assert np.abs(predict(model, xt, t, mask) - predict(model, xt, t, other)).max() > 1e-3
-    for block in model.blocks:
-        block.cross_mamba.out_proj.kernel[...] = jnp.zeros_like(block.cross_mamba.out_proj.kernel[...])
+    kernel = model.blocks.cross_mamba.out_proj.kernel
+    kernel[...] = jnp.zeros_like(kernel[...])
     np.testing.assert_array_equal(predict(model, xt, t, mask), predict(model, xt, t, other))
 
 
@@ -159,12 +160,12 @@ def test_the_mask_encoder_wants_a_power_of_two():
 def test_self_mamba_follows_its_path(reverse):
     """What comes later on the path (beyond the convolution's reach) does not change what came before."""
     order = next(o for o in orders_of_layer(0, 4) if o.lines == "rows" and o.reverse == reverse)
-    mixer = SelfMamba(16, d_state=4, expand=2, d_conv=3, orders=(order,), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    mixer = SelfMamba(16, d_state=4, expand=2, d_conv=3, num_orders=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 6, 5, 16))
-    path = order.indices(6, 5)
-    last_row = path[-1] // 5
+    path = order.path(6, 5)
+    last_row = path.tokens[-1] // 5
     changed = x.at[0, last_row].add(1.0)
-    mix = jax.jit(lambda x: mixer(x))
+    mix = jax.jit(lambda x: mixer(x, (path,)))
     difference = np.abs(mix(changed) - mix(x)).max(axis=-1)[0]
     far = [row for row in range(6) if abs(row - last_row) > 1]
     np.testing.assert_array_equal(difference[far], 0)
@@ -178,13 +179,14 @@ def test_cross_mamba_gradients_reach_both_streams():
         d_state=4,
         expand=2,
         d_conv=3,
-        orders=orders_of_layer(0, 2),
+        num_orders=2,
         dtype=jnp.dtype("float32"),
         rngs=nnx.Rngs(0),
     )
     keys = jax.random.split(jax.random.key(0), 2)
     x, features = (jax.random.normal(key, (1, 4, 4, 16)) for key in keys)
-    grads = jax.jit(jax.grad(lambda x, features: (mixer(x, features) ** 2).sum(), argnums=(0, 1)))(x, features)
+    paths = tuple(order.path(4, 4) for order in orders_of_layer(0, 2))
+    grads = jax.jit(jax.grad(lambda x, features: (mixer(x, features, paths) ** 2).sum(), argnums=(0, 1)))(x, features)
     assert all(np.abs(grad).max() > 1e-4 for grad in grads)
 
 
@@ -194,7 +196,7 @@ def test_graph_and_parameters_are_the_model():
     assert graph == graph_of(config)
     assert hash(graph) == hash(graph_of(config))
     params = init_params(config, jax.random.key(0))
-    assert all(type(x) is dict for x in (params, params["blocks"], params["blocks"][0]))
+    assert all(type(x) is dict for x in (params, params["blocks"], params["blocks"]["self_mamba"]))
     xt, t, mask = make_inputs(side=64)
     assert predict(nnx.merge(graph, params), xt, t, mask).shape == xt.shape
 

@@ -1,6 +1,8 @@
 """The TPU compiler, for tests that compile for chips that are not there."""
 
 import functools
+import math
+import re
 
 import jax
 import pytest
@@ -18,3 +20,8 @@ def tpu_devices(name: str) -> list[jax.Device]:
         if "libtpu" in str(error):
             pytest.skip(f"no TPU compiler, which `make test` installs: {error}")
         raise
+
+
+def entries_of_buffers(compiled: jax.stages.Compiled) -> list[int]:
+    """Returns the number of entries of each floating-point array in a compiled program."""
+    return [math.prod(map(int, x.split(","))) for x in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())]

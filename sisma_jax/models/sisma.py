@@ -182,7 +182,7 @@ class Sisma(nnx.Module):
         """One after the other, rolled into a loop: compile time does not grow with depth."""
         graph, params = nnx.split(self.blocks)
 
-        def run(x: Grid, layer: tuple[nnx.State, Paths]) -> tuple[Grid, None]:
+        def run(x, layer):
             params, paths = layer
             return nnx.merge(graph, params)(x, condition, mask_features, paths), None
 

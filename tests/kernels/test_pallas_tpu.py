@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 import re
 
 import hypothesis
@@ -20,7 +19,7 @@ from kernels.selective_scan import pallas_tpu
 from kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from sisma_jax.config import PRESETS
 from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, FLOAT32, Case, assert_close, expected_results
-from tests.tpu import tpu_devices
+from tests.tpu import entries_of_buffers, tpu_devices
 
 PARAMETERS = ("A", "D", "delta_bias")
 interpreted = functools.partial(selective_scan_pallas_tpu, interpret=True)
@@ -190,11 +189,6 @@ def value_and_gradients(inputs, cotangent, implementation="pallas_tpu"):
 def on_one(devices):
     sharding = jax.sharding.SingleDeviceSharding(devices[0])
     return lambda _: sharding
-
-
-def entries_of_buffers(compiled):
-    """The number of entries of each array in a compiled program."""
-    return [math.prod(map(int, x.split(","))) for x in re.findall(r"\b(?:f32|bf16)\[([\d,]+)\]", compiled.as_text())]
 
 
 @pytest.mark.slow

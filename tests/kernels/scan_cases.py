@@ -123,3 +123,34 @@ CASES = {
     "delta_bias only": Case(1, 9, 6, 3, optional=("delta_bias",), delta_softplus=False),
     "initial_state only": Case(1, 9, 6, 3, optional=("initial_state",), reverse=True),
 }
+
+
+EXTREME_DECAYS = {"forgets at once": 1e4, "hardly forgets": 1e-7}
+
+
+def assert_right_at_extreme_decays(scan: Callable, decay: float, length: int = 16384):
+    """Values and gradients of scan(u, delta, A, B, C), y, over a long sequence, against float64."""
+    d_inner, d_state = 4, 2
+    rng = np.random.default_rng(0)
+    u, delta = rng.normal(size=(2, 1, length, d_inner))
+    B, C = rng.normal(size=(2, 1, length, d_state))
+    A = np.full((d_inner, d_state), -decay)
+    inputs = [np.asarray(x, np.float32) for x in (u, np.exp(delta - 3), A, B, C)]
+    dy = np.asarray(rng.normal(size=u.shape), np.float32)
+
+    def value_and_gradients(scan, dy, inputs):
+        y, vjp = jax.vjp(scan, *inputs)
+        return y, *vjp(dy)
+
+    computed = jax.jit(functools.partial(value_and_gradients, scan))(dy, inputs)
+    with jax.enable_x64(True):
+        reference = functools.partial(selective_scan, implementation="reference")
+        dy, inputs = jax.tree.map(lambda x: jnp.asarray(x, "float64"), (dy, inputs))
+        expected = jax.jit(functools.partial(value_and_gradients, reference))(dy, inputs)
+    for name, *arrays in zip(("y", "u", "delta", "A", "B", "C"), computed, expected, strict=True):
+        got, wanted = (np.asarray(x, np.float64) for x in arrays)
+        assert np.all(np.isfinite(got)), name
+        # A state that hardly forgets is a random walk of 16,384 terms, each rounded: 1e-7 · sqrt(16384) · a few.
+        # The float64 gradient of A is exactly zero where exp underflows, and then the scale is the smallest float.
+        scale = np.max(np.abs(wanted)) + np.finfo(np.float32).tiny
+        assert np.max(np.abs(got - wanted)) <= 1e-4 * scale, name

@@ -14,7 +14,17 @@ from jax.experimental import pallas as pl
 
 from kernels.selective_scan import pallas_gpu
 from kernels.selective_scan.pallas_gpu import BlockSizes, selective_scan_pallas_gpu
-from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, CASES, FLOAT32, Case, assert_close, expected_results
+from tests.kernels.scan_cases import (
+    ARGUMENTS,
+    BFLOAT16,
+    CASES,
+    EXTREME_DECAYS,
+    FLOAT32,
+    Case,
+    assert_close,
+    assert_right_at_extreme_decays,
+    expected_results,
+)
 
 interpreted = functools.partial(selective_scan_pallas_gpu, interpret=True)
 
@@ -51,6 +61,18 @@ def test_values_and_gradients_in_float32(case):
 def test_values_and_gradients_in_the_blocks_of_a_gpu():
     case = CASES["all options, reversed"]
     assert_close(case.computed(interpreted), expected_results(case), **FLOAT32)
+
+
+@pytest.mark.slow
+def test_four_thousand_steps_are_accurate():
+    case = Case(1, 4096, 8, 2)
+    assert_close(case.computed(interpreted), expected_results(case), value_tolerance=1e-5, gradient_tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("decay", EXTREME_DECAYS.values(), ids=EXTREME_DECAYS)
+def test_long_sequences_of_extreme_decays_stay_finite_and_right(decay):
+    assert_right_at_extreme_decays(lambda *inputs: interpreted(*inputs)[0], decay)
 
 
 @pytest.mark.usefixtures("blocks")

@@ -18,7 +18,16 @@ from kernels import selective_scan
 from kernels.selective_scan import pallas_tpu
 from kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from sisma_jax.config import PRESETS
-from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, FLOAT32, Case, assert_close, expected_results
+from tests.kernels.scan_cases import (
+    ARGUMENTS,
+    BFLOAT16,
+    EXTREME_DECAYS,
+    FLOAT32,
+    Case,
+    assert_close,
+    assert_right_at_extreme_decays,
+    expected_results,
+)
 from tests.tpu import entries_of_buffers, tpu_devices
 
 PARAMETERS = ("A", "D", "delta_bias")
@@ -26,8 +35,16 @@ interpreted = functools.partial(selective_scan_pallas_tpu, interpret=True)
 
 
 @pytest.fixture
-def short_chunks(monkeypatch):
-    """Chunks of 16 steps, so that short sequences have several; the interpreter takes seconds a hundred steps."""
+def compile_soon():
+    """Interpreted kernels run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def short_chunks(monkeypatch, compile_soon):
+    """Chunks of 16 steps, so that short sequences have several."""
     block_sizes = pallas_tpu.block_sizes
     monkeypatch.setattr(pallas_tpu, "block_sizes", lambda *shape: dataclasses.replace(block_sizes(*shape), steps=16))
 
@@ -57,6 +74,20 @@ def test_values_and_gradients_in_bfloat16():
     assert computed["y"].dtype == jnp.bfloat16
     assert {name: computed[f"d {name}"].dtype.name for name in ARGUMENTS} == {n: case.dtype_of(n) for n in ARGUMENTS}
     assert_close(computed, expected_results(case), **BFLOAT16)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_soon")
+def test_four_thousand_steps_are_accurate():
+    case = Case(1, 4096, 8, 2)
+    assert_close(case.computed(interpreted), expected_results(case), value_tolerance=1e-5, gradient_tolerance=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compile_soon")
+@pytest.mark.parametrize("decay", EXTREME_DECAYS.values(), ids=EXTREME_DECAYS)
+def test_long_sequences_of_extreme_decays_stay_finite_and_right(decay):
+    assert_right_at_extreme_decays(lambda *inputs: interpreted(*inputs)[0], decay)
 
 
 def test_an_empty_sequence_returns_the_initial_state():

@@ -15,7 +15,17 @@ from jax.test_util import check_grads
 
 from kernels import selective_scan
 from kernels.selective_scan import api, xla
-from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, CASES, FLOAT32, Case, assert_close, expected_results
+from tests.kernels.scan_cases import (
+    ARGUMENTS,
+    BFLOAT16,
+    CASES,
+    EXTREME_DECAYS,
+    FLOAT32,
+    Case,
+    assert_close,
+    assert_right_at_extreme_decays,
+    expected_results,
+)
 
 # Those that any platform runs; the kernels have test files of their own.
 IMPLEMENTATIONS = tuple(name for name in api.IMPLEMENTATIONS if name not in api.SUPPORT_CHECKS)
@@ -254,37 +264,9 @@ def test_four_thousand_steps_are_accurate(implementation):
 
 
 @pytest.mark.parametrize("implementation", ASSOCIATIVE_IS_SLOW)
-@pytest.mark.parametrize("decay", [1e4, 1e-7], ids=["forgets at once", "hardly forgets"])
+@pytest.mark.parametrize("decay", EXTREME_DECAYS.values(), ids=EXTREME_DECAYS)
 def test_long_sequences_of_extreme_decays_stay_finite_and_right(implementation, decay):
-    length, d_inner, d_state = 16384, 4, 2
-    rng = np.random.default_rng(0)
-    u, delta = rng.normal(size=(2, 1, length, d_inner))
-    B, C = rng.normal(size=(2, 1, length, d_state))
-    A = np.full((d_inner, d_state), -decay)
-    arrays = [np.asarray(x, np.float32) for x in (u, np.exp(delta - 3), A, B, C)]
-
-    @jax.jit
-    def value_and_gradients(dy, *arrays):
-        y, vjp = jax.vjp(functools.partial(selective_scan, implementation=implementation), *arrays)
-        return y, *vjp(dy)
-
-    dy = np.asarray(rng.normal(size=u.shape), np.float32)
-    computed = value_and_gradients(*(jnp.asarray(x) for x in (dy, *arrays)))
-    with jax.enable_x64(True):
-        expected = _reference_in_float64(*(jnp.asarray(x, "float64") for x in (dy, *arrays)))
-    for name, *arrays in zip(("y", "u", "delta", "A", "B", "C"), computed, expected, strict=True):
-        got, wanted = (np.asarray(x, np.float64) for x in arrays)
-        assert np.all(np.isfinite(got)), name
-        # A state that hardly forgets is a random walk of 16,384 terms, each rounded: 1e-7 · sqrt(16384) · a few.
-        # The float64 gradient of A is exactly zero where exp underflows, and then the scale is the smallest float.
-        scale = np.max(np.abs(wanted)) + np.finfo(np.float32).tiny
-        assert np.max(np.abs(got - wanted)) <= 1e-4 * scale, name
-
-
-@jax.jit
-def _reference_in_float64(dy, *arrays):
-    y, vjp = jax.vjp(functools.partial(selective_scan, implementation="reference"), *arrays)
-    return y, *vjp(dy)
+    assert_right_at_extreme_decays(functools.partial(selective_scan, implementation=implementation), decay)
 
 
 @pytest.mark.parametrize(("implementation", "fits"), [("xla", True), ("reference", False)])

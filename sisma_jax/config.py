@@ -76,8 +76,10 @@ class DataConfig(_Section):
 class ModelConfig(_Section):
     """The SISMA denoiser. `d_inner`, `dt_rank` follow from the fields as in Mamba (arXiv 2312.00752)."""
 
+    backbone: Literal["sisma", "dit"] = "sisma"
+    """dit: the attention baseline, with self-attention for Self-Mamba and cross-attention for Cross-Mamba."""
     depth: int = 12
-    """Number of SISMA blocks."""
+    """Number of blocks."""
     d_model: int = 768
     """Channels of a token."""
     patch_size: Literal[1, 2, 4, 8] = 2
@@ -92,6 +94,11 @@ class ModelConfig(_Section):
     """Hidden width of the feed-forward over d_model."""
     orders_per_layer: Literal[1, 2, 4] = 1
     """Scan orders that one mixer runs and sums."""
+    d_head: int = 64
+    """Channels of an attention head (dit only)."""
+    mask_conditioning: Literal["cross", "spade", "concat"] = "cross"
+    """How the mask enters: by Cross-Mamba (or cross-attention), by spatially adaptive normalisation in its place, or
+    concatenated with the tokens before the first block."""
     cross_wiring: Literal["state_from_mask", "readout_from_mask"] = "state_from_mask"
     """state_from_mask: Δ and B from the mask, C from the image; readout_from_mask: Δ and B from the image, C from
     the mask. The scan's input u comes from the mask in both."""
@@ -110,6 +117,9 @@ class ModelConfig(_Section):
         self._require(self.d_conv % 2 == 1, "d_conv", "odd")
         self._require(self.d_model % 4 == 0, "d_model", "a multiple of 4 (2-D position embedding)")
         self._require(self.mlp_ratio > 0, "mlp_ratio", "positive")
+        self._require(self.d_head > 0, "d_head", "positive")
+        if self.backbone == "dit":
+            self._require(self.d_model % self.d_head == 0, "d_model", f"a multiple of d_head, {self.d_head}")
 
 
 # Depth and width of DiT's S, B, L and XL (arXiv 2212.09748), the sizes that diffusion backbones are compared at.

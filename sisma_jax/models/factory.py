@@ -9,7 +9,10 @@ from jaxtyping import Array, Key
 
 from sisma_jax.config import Config
 from sisma_jax.models.autoencoder import IdentityAutoencoder
+from sisma_jax.models.baselines.dit import Dit
 from sisma_jax.models.sisma import Sisma
+
+BACKBONES = {"sisma": Sisma, "dit": Dit}
 
 Params = dict[str, Any]
 """Nested dictionaries of arrays, without Flax types."""
@@ -22,7 +25,7 @@ def autoencoder_of(config: Config) -> IdentityAutoencoder:
 
 def _make(config: Config, key: Key[Array, ""]) -> Sisma:
     autoencoder = autoencoder_of(config)
-    return Sisma(
+    return BACKBONES[config.model.backbone](
         config.model,
         autoencoder.channels,
         autoencoder.downsampling,

@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from sisma_jax.config import ModelConfig
-from sisma_jax.models.mamba import CrossMamba, Grid, Paths, SelfMamba
+from sisma_jax.models.mamba import CrossMamba, DepthwiseConv, Grid, Paths, SelfMamba
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 from sisma_jax.models.scan_orders import paths_of_layers
@@ -67,44 +67,51 @@ class FeedForward(nnx.Module):
         return self.down(jax.nn.gelu(self.up(x)))
 
 
-class SismaBlock(nnx.Module):
-    """Three residual sub-layers, each shifted and scaled by the time before and gated by it after (adaLN-zero).
+class Spade(nnx.Module):
+    """Reads the mask by spatially adaptive normalisation (arXiv 1903.07291): LN(x) (1 + γ(S_M)) + β(S_M), projected."""
 
-    x += g1 SelfMamba(modulate(LN(x))); x += g2 CrossMamba(modulate(LN(x)), S_M); x += g3 FeedForward(modulate(LN(x))).
+    def __init__(self, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.conv = DepthwiseConv(d_model, 3, rngs=rngs)
+        self.scale_and_shift = nnx.Linear(d_model, 2 * d_model, dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
+
+    def __call__(self, x: Grid, mask_features: Grid, paths: Paths) -> Grid:
+        scale, shift = jnp.split(self.scale_and_shift(self.conv(mask_features)), 2, axis=-1)
+        return self.out_proj(jax.nn.silu((layer_norm(x) * (1 + scale) + shift).astype(x.dtype)))
+
+
+class Block(nnx.Module):
+    """Residual sub-layers, each shifted and scaled by the time before and gated by it after (adaLN-zero).
+
+    x += g1 mixer(modulate(LN(x))); x += g2 reader(modulate(LN(x)), S_M); x += g3 feed_forward(modulate(LN(x))).
     The gates start at zero, so a new block is the identity.
+
+    Args:
+      mixer: (tokens, paths) -> tokens: Self-Mamba.
+      reader: (tokens, mask features, paths) -> tokens: Cross-Mamba. None leaves this sub-layer out.
+      feed_forward: tokens -> tokens.
     """
 
-    def __init__(self, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        mixer = {
-            "d_state": config.d_state,
-            "expand": config.expand,
-            "d_conv": config.d_conv,
-            "num_orders": config.orders_per_layer,
-            "scan_implementation": None if config.scan_implementation == "auto" else config.scan_implementation,
-            "dtype": dtype,
-            "rngs": rngs,
-        }
-        self.self_mamba = SelfMamba(config.d_model, **mixer)
-        self.cross_mamba = CrossMamba(config.d_model, wiring=config.cross_wiring, **mixer)
-        d_hidden = int(config.mlp_ratio * config.d_model)
-        self.feed_forward = FeedForward(config.d_model, d_hidden, dtype=dtype, rngs=rngs)
+    def __init__(
+        self, d_model: int, mixer: nnx.Module, reader: nnx.Module | None, feed_forward: nnx.Module, *, rngs: nnx.Rngs
+    ):
+        self.mixer = mixer
+        self.reader = reader
+        self.feed_forward = feed_forward
         zeros = nnx.initializers.zeros
-        self.modulation = nnx.Linear(config.d_model, 9 * config.d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+        width = (6 if reader is None else 9) * d_model
+        self.modulation = nnx.Linear(d_model, width, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
     def __call__(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid, paths: Paths) -> Grid:
-        shift1, scale1, gate1, shift2, scale2, gate2, shift3, scale3, gate3 = jnp.split(
-            self.modulation(jax.nn.silu(condition)), 9, axis=-1
-        )
-
-        def before(x: Grid, shift: Array, scale: Array) -> Grid:
-            return modulate(layer_norm(x), shift, scale).astype(x.dtype)
-
-        def after(y: Grid, gate: Array) -> Grid:
-            return y * gate.astype(y.dtype)[:, None, None]
-
-        x = x + after(self.self_mamba(before(x, shift1, scale1), paths), gate1)
-        x = x + after(self.cross_mamba(before(x, shift2, scale2), mask_features, paths), gate2)
-        return x + after(self.feed_forward(before(x, shift3, scale3)), gate3)
+        sublayers = [lambda x: self.mixer(x, paths), self.feed_forward]
+        if self.reader is not None:
+            sublayers.insert(1, lambda x: self.reader(x, mask_features, paths))
+        modulation = jnp.split(self.modulation(jax.nn.silu(condition)), 3 * len(sublayers), axis=-1)
+        for i, sublayer in enumerate(sublayers):
+            shift, scale, gate = modulation[3 * i : 3 * i + 3]
+            y = sublayer(modulate(layer_norm(x), shift, scale).astype(x.dtype))
+            x = x + y * gate.astype(y.dtype)[:, None, None]
+        return x
 
 
 class Sisma(nnx.Module):
@@ -136,13 +143,38 @@ class Sisma(nnx.Module):
         self.embed = nnx.Linear(d_patch, d_model, dtype=dtype, rngs=rngs)
         self.time_up = nnx.Linear(TIME_FREQUENCIES, d_model, rngs=rngs)
         self.time_down = nnx.Linear(d_model, d_model, rngs=rngs)
+        if config.mask_conditioning == "concat":
+            self.merge = nnx.Linear(2 * d_model, d_model, dtype=dtype, rngs=rngs)
+        self.mask_conditioning = config.mask_conditioning
         # One block whose parameters have a leading axis of layers.
-        self.blocks = nnx.vmap(lambda key: SismaBlock(config, dtype=dtype, rngs=nnx.Rngs(key)))(
+        self.blocks = nnx.vmap(lambda key: self.make_block(config, dtype=dtype, rngs=nnx.Rngs(key)))(
             jax.random.split(rngs.params(), config.depth)
         )
         zeros = nnx.initializers.zeros
         self.modulation = nnx.Linear(d_model, 2 * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
         self.head = nnx.Linear(d_model, d_patch, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+
+    @staticmethod
+    def make_block(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+        """Returns one layer: Self-Mamba, what reads the mask, feed-forward."""
+        mamba = {
+            "d_state": config.d_state,
+            "expand": config.expand,
+            "d_conv": config.d_conv,
+            "num_orders": config.orders_per_layer,
+            "scan_implementation": None if config.scan_implementation == "auto" else config.scan_implementation,
+            "dtype": dtype,
+            "rngs": rngs,
+        }
+        mixer = SelfMamba(config.d_model, **mamba)
+        if config.mask_conditioning == "cross":
+            reader = CrossMamba(config.d_model, wiring=config.cross_wiring, **mamba)
+        elif config.mask_conditioning == "spade":
+            reader = Spade(config.d_model, dtype=dtype, rngs=rngs)
+        else:
+            reader = None
+        feed_forward = FeedForward(config.d_model, int(config.mlp_ratio * config.d_model), dtype=dtype, rngs=rngs)
+        return Block(config.d_model, mixer, reader, feed_forward, rngs=rngs)
 
     def encode_mask(
         self, mask: Integer[Array, "B H W"], is_dropped: Bool[Array, " B"] | None = None
@@ -172,6 +204,8 @@ class Sisma(nnx.Module):
         x = self.embed(space_to_depth(xt.astype(self.dtype), self.patch_size))
         if mask_features.shape[:3] != x.shape[:3]:
             raise ValueError(f"mask_features are {mask_features.shape[:3]}, want the token grid {x.shape[:3]}")
+        if self.mask_conditioning == "concat":
+            x = self.merge(jnp.concatenate([x, mask_features.astype(x.dtype)], axis=-1))
         x = x + jnp.asarray(position_features(x.shape[1], x.shape[2], x.shape[3]), x.dtype)[None]
         condition = self.time_down(jax.nn.silu(self.time_up(time_features(t))))
         x = self._run_blocks(x, condition, mask_features)

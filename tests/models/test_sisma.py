@@ -15,7 +15,7 @@ from sisma_jax.models.mamba import CrossMamba, SelfMamba
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 from sisma_jax.models.scan_orders import orders_of_layer
-from sisma_jax.models.sisma import Sisma, SismaBlock
+from sisma_jax.models.sisma import Sisma
 
 TINY = ModelConfig(depth=2, d_model=16, patch_size=2, d_state=4, mlp_ratio=2.0, d_label=8)
 
@@ -61,7 +61,7 @@ def test_patches_invert():
 
 
 def test_a_new_block_is_the_identity():
-    block = SismaBlock(TINY, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    block = Sisma.make_block(TINY, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     keys = jax.random.split(jax.random.key(0), 3)
     x, features = (jax.random.normal(key, (2, 4, 4, 16)) for key in keys[:2])
     condition = jax.random.normal(keys[2], (2, 16))
@@ -82,7 +82,7 @@ def test_the_mask_changes_the_output_and_only_through_cross_mamba(wiring, orders
     xt, t, mask = make_inputs()
     other = (mask + 1) % NUM_CLASSES
     assert np.abs(predict(model, xt, t, mask) - predict(model, xt, t, other)).max() > 1e-3
-    kernel = model.blocks.cross_mamba.out_proj.kernel
+    kernel = model.blocks.reader.out_proj.kernel
     kernel[...] = jnp.zeros_like(kernel[...])
     np.testing.assert_array_equal(predict(model, xt, t, mask), predict(model, xt, t, other))
 
@@ -196,7 +196,7 @@ def test_graph_and_parameters_are_the_model():
     assert graph == graph_of(config)
     assert hash(graph) == hash(graph_of(config))
     params = init_params(config, jax.random.key(0))
-    assert all(type(x) is dict for x in (params, params["blocks"], params["blocks"]["self_mamba"]))
+    assert all(type(x) is dict for x in (params, params["blocks"], params["blocks"]["mixer"]))
     xt, t, mask = make_inputs(side=64)
     assert predict(nnx.merge(graph, params), xt, t, mask).shape == xt.shape
 

@@ -1,0 +1,1 @@
+"""Denoisers to compare with, of the same interface as `Sisma`."""

@@ -1,0 +1,76 @@
+"""A diffusion transformer (DiT, arXiv 2212.09748): what SISMA's blocks stand in for. Quadratic in the tokens."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sisma_jax.config import ModelConfig
+from sisma_jax.models.mamba import Grid, Paths
+from sisma_jax.models.sisma import Block, FeedForward, Sisma, Spade
+
+
+class Attention(nnx.Module):
+    """Multi-head softmax attention of the tokens of `x` to those of `context`.
+
+    Args:
+      d_model: channels of a token, a multiple of `d_head`.
+      d_head: channels of a head.
+    """
+
+    def __init__(self, d_model: int, d_head: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.d_head = d_head
+        self.query_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
+        self.key_value_proj = nnx.Linear(d_model, 2 * d_model, dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
+
+    def attend(self, x: Grid, context: Grid) -> Grid:
+        key, value = jnp.split(self.key_value_proj(context), 2, axis=-1)
+        y = jax.nn.dot_product_attention(*(self._heads(a) for a in (self.query_proj(x), key, value)))
+        return self.out_proj(y.reshape(x.shape))
+
+    def _heads(self, x: Grid) -> Float[Array, "B L heads d_head"]:
+        return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, self.d_head)
+
+
+class SelfAttention(Attention):
+    """Mixes the image tokens; paths mean nothing to it."""
+
+    def __call__(self, x: Grid, paths: Paths) -> Grid:
+        return self.attend(x, x)
+
+
+class CrossAttention(Attention):
+    """Lets every image token read the mask features of all."""
+
+    def __call__(self, x: Grid, mask_features: Grid, paths: Paths) -> Grid:
+        return self.attend(x, mask_features)
+
+
+class Dit(Sisma):
+    """The denoiser with self-attention for Self-Mamba and cross-attention for Cross-Mamba; all else is SISMA's."""
+
+    @staticmethod
+    def make_block(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+        mixer = SelfAttention(config.d_model, config.d_head, dtype=dtype, rngs=rngs)
+        if config.mask_conditioning == "cross":
+            reader = CrossAttention(config.d_model, config.d_head, dtype=dtype, rngs=rngs)
+        elif config.mask_conditioning == "spade":
+            reader = Spade(config.d_model, dtype=dtype, rngs=rngs)
+        else:
+            reader = None
+        feed_forward = FeedForward(config.d_model, int(config.mlp_ratio * config.d_model), dtype=dtype, rngs=rngs)
+        return Block(config.d_model, mixer, reader, feed_forward, rngs=rngs)
+
+
+def matched_dit(config: ModelConfig) -> ModelConfig:
+    """Returns the DiT of the same width whose depth brings it nearest to the parameters of `config`'s SISMA."""
+
+    def block_size(cls: type[Sisma]) -> int:
+        block = nnx.eval_shape(lambda: cls.make_block(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+        return sum(x.size for x in jax.tree.leaves(nnx.state(block, nnx.Param)))
+
+    depth = max(round(config.depth * block_size(Sisma) / block_size(Dit)), 1)
+    return dataclasses.replace(config, backbone="dit", depth=depth)

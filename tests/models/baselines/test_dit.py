@@ -1,0 +1,76 @@
+"""The attention baseline: SISMA's interface, its own mixers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from sisma_jax.config import PRESETS, Config, ModelConfig, preset
+from sisma_jax.errors import InputError
+from sisma_jax.models.baselines.dit import CrossAttention, SelfAttention, matched_dit
+from sisma_jax.models.factory import graph_of, init_params
+
+TINY = ModelConfig(backbone="dit", depth=2, d_model=16, d_head=8, patch_size=2, mlp_ratio=1.0, d_label=8)
+
+
+def attention(q, k, v):
+    """softmax(q kᵀ / sqrt(d)) v of one head in float64."""
+    weights = np.exp(q @ k.T / np.sqrt(q.shape[-1]))
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def test_attention_is_the_formula():
+    module = CrossAttention(16, 8, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    x, context = jax.random.normal(jax.random.key(0), (2, 1, 3, 4, 16))
+    computed = module(x, context, ())
+    q = np.asarray(module.query_proj(x), np.float64).reshape(12, 16)
+    k, v = np.split(np.asarray(module.key_value_proj(context), np.float64).reshape(12, 32), 2, axis=-1)
+    heads = [attention(q[:, h], k[:, h], v[:, h]) for h in (slice(0, 8), slice(8, 16))]
+    expected = np.concatenate(heads, -1) @ np.asarray(module.out_proj.kernel[...], np.float64)
+    np.testing.assert_allclose(computed.reshape(12, 16), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_self_attention_sees_every_token():
+    module = SelfAttention(16, 8, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (1, 4, 4, 16))
+    moved = np.abs(module(x.at[0, 3, 3].add(1.0), ()) - module(x, ())).max(-1)[0]
+    assert moved.min() > 1e-4
+
+
+@pytest.mark.parametrize("conditioning", ["cross", "spade", "concat"])
+@pytest.mark.parametrize("backbone", ["sisma", "dit"])
+def test_every_way_of_conditioning_lets_the_mask_in(backbone, conditioning):
+    config = Config(model=dataclasses.replace(TINY, backbone=backbone, d_state=4, mask_conditioning=conditioning))
+    params = jax.jit(lambda: init_params(config, jax.random.key(0)))()
+    # New gates and heads are zero: nothing would pass.
+    keys = iter(jax.random.split(jax.random.key(1), 1000))
+    params = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(next(keys), x.shape), params)
+
+    @jax.jit
+    def predict(mask):
+        model = nnx.merge(graph_of(config), params)
+        xt = jax.random.normal(jax.random.key(2), (1, 8, 8, 3))
+        return model(xt, jnp.full((1,), 0.5), model.encode_mask(mask))
+
+    mask = jnp.zeros((1, 8, 8), jnp.uint8)
+    assert np.abs(predict(mask) - predict(mask + 1)).max() > 1e-3
+
+
+@pytest.mark.parametrize("conditioning", ["cross", "concat"])
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_matched_baseline_has_the_same_parameters(name, conditioning):
+    sisma = preset(name, mask_conditioning=conditioning)
+
+    def count(model):
+        params = jax.eval_shape(lambda: init_params(Config(model=model), jax.random.key(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    assert count(matched_dit(sisma)) == pytest.approx(count(sisma), rel=0.05)
+
+
+def test_heads_must_divide_the_model():
+    with pytest.raises(InputError, match=r"--model\.d_model must be a multiple of d_head, 48"):
+        dataclasses.replace(TINY, d_head=48)

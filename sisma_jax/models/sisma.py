@@ -1,6 +1,7 @@
 """The SISMA denoiser (arXiv 2509.17651): patchify, N blocks of Self-Mamba, Cross-Mamba and feed-forward, depatchify."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -154,27 +155,27 @@ class Sisma(nnx.Module):
         self.modulation = nnx.Linear(d_model, 2 * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
         self.head = nnx.Linear(d_model, d_patch, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
-    @staticmethod
-    def make_block(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
-        """Returns one layer: Self-Mamba, what reads the mask, feed-forward."""
-        mamba = {
-            "d_state": config.d_state,
-            "expand": config.expand,
-            "d_conv": config.d_conv,
-            "num_orders": config.orders_per_layer,
-            "scan_implementation": None if config.scan_implementation == "auto" else config.scan_implementation,
-            "dtype": dtype,
-            "rngs": rngs,
-        }
-        mixer = SelfMamba(config.d_model, **mamba)
+    @classmethod
+    def make_block(cls, config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+        """Returns one layer: what mixes the tokens, what reads the mask, feed-forward."""
+        options = {"dtype": dtype, "rngs": rngs}
+        mixer = cls.make_mixer(config, **options)
         if config.mask_conditioning == "cross":
-            reader = CrossMamba(config.d_model, wiring=config.cross_wiring, **mamba)
-        elif config.mask_conditioning == "spade":
-            reader = Spade(config.d_model, dtype=dtype, rngs=rngs)
+            reader = cls.make_cross_reader(config, **options)
         else:
-            reader = None
-        feed_forward = FeedForward(config.d_model, int(config.mlp_ratio * config.d_model), dtype=dtype, rngs=rngs)
+            reader = Spade(config.d_model, **options) if config.mask_conditioning == "spade" else None
+        feed_forward = FeedForward(config.d_model, int(config.mlp_ratio * config.d_model), **options)
         return Block(config.d_model, mixer, reader, feed_forward, rngs=rngs)
+
+    @staticmethod
+    def make_mixer(config: ModelConfig, **options: Any) -> nnx.Module:
+        """Returns (tokens, paths) -> tokens."""
+        return SelfMamba(config.d_model, **_mamba_sizes(config), **options)
+
+    @staticmethod
+    def make_cross_reader(config: ModelConfig, **options: Any) -> nnx.Module:
+        """Returns (tokens, mask features, paths) -> tokens."""
+        return CrossMamba(config.d_model, wiring=config.cross_wiring, **_mamba_sizes(config), **options)
 
     def encode_mask(
         self, mask: Integer[Array, "B H W"], is_dropped: Bool[Array, " B"] | None = None
@@ -224,3 +225,13 @@ class Sisma(nnx.Module):
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         return jax.lax.scan(run, x, (params, paths))[0]
+
+
+def _mamba_sizes(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "d_state": config.d_state,
+        "expand": config.expand,
+        "d_conv": config.d_conv,
+        "num_orders": config.orders_per_layer,
+        "scan_implementation": None if config.scan_implementation == "auto" else config.scan_implementation,
+    }

@@ -1,6 +1,7 @@
 """A diffusion transformer (DiT, arXiv 2212.09748): what SISMA's blocks stand in for. Quadratic in the tokens."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ from jaxtyping import Array, Float
 
 from sisma_jax.config import ModelConfig
 from sisma_jax.models.mamba import Grid, Paths
-from sisma_jax.models.sisma import Block, FeedForward, Sisma, Spade
+from sisma_jax.models.sisma import Sisma
 
 
 class Attention(nnx.Module):
@@ -53,16 +54,12 @@ class Dit(Sisma):
     """The denoiser with self-attention for Self-Mamba and cross-attention for Cross-Mamba; all else is SISMA's."""
 
     @staticmethod
-    def make_block(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
-        mixer = SelfAttention(config.d_model, config.d_head, dtype=dtype, rngs=rngs)
-        if config.mask_conditioning == "cross":
-            reader = CrossAttention(config.d_model, config.d_head, dtype=dtype, rngs=rngs)
-        elif config.mask_conditioning == "spade":
-            reader = Spade(config.d_model, dtype=dtype, rngs=rngs)
-        else:
-            reader = None
-        feed_forward = FeedForward(config.d_model, int(config.mlp_ratio * config.d_model), dtype=dtype, rngs=rngs)
-        return Block(config.d_model, mixer, reader, feed_forward, rngs=rngs)
+    def make_mixer(config: ModelConfig, **options: Any) -> nnx.Module:
+        return SelfAttention(config.d_model, config.d_head, **options)
+
+    @staticmethod
+    def make_cross_reader(config: ModelConfig, **options: Any) -> nnx.Module:
+        return CrossAttention(config.d_model, config.d_head, **options)
 
 
 def matched_dit(config: ModelConfig) -> ModelConfig:

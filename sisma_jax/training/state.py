@@ -1,5 +1,7 @@
 """Everything that a training step changes."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -33,7 +35,11 @@ class TrainState:
 
 
 def _is_decayed(params: Params) -> Params:
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.ndim > 1 and path[-1].key not in _UNDECAYED, params)
+    def is_decayed(path: tuple[Any, ...], x: Array) -> bool:
+        rank = x.ndim - (path[0].key == "blocks")  # these have a leading axis of layers
+        return rank > 1 and path[-1].key not in _UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
 def learning_rate(config: OptimConfig) -> optax.Schedule:

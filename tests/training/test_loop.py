@@ -177,7 +177,10 @@ def test_weight_decay_leaves_norms_biases_and_the_scan_alone(cache_dir):
     state = jax.jit(lambda: init_state(config))()
     zeros = jax.tree.map(jax.numpy.zeros_like, state.params)
     updates, _ = optimizer(config.optim).update(zeros, state.opt_state, state.params)
-    scan = updates["blocks"][0]["self_mamba"]["scans"][0]
+    mixer = updates["blocks"]["mixer"]
+    scan = mixer["scans"][0]
     assert all(np.all(np.asarray(scan[name]) == 0) for name in ("A_log", "D", "dt_bias"))
-    assert np.all(np.asarray(updates["blocks"][0]["self_mamba"]["out_norm"]["scale"]) == 0)
-    assert np.any(np.asarray(updates["blocks"][0]["self_mamba"]["in_proj"]["kernel"]) != 0)
+    assert np.all(np.asarray(mixer["out_norm"]["scale"]) == 0)
+    assert np.all(np.asarray(updates["blocks"]["feed_forward"]["up"]["bias"]) == 0)
+    assert np.any(np.asarray(mixer["in_proj"]["kernel"]) != 0)
+    assert np.all(np.asarray(updates["time_up"]["bias"]) == 0)

@@ -4,12 +4,11 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
-from typing import Literal
 
 import jax
 import numpy as np
 
-from sisma_jax.config import Config
+from sisma_jax.config import Config, Solver
 from sisma_jax.data import images, loading
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids, mask_agreement, segmenter
@@ -40,8 +39,12 @@ class SampleOptions:
     num: int = 4
     """Faces a mask."""
     steps: int | None = None
-    solver: Literal["euler", "heun"] | None = None
+    solver: Solver | None = None
+    shift: float | None = None
     guidance: float | None = None
+    guidance_low: float | None = None
+    guidance_high: float | None = None
+    guidance_rescale: float | None = None
     seed: int | None = None
 
 
@@ -77,7 +80,11 @@ def sample(config: Config, workdir: Path, options: SampleOptions) -> None:
         num_samples=options.num,
         steps=options.steps,
         solver=options.solver,
+        shift=options.shift,
         guidance=options.guidance,
+        guidance_low=options.guidance_low,
+        guidance_high=options.guidance_high,
+        guidance_rescale=options.guidance_rescale,
     ).reshape(len(masks), options.num, size, size, 3)
     for file, row in zip(files, faces, strict=True):
         for number, face in enumerate(row):

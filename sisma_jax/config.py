@@ -14,6 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from sisma_jax.errors import InputError
 
+Solver = Literal["euler", "heun", "midpoint", "adams_bashforth"]
+
 
 class _Section:
     """A part of the configuration: every value is of its field's type and range, or the section is not made."""
@@ -146,7 +148,7 @@ class FlowConfig(_Section):
     """What the network's output means. `data` is turned into a velocity for the loss (arXiv 2511.13720): in
     pixel space the data lie on a far smaller manifold than the velocity, so a narrow network learns it sooner."""
     time_mean: float = 0.0
-    """t = sigmoid(Normal(time_mean, time_std)); t = 0 is noise, t = 1 is data."""
+    """t = sigmoid(Normal(time_mean, time_std)); t = 0 is noise, t = 1 is data. Less log(s) is a time shift of s."""
     time_std: float = 1.0
     mask_dropout: float = 0.1
     """Probability that an example trains without its mask."""
@@ -210,16 +212,34 @@ class SampleConfig(_Section):
 
     steps: int = 25
     """Solver steps from noise to data."""
-    solver: Literal["euler", "heun"] = "euler"
+    solver: Solver = "euler"
+    """euler: order 1; adams_bashforth: order 2 at one evaluation of the network a step; heun, midpoint: at two."""
+    shift: float = 1.0
+    """Above 1, more of the steps near noise, as high resolutions want (arXiv 2403.03206, eq. 23); 1: equal steps."""
     guidance: float = 1.5
     """Classifier-free guidance scale; 1 is the plain conditional model."""
+    guidance_low: float = 0.0
+    """First time that is guided (t = 0 is noise); what comes before follows the mask unguided (arXiv 2404.07724)."""
+    guidance_high: float = 1.0
+    """Time from which on nothing is guided any more."""
+    guidance_rescale: float = 0.0
+    """How far guided contrast is brought back to what it is unguided (arXiv 2305.08891), from 0 (not) to 1 (all)."""
     batch_size: int = 16
     """Images that one call of the jit-ed sampler paints."""
     seed: int = 0
 
     def _check_ranges(self) -> None:
         self._require(self.steps > 0, "steps", "positive")
+        # Beyond these bounds float32 no longer tells the first or last times of a long grid apart.
+        self._require(0.01 <= self.shift <= 100, "shift", "in [0.01, 100]")
         self._require(self.guidance >= 0, "guidance", "non-negative")
+        self._require(0 <= self.guidance_low <= 1, "guidance_low", "in [0, 1]")
+        self._require(
+            self.guidance_low <= self.guidance_high <= 1,
+            "guidance_high",
+            f"in [guidance_low, 1] = [{self.guidance_low}, 1]",
+        )
+        self._require(0 <= self.guidance_rescale <= 1, "guidance_rescale", "in [0, 1]")
         self._require(self.batch_size > 0, "batch_size", "positive")
         self._require(0 <= self.seed < 2**32, "seed", "in 0..2**32 - 1")
 

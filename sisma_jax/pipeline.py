@@ -1,5 +1,6 @@
 """From a run's folder to faces, in Python: `load(workdir)(mask, key=...)`."""
 
+import dataclasses
 import functools
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from sisma_jax.models.factory import Params, autoencoder_of, graph_of, init_para
 from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.loop import CHECKPOINTS_NAME
 from sisma_jax.training.workdir import read_config
+
+TRACED_SETTINGS = ("shift", "guidance", "guidance_low", "guidance_high", "guidance_rescale")
 
 
 class Pipeline:
@@ -45,7 +48,11 @@ class Pipeline:
         num_samples: int = 1,
         steps: int | None = None,
         solver: str | None = None,
+        shift: float | None = None,
         guidance: float | None = None,
+        guidance_low: float | None = None,
+        guidance_high: float | None = None,
+        guidance_rescale: float | None = None,
     ) -> UInt8[np.ndarray, "N S S 3"]:
         """Returns `num_samples` faces for each mask, RGB.
 
@@ -56,7 +63,8 @@ class Pipeline:
             central square of what is not square).
           key: randomness; face n of the result depends on `fold_in(key, n)`.
           num_samples: faces a mask; those of mask i are rows i * num_samples and on.
-          steps, solver, guidance: see `SampleConfig`, which also holds the values taken for None.
+          steps, solver, shift, guidance, guidance_low, guidance_high, guidance_rescale: see `SampleConfig`; None takes
+            the value of the run's configuration.
 
         Raises:
           InputError: the mask holds other labels, or a setting is out of range.
@@ -64,17 +72,20 @@ class Pipeline:
         masks = self._masks(mask)
         if num_samples < 1:
             raise InputError(f"num_samples must be positive, got {num_samples}.")
-        defaults = self.config.sample
-        steps = defaults.steps if steps is None else steps
-        solver = defaults.solver if solver is None else solver
-        guidance = defaults.guidance if guidance is None else guidance
-        if steps < 1:
-            raise InputError(f"steps must be positive, got {steps}.")
-        if guidance < 0:
-            raise InputError(f"guidance must be non-negative, got {guidance}.")
+        given = {
+            "steps": steps,
+            "solver": solver,
+            "shift": shift,
+            "guidance": guidance,
+            "guidance_low": guidance_low,
+            "guidance_high": guidance_high,
+            "guidance_rescale": guidance_rescale,
+        }
+        # The section checks what it is given.
+        settings = dataclasses.replace(self.config.sample, **{k: v for k, v in given.items() if v is not None})
         masks = np.repeat(masks, num_samples, axis=0)
         total = len(masks)
-        batch_size = min(total, defaults.batch_size)
+        batch_size = min(total, settings.batch_size)
         painted = []
         for start in range(0, total, batch_size):
             # The last batch is filled up, so that one shape compiles; what fills it is thrown away.
@@ -85,10 +96,11 @@ class Pipeline:
                     self.params,
                     keys,
                     masks[np.minimum(rows, total - 1)],
-                    jnp.float32(guidance),
-                    steps=steps,
-                    solver=solver,
-                    is_guided=guidance != 1,
+                    # Traced, so that other values need no other program.
+                    {name: jnp.float32(getattr(settings, name)) for name in TRACED_SETTINGS},
+                    steps=settings.steps,
+                    solver=settings.solver,
+                    is_guided=settings.guidance != 1 and settings.guidance_low < settings.guidance_high,
                 )
             )
         return np.concatenate([np.asarray(batch) for batch in painted])[:total]
@@ -107,7 +119,7 @@ def _sample(
     params: Params,
     keys: Key[Array, " B"],
     mask: UInt8[Array, "B S S"],
-    guidance: Float[Array, ""],
+    traced: dict[str, Float[Array, ""]],
     *,
     steps: int,
     solver: str,
@@ -121,7 +133,10 @@ def _sample(
         prediction=config.flow.prediction,
         steps=steps,
         solver=solver,
-        guidance=guidance if is_guided else 1,
+        shift=traced["shift"],
+        guidance=traced["guidance"] if is_guided else 1.0,
+        guidance_interval=(traced["guidance_low"], traced["guidance_high"]),
+        guidance_rescale=traced["guidance_rescale"],
     )
 
 

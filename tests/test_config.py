@@ -1,9 +1,10 @@
 import dataclasses
+import json
 
 import pytest
 
 from sisma_jax import config as config_lib
-from sisma_jax.config import Config, DataConfig, ModelConfig, TrainConfig
+from sisma_jax.config import Config, DataConfig, ModelConfig, SampleConfig, TrainConfig
 from sisma_jax.errors import InputError
 
 
@@ -16,6 +17,21 @@ def write(tmp_path, body):
 def test_json_round_trip():
     config = Config(model=ModelConfig(d_state=3, mlp_ratio=1.5), data=DataConfig(flip=False))
     assert config_lib.from_json(config_lib.to_json(config), "x") == config
+
+
+def test_a_value_that_an_older_file_lacks_takes_its_default():
+    values = json.loads(config_lib.to_json(Config(sample=SampleConfig(steps=7))))
+    for key in ("shift", "guidance_low", "guidance_high", "guidance_rescale"):
+        del values["sample"][key]
+    assert config_lib.from_json(json.dumps(values), "x") == Config(sample=SampleConfig(steps=7))
+
+
+def test_the_guided_interval_may_be_empty_and_not_less():
+    SampleConfig(guidance_low=0.5, guidance_high=0.5)
+    with pytest.raises(
+        InputError, match=r"--sample.guidance_high must be in \[guidance_low, 1\] = \[0.6, 1\], got 0.5"
+    ):
+        SampleConfig(guidance_low=0.6, guidance_high=0.5)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {"nothing": 1}}', '{"other": {}}', '{"model": {"depth": "a"}}'])
@@ -51,6 +67,13 @@ def test_only_meaningful_differences_count():
         ("optim", "decay_steps", -3, "--optim.decay_steps must be 0 or more than"),
         ("train", "batch_size", 0, "--train.batch_size must be positive"),
         ("sample", "guidance", -1.0, "--sample.guidance must be non-negative"),
+        ("sample", "solver", "rk4", "--sample.solver must be one of 'euler', 'heun', 'midpoint', 'adams_bashforth'"),
+        ("sample", "shift", 0.0, "--sample.shift must be in"),
+        ("sample", "shift", float("nan"), "--sample.shift must be in"),
+        ("sample", "guidance_low", -0.1, "--sample.guidance_low must be in"),
+        ("sample", "guidance_low", 1.5, "--sample.guidance_low must be in"),
+        ("sample", "guidance_high", 1.5, "--sample.guidance_high must be in"),
+        ("sample", "guidance_rescale", 2.0, "--sample.guidance_rescale must be in"),
         ("evaluate", "num_samples", 0, "--evaluate.num_samples must be positive"),
     ],
 )

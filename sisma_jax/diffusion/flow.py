@@ -13,11 +13,23 @@ from jaxtyping import Array, Float, Key
 # A network that predicts data implies the velocity (x1 - xt) / (1 - t), which is singular at the data end. The
 # loss divides by no less than this (JiT, arXiv 2511.13720), so that no example outweighs all others.
 MIN_REMAINING_IN_LOSS = 0.05
+# A sampler comes closer to the data end than that, though never to it, and divides by no less than this.
+MIN_REMAINING = 1e-3
 
 
 def sample_time(key: Key[Array, ""], batch: int, mean: float, std: float) -> Float[Array, " B"]:
     """Returns logit-normal times in (0, 1): sigmoid(Normal(mean, std)) (arXiv 2403.03206, section 3.1)."""
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,)))
+
+
+def shift_time(t: Float[Array, "*T"], shift: float | Float[Array, ""]) -> Float[Array, "*T"]:
+    """Returns times moved towards noise by a `shift` above 1, towards data by one below; 0 and 1 stay.
+
+    The noise level n = 1 - t becomes n' = shift n / (1 + (shift - 1) n), which adds -log(shift) to the logit of t
+    (arXiv 2403.03206, eq. 23, where time runs the other way and shift is sqrt(m / n) for m pixels in place of n).
+    Logit-normal times are shifted by taking log(shift) from their mean.
+    """
+    return t / (1 + (shift - 1) * (1 - t))
 
 
 def interpolate(
@@ -33,7 +45,7 @@ def to_velocity(
     xt: Float[Array, "B H W C"],
     t: Float[Array, " B"],
     prediction: Literal["velocity", "data"],
-    min_remaining: float = 1e-3,
+    min_remaining: float = MIN_REMAINING,
 ) -> Float[Array, "B H W C"]:
     """Returns the velocity at (xt, t) that a network's output stands for.
 

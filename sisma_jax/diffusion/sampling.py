@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer, Key, UInt8
 
-from sisma_jax.diffusion.flow import to_velocity
+from sisma_jax.diffusion.flow import MIN_REMAINING, to_velocity
 from sisma_jax.diffusion.solvers import Latent, Velocity, integrate, time_grid
 from sisma_jax.models.autoencoder import IdentityAutoencoder
 from sisma_jax.models.sisma import Sisma
+
+# Standard deviations of a data estimate below this count as this, so that a constant estimate is not divided by zero.
+MIN_DEVIATION = 1e-6
 
 
 def guided(
@@ -18,10 +21,22 @@ def guided(
     features: Float[Array, "B h w D"],
     null_features: Float[Array, "B h w D"],
     scale: float | Float[Array, ""],
+    *,
+    interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.0, 1.0),
+    rescale: float | Float[Array, ""] = 0.0,
 ) -> Velocity:
     """Returns the classifier-free guided velocity v_null + scale (v_mask - v_null) (arXiv 2207.12598).
 
     Both evaluations run as one batch of twice the size. A Python `scale` of exactly 1 needs only the one with the mask.
+
+    Args:
+      denoise: (x, t, features) -> velocity.
+      interval: times [low, high) that are guided; at others the velocity is v_mask to the last bit. Noise levels
+        (s_low, s_high] of the paper (arXiv 2404.07724, noise over signal, so s = (1 - t) / t) are the times
+        [1 / (1 + s_high), 1 / (1 + s_low)). Both evaluations are made at all times: to skip one would put the network
+        into the program twice.
+      rescale: in [0, 1]; how far the guided estimate of the data is brought to the standard deviation that it has
+        without guidance, against over-exposure (see `_rescaled`).
     """
     if isinstance(scale, int | float) and scale == 1:
         return lambda x, t: denoise(x, t, features)
@@ -30,9 +45,31 @@ def guided(
     def velocity(x: Latent, t: Float[Array, " B"]) -> Latent:
         both = denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_features)
         with_mask, without_mask = jnp.split(both, 2)
-        return without_mask + scale * (with_mask - without_mask)
+        extrapolated = without_mask + scale * (with_mask - without_mask)
+        low, high = interval
+        is_guided = (low <= t) & (t < high)
+        # Chosen at the end, and not by a scale of 1, which would leave rounding and the rescaling in.
+        return jnp.where(is_guided[:, None, None, None], _rescaled(extrapolated, with_mask, x, t, rescale), with_mask)
 
     return velocity
+
+
+def _rescaled(
+    extrapolated: Latent, with_mask: Latent, x: Latent, t: Float[Array, " B"], rescale: float | Float[Array, ""]
+) -> Latent:
+    """Returns the guided velocity with its over-exposure taken back (arXiv 2305.08891, eq. 15 and 16).
+
+    The paper multiplies the guided output by rescale std(with mask) / std(guided) + 1 - rescale, with the deviations
+    of each image over pixels and channels. Its output predicts the velocity of a variance-preserving path, which at
+    pure noise is the data estimate but for its sign. Our velocity x1 - x0 has all of the noise in it there, whose
+    deviation would hide that of the image; so what is multiplied is the data estimate, x + (1 - t) v.
+    """
+    remaining = (1 - t)[:, None, None, None]
+    data, data_with_mask = x + remaining * extrapolated, x + remaining * with_mask
+    deviation, wanted = (jnp.std(estimate, axis=(1, 2, 3), keepdims=True) for estimate in (data, data_with_mask))
+    factor = rescale * wanted / jnp.maximum(deviation, MIN_DEVIATION) + (1 - rescale)
+    # As a difference, so that no rescaling leaves the velocity as it was, bit for bit.
+    return extrapolated + (factor - 1) * data / jnp.maximum(remaining, MIN_REMAINING)
 
 
 def sample(
@@ -43,10 +80,13 @@ def sample(
     autoencoder: IdentityAutoencoder,
     prediction: Literal["velocity", "data"],
     steps: int,
-    solver: Literal["euler", "heun"] = "euler",
+    solver: str = "euler",
+    shift: float | Float[Array, ""] = 1.0,
     guidance: float | Float[Array, ""] = 1.0,
+    guidance_interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.0, 1.0),
+    guidance_rescale: float | Float[Array, ""] = 0.0,
 ) -> UInt8[Array, "B H W 3"]:
-    """Paints one image into each mask. Pure: for use under `jax.jit`, all but `keys`, `mask`, `guidance` static.
+    """Paints one image into each mask. Pure: for use under `jax.jit`, with `prediction`, `steps` and `solver` static.
 
     Args:
       model: the denoiser, with its parameters.
@@ -54,7 +94,10 @@ def sample(
       mask: class indices in 0..18.
       prediction: what the network was trained to predict.
       steps: solver steps.
+      solver: a key of `solvers.SOLVERS`.
+      shift: above 1, more steps near noise; see `solvers.time_grid`.
       guidance: classifier-free guidance scale.
+      guidance_interval, guidance_rescale: `interval` and `rescale` of `guided`.
 
     Returns:
       Images, RGB.
@@ -67,8 +110,15 @@ def sample(
     def denoise(x: Latent, t: Array, features: Array) -> Latent:
         return to_velocity(model(x, t, features), x, t, prediction)
 
-    velocity = guided(denoise, features, model.null_features(features.shape), guidance)
-    x1 = integrate(velocity, x0, time_grid(steps), solver)
+    velocity = guided(
+        denoise,
+        features,
+        model.null_features(features.shape),
+        guidance,
+        interval=guidance_interval,
+        rescale=guidance_rescale,
+    )
+    x1 = integrate(velocity, x0, time_grid(steps, shift), solver)
     return to_uint8(autoencoder.decode(x1))
 
 

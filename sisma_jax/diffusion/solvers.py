@@ -6,46 +6,118 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from sisma_jax.diffusion.flow import shift_time
+
 Latent = Float[Array, "B H W C"]
 Velocity = Callable[[Latent, Float[Array, " B"]], Latent]
 
+# A solver as a table with one row an evaluation of the velocity: its time, and how far its slope carries the point of
+# the next evaluation and the base that the row after it starts from. See `integrate`.
+Evaluations = tuple[Float[Array, " E"], Float[Array, " E"], Float[Array, " E"]]
 
-def time_grid(steps: int) -> Float[Array, " T"]:
-    """Returns the `steps` + 1 equally spaced times from 0 to 1."""
-    return jnp.linspace(0.0, 1.0, steps + 1)
+
+def time_grid(steps: int, shift: float | Float[Array, ""] = 1.0) -> Float[Array, " T"]:
+    """Returns `steps` + 1 times increasing from 0 to 1.
+
+    Args:
+      steps: at least 1.
+      shift: positive. 1 spaces the times equally; more puts more of them near noise, as high resolutions want
+        (see `shift_time`).
+
+    Raises:
+      ValueError: no steps, or a shift that is known and not positive.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be positive, got {steps}")
+    if isinstance(shift, int | float) and not shift > 0:
+        raise ValueError(f"shift must be positive, got {shift}")
+    return shift_time(jnp.linspace(0.0, 1.0, steps + 1), shift)
 
 
 def integrate(velocity: Velocity, x0: Latent, times: Float[Array, " T"], solver: str) -> Latent:
     """Returns x at the last of `times`, starting from `x0` at the first.
 
-    Euler has order 1 and one evaluation a step; Heun has order 2 and two, but for its last step, which is Euler's
-    (as in EDM, arXiv 2206.00364): a network that predicts data has no velocity at t = 1. One step of order 1 leaves
-    the whole at order 2.
+    | solver            | order | evaluations | exact where dx/dt is                                        |
+    |-------------------|-------|-------------|-------------------------------------------------------------|
+    | "euler"           | 1     | n           | constant                                                    |
+    | "heun"            | 2     | 2n - 1      | constant; linear in t, but for the last step                |
+    | "midpoint"        | 2     | 2n          | linear in t                                                 |
+    | "adams_bashforth" | 2     | n + 1       | linear in t                                                 |
+
+    (n steps; what is constant need be so along the path only, as it is where the data are one point.) None evaluates
+    at the last time, where a network that predicts data has no velocity.
+
+    Every solver is one loop over its evaluations, so the network stands once in the program. Two arrays go through it:
+    the point x of the next evaluation and a base b, and an evaluation's slope v moves them to b + p v and b + q v, with
+    p and q from the solver's table. Float32 or wider, as `times` are.
 
     Args:
       velocity: (x, t) -> dx/dt, with one t an example.
       times: increasing, at least two.
-      solver: "euler" or "heun".
+      solver: a key of `SOLVERS`.
 
     Raises:
       ValueError: an unknown solver.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
 
-    def at(x: Latent, t: Array) -> Latent:
-        return velocity(x, jnp.full((x.shape[0],), t))
+    def evaluate(carry: tuple[Latent, Latent], row: tuple[Array, Array, Array]) -> tuple[tuple[Latent, Latent], None]:
+        point, base = carry
+        time, to_point, to_base = row
+        slope = velocity(point, jnp.full((point.shape[0],), time))
+        return (base + to_point * slope, base + to_base * slope), None
 
-    def euler(x: Latent, interval: tuple[Array, Array]) -> tuple[Latent, None]:
-        start, end = interval
-        return x + (end - start) * at(x, start), None
+    return jax.lax.scan(evaluate, (x0, x0), SOLVERS[solver](times))[0][0]
 
-    def heun(x: Latent, interval: tuple[Array, Array]) -> tuple[Latent, None]:
-        start, end = interval
-        slope = at(x, start)
-        return x + (end - start) * 0.5 * (slope + at(x + (end - start) * slope, end)), None
 
-    if solver == "euler":
-        return jax.lax.scan(euler, x0, (times[:-1], times[1:]))[0]
-    if solver == "heun":
-        x, _ = jax.lax.scan(heun, x0, (times[:-2], times[1:-1]))
-        return euler(x, (times[-2], times[-1]))[0]
-    raise ValueError(f"solver {solver!r} is not one of 'euler', 'heun'")
+def _euler(times: Float[Array, " T"]) -> Evaluations:
+    step = jnp.diff(times)
+    return times[:-1], step, step
+
+
+def _heun(times: Float[Array, " T"]) -> Evaluations:
+    """Full step, then the mean of the slopes at its two ends.
+
+    The very last evaluation, at the end of time, is left out; what remains of the last step is Euler's (as in EDM,
+    arXiv 2206.00364). One step of order 1 leaves the whole at order 2.
+    """
+    step = jnp.diff(times)
+    time, to_point, to_base = _by_turns(times[:-1], times[1:]), _by_turns(step, step / 2), jnp.repeat(step / 2, 2)
+    return time[:-1], to_point[:-1], to_base[:-1]
+
+
+def _midpoint(times: Float[Array, " T"]) -> Evaluations:
+    """Half a step, then the whole step with the slope found there."""
+    step = jnp.diff(times)
+    time = _by_turns(times[:-1], times[:-1] + step / 2)
+    return time, _by_turns(step / 2, step), _by_turns(jnp.zeros_like(step), step)
+
+
+def _adams_bashforth(times: Float[Array, " T"]) -> Evaluations:
+    """The second order for unequal steps: integrates the line through the last two slopes.
+
+    With the slope v at the start of a step h, and u evaluated g before it, x moves by (h + h^2 / 2g) v - (h^2 / 2g) u.
+    The first step has no slope before it and is the midpoint's, so no step is of lower order than the others; the
+    second step's u is the slope found there, half a step back.
+    """
+    step = jnp.diff(times)
+    evaluated = jnp.concatenate([times[:1], times[:1] + step[:1] / 2, times[1:-1]])
+    gap = jnp.diff(evaluated)[1:]
+    of_past = step[1:] ** 2 / (2 * gap)
+    to_point = jnp.concatenate([step[:1] / 2, step[:1], step[1:] + of_past])
+    # The base is x with the next step's share of this slope already taken off; at the midpoint's first half it stays.
+    taken_off = jnp.concatenate([step[:1] / 2, of_past, jnp.zeros_like(step[:1])])
+    return evaluated, to_point, to_point - taken_off
+
+
+SOLVERS: dict[str, Callable[[Float[Array, " T"]], Evaluations]] = {
+    "euler": _euler,
+    "heun": _heun,
+    "midpoint": _midpoint,
+    "adams_bashforth": _adams_bashforth,
+}
+
+
+def _by_turns(first: Float[Array, " N"], second: Float[Array, " N"]) -> Float[Array, " 2*N"]:
+    return jnp.stack([first, second], axis=1).reshape(-1)

@@ -36,6 +36,17 @@ def test_times_are_logit_normal():
     assert logits.std() == pytest.approx(0.8, abs=0.02)
 
 
+def test_a_shift_of_logit_normal_times_is_one_of_their_mean():
+    shifted = flow.shift_time(flow.sample_time(KEY, 1000, 0.5, 0.8), 3.0)
+    np.testing.assert_allclose(shifted, flow.sample_time(KEY, 1000, 0.5 - np.log(3.0), 0.8), rtol=1e-5)
+
+
+def test_shifting_back_is_the_inverse():
+    t = jnp.linspace(0.0, 1.0, 17)
+    np.testing.assert_allclose(flow.shift_time(flow.shift_time(t, 5.0), 1 / 5.0), t, atol=1e-6)
+    np.testing.assert_array_equal(flow.shift_time(t, 1.0), t)
+
+
 def test_a_data_estimate_implies_the_velocity():
     x0, x1, t = pair()
     xt = flow.interpolate(x0, x1, t)

@@ -121,7 +121,7 @@ def evaluate(config: Config, workdir: Path) -> None:
     grid_path = folder / f"grid_{pipeline.step:07d}.png"
     grid = grids.sample_grid(masks[:GRID_ROWS], shown, originals[:GRID_ROWS], scale=_grid_scale(size))
     grids.save_png(grid_path, grid)
-    agreement = mask_agreement.agreement_report(faces, originals, masks, _segmenter(config, workdir))
+    agreement = mask_agreement.agreement_report(faces, originals, masks, segmenter_of(config, workdir))
     report = {"step": pipeline.step, "held_out_loss": loss, "mask_agreement": agreement}
     write_atomically(workdir / "evaluation.json", json.dumps(report, indent=2) + "\n")
     print(mask_agreement.format_report(agreement))
@@ -143,9 +143,14 @@ def _load_run(config: Config, workdir: Path) -> Pipeline:
     return load(workdir)
 
 
-def _segmenter(config: Config, workdir: Path) -> segmenter.Params:
+def segmenter_path(config: Config, workdir: Path) -> Path:
+    """Returns the file of a run's segmenter."""
+    return workdir / f"segmenter_{config.evaluate.segmenter_width}x{config.evaluate.segmenter_steps}.npz"
+
+
+def segmenter_of(config: Config, workdir: Path) -> segmenter.Params:
     """Returns the segmenter of this data set and size, trained once a run."""
-    path = workdir / f"segmenter_{config.evaluate.segmenter_width}x{config.evaluate.segmenter_steps}.npz"
+    path = segmenter_path(config, workdir)
     if path.exists():
         return segmenter.load(path)
     batches = loading.train_iterator(config.data, batch_size=16, seed=config.train.seed)

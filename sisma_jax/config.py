@@ -25,6 +25,11 @@ class _Section:
             value = getattr(self, name)
             if get_origin(hint) is Literal:
                 self._require(value in get_args(hint), name, f"one of {', '.join(map(repr, get_args(hint)))}")
+            elif get_origin(hint) is tuple:
+                if isinstance(value, list):  # as JSON has it
+                    object.__setattr__(self, name, tuple(value))
+                is_right = isinstance(value, tuple | list) and all(type(x) is get_args(hint)[0] for x in value)
+                self._require(is_right, name, f"a tuple of {get_args(hint)[0].__name__}")
             else:
                 accepted = (int, float) if hint is float else hint
                 is_right = isinstance(value, accepted) and (hint is bool or not isinstance(value, bool))
@@ -81,7 +86,10 @@ class ModelConfig(_Section):
     backbone: Literal["sisma", "dit"] = "sisma"
     """dit: the attention baseline, with self-attention for Self-Mamba and cross-attention for Cross-Mamba."""
     depth: int = 12
-    """Number of blocks."""
+    """Number of blocks; in a U, of those at its bottom."""
+    level_depths: tuple[int, ...] = ()
+    """Makes the stack a U (arXiv 2504.13499): blocks on the way down, and as many on the way up, at each resolution
+    from the finest on; every level halves the token grid. Empty: a flat stack, as in the paper."""
     d_model: int = 768
     """Channels of a token."""
     patch_size: Literal[1, 2, 4, 8] = 2
@@ -93,9 +101,16 @@ class ModelConfig(_Section):
     d_conv: int = 3
     """Side of the depthwise convolution's kernel."""
     mlp_ratio: float = 4.0
-    """Hidden width of the feed-forward over d_model."""
+    """Hidden width of the feed-forward over d_model; 0 leaves it out."""
     orders_per_layer: Literal[1, 2, 4] = 1
     """Scan orders that one mixer runs and sums."""
+    order_rotation: Literal["interleaved", "grouped"] = "interleaved"
+    """How the orders follow each other from layer to layer: rows and columns in turn, or four along rows, then four
+    along columns."""
+    mixer_skip: bool = False
+    """Adds Self-Mamba's input, times a learned scale, to its output, as in U-Shape Mamba."""
+    learned_positions: int = 0
+    """Side of the token grid that has learned positions; 0: fixed sines and cosines, for grids of any size."""
     d_head: int = 64
     """Channels of an attention head (dit only)."""
     mask_conditioning: Literal["cross", "spade", "concat"] = "cross"
@@ -118,14 +133,26 @@ class ModelConfig(_Section):
             self._require(getattr(self, name) > 0, name, "positive")
         self._require(self.d_conv % 2 == 1, "d_conv", "odd")
         self._require(self.d_model % 4 == 0, "d_model", "a multiple of 4 (2-D position embedding)")
-        self._require(self.mlp_ratio > 0, "mlp_ratio", "positive")
+        self._require(all(depth > 0 for depth in self.level_depths), "level_depths", "positive numbers")
+        self._require(self.mlp_ratio >= 0, "mlp_ratio", "non-negative")
+        self._require(self.learned_positions >= 0, "learned_positions", "non-negative")
         self._require(self.d_head > 0, "d_head", "positive")
         if self.backbone == "dit":
             self._require(self.d_model % self.d_head == 0, "d_model", f"a multiple of d_head, {self.d_head}")
 
 
-# Depth and width of DiT's S, B, L and XL (arXiv 2212.09748), the sizes that diffusion backbones are compared at.
-PRESETS = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
+# Depth and width of DiT's S, B, L and XL (arXiv 2212.09748), the sizes that diffusion backbones are compared at. The U
+# of a size is a block deeper and three resolutions high, as in U-Shape Mamba, but with most of its blocks at the coarse
+# ones, where a token costs as much and there are fewer.
+_FLAT = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
+_LEVELS = {"S": (1, 2, 3), "B": (1, 2, 3), "L": (2, 4, 6), "XL": (2, 5, 7)}
+PRESETS: dict[str, dict[str, Any]] = {
+    **{name: {"depth": depth, "d_model": d_model} for name, (depth, d_model) in _FLAT.items()},
+    **{
+        f"U-{name}": {"depth": 1, "level_depths": _LEVELS[name], "d_model": d_model}
+        for name, (_, d_model) in _FLAT.items()
+    },
+}
 
 
 def preset(name: str, **values: Any) -> ModelConfig:
@@ -136,8 +163,7 @@ def preset(name: str, **values: Any) -> ModelConfig:
     """
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
-    depth, d_model = PRESETS[name]
-    return ModelConfig(**({"depth": depth, "d_model": d_model} | values))
+    return ModelConfig(**(PRESETS[name] | values))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,10 +299,13 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
-        if self.data.image_size % self.model.patch_size:
+        size, model = self.data.image_size, self.model
+        multiple = model.patch_size * 2 ** len(model.level_depths)
+        if size % multiple:
+            halved = f", whose grid is halved {len(model.level_depths)} times" if model.level_depths else ""
             raise InputError(
-                f"--data.image_size {self.data.image_size} is not a multiple of --model.patch_size "
-                f"{self.model.patch_size}; choose a size that the patches tile."
+                f"--data.image_size {size} is not a multiple of {multiple}: patches of --model.patch_size "
+                f"{model.patch_size}{halved}; choose a size that they tile."
             )
 
 

@@ -83,7 +83,9 @@ def test_a_value_out_of_range_is_refused_by_name(section, key, value, message):
 
 
 def test_patches_must_tile_the_image():
-    with pytest.raises(InputError, match=r"--data.image_size 30 is not a multiple of --model.patch_size 4"):
+    with pytest.raises(
+        InputError, match=r"--data.image_size 30 is not a multiple of 4: patches of --model.patch_size 4"
+    ):
         Config(data=DataConfig(image_size=30), model=ModelConfig(patch_size=4))
 
 

@@ -117,7 +117,7 @@ class _Mixer(nnx.Module):
         dt_rank = math.ceil(d_model / 16)
         options = {"implementation": scan_implementation, "dtype": dtype, "rngs": rngs}
         self.scans = nnx.List([OrderedScan(self.d_inner, d_state, dt_rank, **options) for _ in range(num_orders)])
-        self.out_norm = nnx.LayerNorm(self.d_inner, dtype=jnp.float32, rngs=rngs)
+        self.out_norm = nnx.LayerNorm(self.d_inner, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
 
     def _scan_and_gate(self, u: Grid, z: Grid, paths: Paths, *, drive: Grid, readout: Grid) -> Float[Array, "B H W M"]:
@@ -126,12 +126,23 @@ class _Mixer(nnx.Module):
 
 
 class SelfMamba(_Mixer):
-    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image."""
+    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image.
+
+    Args:
+      d_model: channels of a token.
+      has_skip: whether the input, times a learned scale a channel, is added to the output.
+      mixer: as for `_Mixer`.
+    """
+
+    def __init__(self, d_model: int, *, has_skip: bool = False, **mixer: Any):
+        super().__init__(d_model, **mixer)
+        self.skip_scale = nnx.Param(jnp.ones((d_model,))) if has_skip else None
 
     def __call__(self, x: Grid, paths: Paths) -> Grid:
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u = self.conv(u)
-        return self._scan_and_gate(u, z, paths, drive=u, readout=u)
+        y = self._scan_and_gate(u, z, paths, drive=u, readout=u)
+        return y if self.skip_scale is None else y + x * self.skip_scale[...].astype(x.dtype)[None, None, None]
 
 
 class CrossMamba(_Mixer):

@@ -5,6 +5,7 @@ one before, the whole path forwards or backwards. Paths are data, so that layers
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -77,28 +78,41 @@ def _permute_backward(residuals: tuple[Indices, Indices], grad: Float[Array, "B 
 _permute.defvjp(_permute_forward, _permute_backward)
 
 
-# Neighbours in this list differ in their axis and every second pair in direction, so four layers in a row, or
-# four orders in one layer, read an image along both axes from both ends.
-ORDERS = tuple(
-    ScanOrder(lines, flip, reverse)
-    for flip in ("odd", "even")
-    for reverse in (False, True)
-    for lines in ("rows", "columns")
-)
+Rotation = Literal["interleaved", "grouped"]
+"""interleaved: neighbouring layers differ in their axis and every second pair in direction, so four layers in a row
+read an image along both axes from both ends. grouped: the four orders along rows, then the four along columns, as
+U-Shape Mamba has them (arXiv 2504.13499)."""
+
+ORDERS: dict[Rotation, tuple[ScanOrder, ...]] = {
+    "interleaved": tuple(
+        ScanOrder(lines, flip, reverse)
+        for flip in ("odd", "even")
+        for reverse in (False, True)
+        for lines in ("rows", "columns")
+    ),
+    "grouped": tuple(
+        ScanOrder(lines, flip, reverse)
+        for lines in ("rows", "columns")
+        for flip in ("odd", "even")
+        for reverse in (False, True)
+    ),
+}
+
+# Where a layer's orders stand from its own: one; one along an axis and its reverse; those of both axes.
+_OFFSETS = {"interleaved": {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}, "grouped": {1: (0,), 2: (0, 1), 4: (0, 1, 4, 5)}}
 
 
-def orders_of_layer(layer: int, count: int) -> tuple[ScanOrder, ...]:
+def orders_of_layer(layer: int, count: int, rotation: Rotation = "interleaved") -> tuple[ScanOrder, ...]:
     """Returns the `count` orders (1, 2 or 4) of the mixers in layer number `layer`.
 
     Two orders are a path along one axis forwards and one backwards; four add the other axis.
     """
-    stride = 2 if count == 2 else 1
-    return tuple(ORDERS[(layer + stride * i) % len(ORDERS)] for i in range(count))
+    return tuple(ORDERS[rotation][(layer + offset) % 8] for offset in _OFFSETS[rotation][count])
 
 
-def paths_of_layers(depth: int, count: int, height: int, width: int) -> tuple[Path, ...]:
-    """Returns the `count` paths of each of `depth` layers, stacked over the layers: arrays are (depth, L)."""
-    layers = [[order.path(height, width) for order in orders_of_layer(layer, count)] for layer in range(depth)]
-    return tuple(
-        Path(*(np.stack(arrays) for arrays in zip(*paths, strict=True))) for paths in zip(*layers, strict=True)
-    )
+def paths_of_layers(
+    layers: Sequence[int], count: int, height: int, width: int, rotation: Rotation = "interleaved"
+) -> tuple[Path, ...]:
+    """Returns the `count` paths of each of the layers, stacked over the layers: arrays are (layers, L)."""
+    paths = [[order.path(height, width) for order in orders_of_layer(layer, count, rotation)] for layer in layers]
+    return tuple(Path(*(np.stack(arrays) for arrays in zip(*one, strict=True))) for one in zip(*paths, strict=True))

@@ -1,4 +1,7 @@
-"""The SISMA denoiser (arXiv 2509.17651): patchify, N blocks of Self-Mamba, Cross-Mamba and feed-forward, depatchify."""
+"""The SISMA denoiser (arXiv 2509.17651): patchify, N blocks of Self-Mamba, Cross-Mamba and feed-forward, depatchify.
+
+Beyond the paper, the blocks may form a U: see `u_shape.py`.
+"""
 
 import math
 from typing import Any
@@ -10,18 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from sisma_jax.config import ModelConfig
-from sisma_jax.models.mamba import CrossMamba, DepthwiseConv, Grid, Paths, SelfMamba
+from sisma_jax.models.blocks import Block, FeedForward, Spade, layer_norm, modulate, run_stacked, stacked
+from sisma_jax.models.mamba import CrossMamba, Grid, SelfMamba
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 from sisma_jax.models.scan_orders import paths_of_layers
+from sisma_jax.models.u_shape import Level
 
 TIME_FREQUENCIES = 256
-
-# What a block's forward pass keeps for its backward pass; the rest is computed again.
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 def time_features(t: Float[Array, " B"]) -> Float[Array, "B 256"]:
@@ -44,77 +43,6 @@ def position_features(height: int, width: int, d_model: int) -> np.ndarray:
     return np.concatenate([rows, columns], axis=-1).astype(np.float32)
 
 
-def modulate(x: Grid, shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Grid:
-    """Returns x (1 + scale) + shift, the same for all tokens of an example."""
-    return x * (1 + scale[:, None, None]) + shift[:, None, None]
-
-
-def layer_norm(x: Grid) -> Grid:
-    """LayerNorm without parameters, in float32: adaLN's scale and shift take their place."""
-    x = x.astype(jnp.float32)
-    mean = x.mean(-1, keepdims=True)
-    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
-    return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
-
-
-class FeedForward(nnx.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, d_model: int, d_hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.up = nnx.Linear(d_model, d_hidden, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(d_hidden, d_model, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Grid) -> Grid:
-        return self.down(jax.nn.gelu(self.up(x)))
-
-
-class Spade(nnx.Module):
-    """Reads the mask by spatially adaptive normalisation (arXiv 1903.07291): LN(x) (1 + γ(S_M)) + β(S_M), projected."""
-
-    def __init__(self, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.conv = DepthwiseConv(d_model, 3, rngs=rngs)
-        self.scale_and_shift = nnx.Linear(d_model, 2 * d_model, dtype=dtype, rngs=rngs)
-        self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
-
-    def __call__(self, x: Grid, mask_features: Grid, paths: Paths) -> Grid:
-        scale, shift = jnp.split(self.scale_and_shift(self.conv(mask_features)), 2, axis=-1)
-        return self.out_proj(jax.nn.silu((layer_norm(x) * (1 + scale) + shift).astype(x.dtype)))
-
-
-class Block(nnx.Module):
-    """Residual sub-layers, each shifted and scaled by the time before and gated by it after (adaLN-zero).
-
-    x += g1 mixer(modulate(LN(x))); x += g2 reader(modulate(LN(x)), S_M); x += g3 feed_forward(modulate(LN(x))).
-    The gates start at zero, so a new block is the identity.
-
-    Args:
-      mixer: (tokens, paths) -> tokens: Self-Mamba.
-      reader: (tokens, mask features, paths) -> tokens: Cross-Mamba. None leaves this sub-layer out.
-      feed_forward: tokens -> tokens.
-    """
-
-    def __init__(
-        self, d_model: int, mixer: nnx.Module, reader: nnx.Module | None, feed_forward: nnx.Module, *, rngs: nnx.Rngs
-    ):
-        self.mixer = mixer
-        self.reader = reader
-        self.feed_forward = feed_forward
-        zeros = nnx.initializers.zeros
-        width = (6 if reader is None else 9) * d_model
-        self.modulation = nnx.Linear(d_model, width, kernel_init=zeros, bias_init=zeros, rngs=rngs)
-
-    def __call__(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid, paths: Paths) -> Grid:
-        sublayers = [lambda x: self.mixer(x, paths), self.feed_forward]
-        if self.reader is not None:
-            sublayers.insert(1, lambda x: self.reader(x, mask_features, paths))
-        modulation = jnp.split(self.modulation(jax.nn.silu(condition)), 3 * len(sublayers), axis=-1)
-        for i, sublayer in enumerate(sublayers):
-            shift, scale, gate = modulation[3 * i : 3 * i + 3]
-            y = sublayer(modulate(layer_norm(x), shift, scale).astype(x.dtype))
-            x = x + y * gate.astype(y.dtype)[:, None, None]
-        return x
-
-
 class Sisma(nnx.Module):
     """The denoiser: noisy latent, time and mask features in, one value a latent element out.
 
@@ -134,7 +62,10 @@ class Sisma(nnx.Module):
         self.patch_size = config.patch_size
         self.depth = config.depth
         self.orders_per_layer = config.orders_per_layer
+        self.order_rotation = config.order_rotation
         self.remat = config.remat
+        self.d_model = config.d_model
+        self.learned_positions = config.learned_positions
         self.dtype = dtype
         d_model = config.d_model
         d_patch = config.patch_size**2 * latent_channels
@@ -147,9 +78,24 @@ class Sisma(nnx.Module):
         if config.mask_conditioning == "concat":
             self.merge = nnx.Linear(2 * d_model, d_model, dtype=dtype, rngs=rngs)
         self.mask_conditioning = config.mask_conditioning
-        # One block whose parameters have a leading axis of layers.
-        self.blocks = nnx.vmap(lambda key: self.make_block(config, dtype=dtype, rngs=nnx.Rngs(key)))(
-            jax.random.split(rngs.params(), config.depth)
+        if config.learned_positions:
+            shape = (config.learned_positions, config.learned_positions, d_model)
+            self.positions = nnx.Param(jnp.asarray(position_features(*shape)))
+
+        def make_block(rngs: nnx.Rngs) -> Block:
+            return self.make_block(config, dtype=dtype, rngs=rngs)
+
+        self.blocks = stacked(make_block, config.depth, rngs)
+        self.levels = nnx.List(
+            Level(
+                make_block,
+                depth,
+                d_model,
+                blocks_read_mask=config.mask_conditioning != "concat",
+                dtype=dtype,
+                rngs=rngs,
+            )
+            for depth in config.level_depths
         )
         zeros = nnx.initializers.zeros
         self.modulation = nnx.Linear(d_model, 2 * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
@@ -164,13 +110,14 @@ class Sisma(nnx.Module):
             reader = cls.make_cross_reader(config, **options)
         else:
             reader = Spade(config.d_model, **options) if config.mask_conditioning == "spade" else None
-        feed_forward = FeedForward(config.d_model, int(config.mlp_ratio * config.d_model), **options)
+        d_hidden = int(config.mlp_ratio * config.d_model)
+        feed_forward = FeedForward(config.d_model, d_hidden, **options) if d_hidden else None
         return Block(config.d_model, mixer, reader, feed_forward, rngs=rngs)
 
     @staticmethod
     def make_mixer(config: ModelConfig, **options: Any) -> nnx.Module:
         """Returns (tokens, paths) -> tokens."""
-        return SelfMamba(config.d_model, **_mamba_sizes(config), **options)
+        return SelfMamba(config.d_model, has_skip=config.mixer_skip, **_mamba_sizes(config), **options)
 
     @staticmethod
     def make_cross_reader(config: ModelConfig, **options: Any) -> nnx.Module:
@@ -198,33 +145,54 @@ class Sisma(nnx.Module):
           mask_features: S_M, one a token.
 
         Raises:
-          ValueError: the latent is not tiled by patches, or S_M is of another grid.
+          ValueError: the latent is not tiled by patches or, in a U, by those of its coarsest resolution; it has not
+            the size of learned positions; S_M is of another grid.
         """
-        if xt.shape[1] % self.patch_size or xt.shape[2] % self.patch_size:
-            raise ValueError(f"xt is {xt.shape[1:3]}, want multiples of the patch size {self.patch_size}")
+        multiple = self.patch_size * 2 ** len(self.levels)
+        if xt.shape[1] % multiple or xt.shape[2] % multiple:
+            halved = f", halved {len(self.levels)} times" if self.levels else ""
+            raise ValueError(
+                f"xt is {xt.shape[1:3]}, want multiples of {multiple} (the patch size {self.patch_size}{halved})"
+            )
         x = self.embed(space_to_depth(xt.astype(self.dtype), self.patch_size))
         if mask_features.shape[:3] != x.shape[:3]:
             raise ValueError(f"mask_features are {mask_features.shape[:3]}, want the token grid {x.shape[:3]}")
         if self.mask_conditioning == "concat":
             x = self.merge(jnp.concatenate([x, mask_features.astype(x.dtype)], axis=-1))
-        x = x + jnp.asarray(position_features(x.shape[1], x.shape[2], x.shape[3]), x.dtype)[None]
+        x = x + self._positions(*x.shape[1:3]).astype(x.dtype)[None]
         condition = self.time_down(jax.nn.silu(self.time_up(time_features(t))))
         x = self._run_blocks(x, condition, mask_features)
         shift, scale = jnp.split(self.modulation(jax.nn.silu(condition)), 2, axis=-1)
         return depth_to_space(self.head(modulate(layer_norm(x), shift, scale)).astype(jnp.float32), self.patch_size)
 
+    def _positions(self, height: int, width: int) -> Float[Array, "H W D"]:
+        if not self.learned_positions:
+            return jnp.asarray(position_features(height, width, self.d_model))
+        if (height, width) != self.positions.shape[:2]:
+            raise ValueError(f"the token grid is {(height, width)}, want that of positions, {self.positions.shape[:2]}")
+        return self.positions[...]
+
     def _run_blocks(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid) -> Grid:
-        """One after the other, rolled into a loop: compile time does not grow with depth."""
-        graph, params = nnx.split(self.blocks)
+        """Down the U, through its bottom, up again; a flat stack is the bottom alone."""
+        first_layer = 0
 
-        def run(x, layer):
-            params, paths = layer
-            return nnx.merge(graph, params)(x, condition, mask_features, paths), None
+        def run(blocks: nnx.Module, depth: int, x: Grid, mask_features: Grid, **options: Any) -> tuple[Grid, Any]:
+            nonlocal first_layer
+            layers = range(first_layer, first_layer + depth)
+            first_layer += depth
+            paths = paths_of_layers(layers, self.orders_per_layer, *x.shape[1:3], rotation=self.order_rotation)
+            return run_stacked(blocks, x, condition, mask_features, paths, remat=self.remat, **options)
 
-        paths = paths_of_layers(self.depth, self.orders_per_layer, x.shape[1], x.shape[2])
-        if self.remat != "none":
-            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(run, x, (params, paths))[0]
+        encoded = []
+        for level in self.levels:
+            x, outputs = run(level.encoder_blocks, level.depth, x, mask_features, keep=True)
+            encoded.append((outputs, mask_features))
+            x, mask_features = level.to_coarser(x), level.coarser_mask(mask_features)
+        x, _ = run(self.blocks, self.depth, x, mask_features)
+        for level, (outputs, mask_features) in zip(reversed(self.levels), reversed(encoded), strict=True):
+            # The last block of the encoder meets the first of the decoder.
+            x, _ = run(level.decoder_blocks, level.depth, level.to_finer(x), mask_features, skips=outputs[::-1])
+        return x
 
 
 def _mamba_sizes(config: ModelConfig) -> dict[str, Any]:

@@ -36,7 +36,8 @@ class TrainState:
 
 def _is_decayed(params: Params) -> Params:
     def is_decayed(path: tuple[Any, ...], x: Array) -> bool:
-        rank = x.ndim - (path[0].key == "blocks")  # these have a leading axis of layers
+        is_stacked = any(str(part.key).endswith("blocks") for part in path)  # with a leading axis of layers
+        rank = x.ndim - is_stacked
         return rank > 1 and path[-1].key not in _UNDECAYED
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -229,7 +229,7 @@ def on_one(devices):
 def test_every_preset_compiles_and_keeps_to_its_memory(topology, dtype, direction):
     batch, length, d_state = 8, 1024, 16
     place = on_one(tpu_devices(topology))
-    widths = sorted({2 * d_model for _, d_model in PRESETS.values()})
+    widths = sorted({2 * sizes["d_model"] for sizes in PRESETS.values()})
     inputs = [shapes(batch, length, width, d_state, dtype, place) for width in widths]
     if direction == "forward":
         lowered = jax.jit(

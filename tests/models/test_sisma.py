@@ -8,7 +8,7 @@ import optax
 import pytest
 from flax import nnx
 
-from sisma_jax.config import PRESETS, Config, ModelConfig, preset
+from sisma_jax.config import Config, ModelConfig, preset
 from sisma_jax.data.labels import NUM_CLASSES
 from sisma_jax.models.factory import graph_of, init_params
 from sisma_jax.models.mamba import CrossMamba, SelfMamba
@@ -20,18 +20,31 @@ from sisma_jax.models.sisma import Sisma
 TINY = ModelConfig(depth=2, d_model=16, patch_size=2, d_state=4, mlp_ratio=2.0, d_label=8)
 
 
-def random_like_trained(model: nnx.Module, key: jax.Array) -> nnx.Module:
-    """Replaces every parameter by noise, zero-initialised ones included, so that every path carries signal."""
-    graph, state = nnx.split(model)
-    leaves, structure = jax.tree.flatten(state)
-    keys = jax.random.split(key, len(leaves))
-    noise = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return nnx.merge(graph, jax.tree.unflatten(structure, noise))
+def random_params(abstract: nnx.State, seed: int = 1) -> nnx.State:
+    """Values like those of a trained model, gates and heads included, so that every path carries signal.
+
+    By NumPy: to compile the initialisation takes longer than most tests.
+    """
+    rng = np.random.default_rng(seed)
+
+    def draw(path: tuple, x: jax.ShapeDtypeStruct) -> jax.Array:
+        name = next(part.key for part in reversed(path) if getattr(part, "key", "value") != "value")
+        fan_in = x.shape[-2] if name == "kernel" and len(x.shape) > 1 else 100
+        noise = rng.standard_normal(x.shape, np.float32) * min(fan_in**-0.5, 0.5)
+        centre = {"A_log": 1.0, "D": 1.0, "scale": 1.0, "skip_scale": 1.0, "dt_bias": -3.0}.get(name, 0.0)
+        return jnp.asarray(centre + noise)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 def make_model(config: ModelConfig = TINY, *, trained: bool = True, dtype: jnp.dtype = jnp.float32) -> Sisma:
-    model = Sisma(config, 3, 1, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
-    return random_like_trained(model, jax.random.key(1)) if trained else model
+    def make() -> Sisma:
+        return Sisma(config, 3, 1, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+
+    if not trained:
+        return make()
+    graph, abstract = nnx.split(nnx.eval_shape(make))
+    return nnx.merge(graph, random_params(abstract))
 
 
 def make_inputs(batch: int = 2, side: int = 8) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -114,7 +127,7 @@ def test_any_latent_size_and_patch_size(patch_size):
 
 def test_wrong_shapes_are_named():
     model = make_model()
-    with pytest.raises(ValueError, match="multiples of the patch size 2"):
+    with pytest.raises(ValueError, match=r"multiples of 2 \(the patch size 2\)"):
         model(jnp.ones((1, 7, 8, 3)), jnp.ones((1,)), jnp.ones((1, 4, 4, 16)))
     with pytest.raises(ValueError, match="want the token grid"):
         model(jnp.ones((1, 8, 8, 3)), jnp.ones((1,)), jnp.ones((1, 2, 4, 16)))
@@ -206,7 +219,7 @@ def test_presets_have_the_parameters_of_their_depth_and_width(name):
     config = Config(model=preset(name))
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     count = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]))
-    depth, d_model = PRESETS[name]
+    depth, d_model = config.model.depth, config.model.d_model
     # Self-Mamba 6, Cross-Mamba 8, feed-forward 8, modulation 9 square matrices; the scan's projections are thin.
     assert count == pytest.approx(31 * depth * d_model**2, rel=0.05)
 

@@ -12,6 +12,26 @@ from sisma_jax.config import ModelConfig
 from sisma_jax.models.mamba import Grid, Paths
 from sisma_jax.models.sisma import Sisma
 
+# Queries that attend at a time. All of 16,384 at once would need their logits in memory, 13 GB at 12 heads; and a CPU
+# is quicker at a few, whose logits stay in its caches.
+QUERY_BLOCK = 256
+
+Heads = Float[Array, "B L heads d_head"]
+
+
+def attention(query: Heads, key: Heads, value: Heads) -> Heads:
+    """Softmax attention (`jax.nn.dot_product_attention`), a block of queries after the other."""
+    batch, length, *head = query.shape
+    if length <= QUERY_BLOCK:
+        return jax.nn.dot_product_attention(query, key, value)
+    num_blocks = -(-length // QUERY_BLOCK)
+    padded = jnp.pad(query, ((0, 0), (0, num_blocks * QUERY_BLOCK - length), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(batch, num_blocks, QUERY_BLOCK, *head), 1, 0)
+    # Recomputed, since the logits of all blocks would be kept for the gradient.
+    attend = jax.checkpoint(lambda block: jax.nn.dot_product_attention(block, key, value), prevent_cse=False)
+    y = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 1)
+    return y.reshape(padded.shape)[:, :length]
+
 
 class Attention(nnx.Module):
     """Multi-head softmax attention of the tokens of `x` to those of `context`.
@@ -29,10 +49,10 @@ class Attention(nnx.Module):
 
     def attend(self, x: Grid, context: Grid) -> Grid:
         key, value = jnp.split(self.key_value_proj(context), 2, axis=-1)
-        y = jax.nn.dot_product_attention(*(self._heads(a) for a in (self.query_proj(x), key, value)))
+        y = attention(*(self._heads(a) for a in (self.query_proj(x), key, value)))
         return self.out_proj(y.reshape(x.shape))
 
-    def _heads(self, x: Grid) -> Float[Array, "B L heads d_head"]:
+    def _heads(self, x: Grid) -> Heads:
         return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, self.d_head)
 
 
@@ -62,12 +82,19 @@ class Dit(Sisma):
         return CrossAttention(config.d_model, config.d_head, **options)
 
 
-def matched_dit(config: ModelConfig) -> ModelConfig:
-    """Returns the DiT of the same width whose depth brings it nearest to the parameters of `config`'s SISMA."""
+def matched_dit(config: ModelConfig, mask_conditioning: str | None = None) -> ModelConfig:
+    """Returns the DiT of the same width whose depth brings it nearest to the parameters of `config`'s SISMA.
 
-    def block_size(cls: type[Sisma]) -> int:
+    Args:
+      mask_conditioning: the DiT's, if not that of `config`: "concat" leaves it with self-attention alone.
+    """
+    baseline = dataclasses.replace(
+        config, backbone="dit", mask_conditioning=mask_conditioning or config.mask_conditioning
+    )
+
+    def block_size(cls: type[Sisma], config: ModelConfig) -> int:
         block = nnx.eval_shape(lambda: cls.make_block(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
         return sum(x.size for x in jax.tree.leaves(nnx.state(block, nnx.Param)))
 
-    depth = max(round(config.depth * block_size(Sisma) / block_size(Dit)), 1)
-    return dataclasses.replace(config, backbone="dit", depth=depth)
+    depth = max(round(config.depth * block_size(Sisma, config) / block_size(Dit, baseline)), 1)
+    return dataclasses.replace(baseline, depth=depth)

@@ -5,6 +5,7 @@ import json
 import logging
 from pathlib import Path
 
+import cv2
 import jax
 import numpy as np
 
@@ -14,7 +15,7 @@ from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids, mask_agreement, segmenter
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.files import write_atomically
-from sisma_jax.pipeline import Pipeline, load
+from sisma_jax.pipeline import Pipeline, Settings, load
 from sisma_jax.training import loop
 from sisma_jax.training.metrics import METRICS_NAME, read_metrics
 from sisma_jax.training.step import make_held_out_loss
@@ -34,6 +35,15 @@ class SampleOptions:
 
     mask: str
     """A mask file (PNG of class indices 0..18), or a folder of them."""
+    image: str = ""
+    """A photograph to repaint where its mask was changed; all else stays as it is."""
+    image_mask: str = ""
+    """The photograph's mask before it was edited. Without this and region, the run's segmenter guesses it."""
+    region: str = ""
+    """What to repaint, in place of image_mask: a picture that is black elsewhere."""
+    margin: int | None = None
+    """Pixels of the model's size by which the painting reaches out of what was changed, blended with the photograph;
+    a 32nd of that size if not given."""
     out: str = ""
     """Folder for the pictures; WORKDIR/samples/painted if empty."""
     num: int = 4
@@ -68,28 +78,40 @@ def sample(config: Config, workdir: Path, options: SampleOptions) -> None:
     """Paints faces into the user's masks."""
     files = images.image_files(options.mask)
     masks = [images.read_mask_file(file) for file in files]
+    image = images.read_image_file(options.image) if options.image else None
+    image_mask = images.read_mask_file(options.image_mask) if options.image_mask else None
+    region = images.decode_part(images.read_bytes(options.region), options.region) if options.region else None
+    if image is None and (options.image_mask or options.region):
+        raise InputError("--image_mask and --region belong to an edit: name the photograph with --image.")
     pipeline = _load_run(config, workdir)
     size = config.data.image_size
-    masks = np.stack([images.resize_mask(mask, size) for mask in masks])
     out = Path(options.out) if options.out else workdir / "samples" / "painted"
     _make_folder(out)
     seed = config.sample.seed if options.seed is None else options.seed
-    faces = pipeline(
-        masks,
-        key=jax.random.key(seed),
-        num_samples=options.num,
-        steps=options.steps,
-        solver=options.solver,
-        shift=options.shift,
-        guidance=options.guidance,
-        guidance_low=options.guidance_low,
-        guidance_high=options.guidance_high,
-        guidance_rescale=options.guidance_rescale,
-    ).reshape(len(masks), options.num, size, size, 3)
+    settings = {name: getattr(options, name) for name in Settings.__annotations__}
+    # The same keys for every mask: what differs between two edits of a mask is what was edited.
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), np.arange(options.num))
+    shown_masks = np.stack([images.resize_mask(mask, size) for mask in masks])
+    if image is None:
+        of_all = jax.numpy.tile(keys, len(masks))
+        faces = pipeline(shown_masks, key=of_all, num_samples=options.num, **settings)
+        faces = faces.reshape(len(masks), options.num, size, size, 3)
+    else:
+        if image_mask is None and region is None:
+            changes = [{"region": one} for one in _guess_regions(image, shown_masks, config, workdir)]
+        else:
+            changes = [{"image_mask": image_mask, "region": region}] * len(masks)
+        settings |= {"margin": options.margin, "num_samples": options.num}
+        faces = [
+            pipeline.edit(image, one, key=keys, **change, **settings)
+            for one, change in zip(masks, changes, strict=True)
+        ]
     for file, row in zip(files, faces, strict=True):
         for number, face in enumerate(row):
             grids.save_png(out / f"{file.stem}_{number}.png", face)
-    grids.save_png(out / "grid.png", grids.sample_grid(masks, faces, None, scale=_grid_scale(size)))
+    shown = np.stack([[images.resize_image(face, size) for face in row] for row in faces])
+    originals = None if image is None else np.stack([images.resize_image(image, size)] * len(masks))
+    grids.save_png(out / "grid.png", grids.sample_grid(shown_masks, shown, originals, scale=_grid_scale(size)))
     print(f"Faces: {len(masks) * options.num} in {out}, side by side in {out / 'grid.png'}")
 
 
@@ -134,6 +156,19 @@ def run_all(config: Config, workdir: Path) -> None:
     """Does the whole job of a configuration: prepare, train, sample, evaluate."""
     train(config, workdir)
     evaluate(config, workdir)
+
+
+def _guess_regions(image: np.ndarray, masks: np.ndarray, config: Config, workdir: Path) -> np.ndarray:
+    """Returns where edited masks (n, S, S) differ from what the run's segmenter reads in the image."""
+    logger.warning(
+        "The image's own mask is not given (--image_mask), so what is repainted is where --mask differs from what the "
+        "run's small segmenter reads in the image: a rough guess."
+    )
+    small = images.resize_image(image, config.data.image_size)
+    read = segmenter.predict(segmenter_of(config, workdir), small[None])
+    # Two readings of one face differ along all outlines: what is thinner than three pixels is no edit.
+    square = np.ones((3, 3), np.uint8)
+    return np.stack([cv2.morphologyEx(one.astype(np.uint8), cv2.MORPH_OPEN, square) > 0 for one in masks != read])
 
 
 def _load_run(config: Config, workdir: Path) -> Pipeline:

@@ -3,16 +3,17 @@
 import dataclasses
 import functools
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Integer, Key, UInt8
+from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
 
-from sisma_jax.config import Config
+from sisma_jax.config import Config, Solver
 from sisma_jax.data import images, labels
-from sisma_jax.diffusion import sampling
+from sisma_jax.diffusion import editing, sampling
 from sisma_jax.errors import InputError
 from sisma_jax.models.factory import Params, autoencoder_of, graph_of, init_params
 from sisma_jax.training.checkpoints import Checkpoints
@@ -20,6 +21,18 @@ from sisma_jax.training.loop import CHECKPOINTS_NAME
 from sisma_jax.training.workdir import read_config
 
 TRACED_SETTINGS = ("shift", "guidance", "guidance_low", "guidance_high", "guidance_rescale")
+
+
+class Settings(TypedDict, total=False):
+    """How to sample: see `SampleConfig`. What is left out, or None, is as in the run's configuration."""
+
+    steps: int | None
+    solver: Solver | None
+    shift: float | None
+    guidance: float | None
+    guidance_low: float | None
+    guidance_high: float | None
+    guidance_rescale: float | None
 
 
 class Pipeline:
@@ -44,15 +57,9 @@ class Pipeline:
         self,
         mask: Integer[np.ndarray, "H W"] | Integer[np.ndarray, "B H W"],
         *,
-        key: Key[Array, ""],
+        key: Key[Array, ""] | Key[Array, " N"],
         num_samples: int = 1,
-        steps: int | None = None,
-        solver: str | None = None,
-        shift: float | None = None,
-        guidance: float | None = None,
-        guidance_low: float | None = None,
-        guidance_high: float | None = None,
-        guidance_rescale: float | None = None,
+        **settings: Unpack[Settings],
     ) -> UInt8[np.ndarray, "N S S 3"]:
         """Returns `num_samples` faces for each mask, RGB.
 
@@ -61,43 +68,105 @@ class Pipeline:
         Args:
           mask: class indices in 0..18, one mask or a batch; brought to the model's size S x S (nearest pixel, the
             central square of what is not square).
-          key: randomness; face n of the result depends on `fold_in(key, n)`.
+          key: randomness. Face n of the result depends on `fold_in(key, n)`, or on key n if there are N of them: the
+            same key and another mask give a face of the same style.
           num_samples: faces a mask; those of mask i are rows i * num_samples and on.
-          steps, solver, shift, guidance, guidance_low, guidance_high, guidance_rescale: see `SampleConfig`; None takes
-            the value of the run's configuration.
+          settings: see `Settings`.
 
         Raises:
           InputError: the mask holds other labels, or a setting is out of range.
         """
-        masks = self._masks(mask)
+        masks = self._resized(_checked(mask, "mask"))
+        return self._paint(masks, key, num_samples, settings)
+
+    def edit(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        mask: Integer[np.ndarray, "h w"] | Integer[np.ndarray, "B h w"],
+        *,
+        key: Key[Array, ""] | Key[Array, " N"],
+        image_mask: Integer[np.ndarray, "h w"] | None = None,
+        region: Bool[np.ndarray, "h w"] | None = None,
+        margin: int | None = None,
+        num_samples: int = 1,
+        **settings: Unpack[Settings],
+    ) -> UInt8[np.ndarray, "N H W 3"]:
+        """Repaints a photograph where its mask was changed; the rest of its pixels stay as they are, bit for bit.
+
+        Works on the central square of photograph and masks. The face is painted at the model's size and brought to
+        that of the photograph.
+
+        Args:
+          image: RGB, of any size.
+          mask: edited masks, as for `__call__`: each gives an edit of the same photograph.
+          key: as for `__call__`.
+          image_mask: the mask before it was edited; the region is where it differs.
+          region: what to repaint, in place of `image_mask`.
+          margin: pixels of the model's size S by which what is painted reaches out of the region, to be blended with
+            the photograph there. None: a 32nd of S; 0: not one pixel outside of the region changes.
+          num_samples: edits a mask; those of mask i are rows i * num_samples and on.
+          settings: see `Settings`.
+
+        Raises:
+          InputError: the photograph is not 8-bit RGB, a mask holds other labels or is of another size than the one it
+            is compared with, nothing differs, not one of `image_mask` and `region` is given, or a setting is out of
+            range.
+        """
+        image, size = np.asarray(image), self.config.data.image_size
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise InputError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
+        if (image_mask is None) == (region is None):
+            raise InputError("name either image_mask, the mask before it was edited, or region, what to repaint.")
+        margin = size // 32 if margin is None else margin
+        if margin < 0:
+            raise InputError(f"margin must be non-negative, got {margin}.")
+        masks = _checked(mask, "mask")
+        changed = _changed(masks, image_mask) if region is None else np.asarray(region, bool)[None]
+        changed = np.broadcast_to(changed, (len(masks), *changed.shape[1:]))
+        if not changed.any(axis=(1, 2)).all():
+            raise InputError("there is nothing to repaint: the mask is that of the photograph, or the region is empty.")
+        side = min(image.shape[:2])
+        squares = [images.central_square(one) for one in changed]
+        weights = [editing.feather(editing.resize_region(one, side), margin * side / size) for one in squares]
+        reach = np.stack([editing.feather(editing.resize_region(one, size), margin) > 0 for one in squares])
+        painted = self._paint(
+            self._resized(masks), key, num_samples, settings, images.resize_image(image, size)[None], reach
+        )
+        return np.stack([editing.composite(image, face, weights[i // num_samples]) for i, face in enumerate(painted)])
+
+    def _paint(
+        self,
+        masks: UInt8[np.ndarray, "B S S"],
+        key: Key[Array, ""] | Key[Array, " N"],
+        num_samples: int,
+        given: Settings,
+        image: UInt8[np.ndarray, "1 S S 3"] | None = None,
+        regions: Bool[np.ndarray, "B S S"] | None = None,
+    ) -> UInt8[np.ndarray, "N S S 3"]:
         if num_samples < 1:
             raise InputError(f"num_samples must be positive, got {num_samples}.")
-        given = {
-            "steps": steps,
-            "solver": solver,
-            "shift": shift,
-            "guidance": guidance,
-            "guidance_low": guidance_low,
-            "guidance_high": guidance_high,
-            "guidance_rescale": guidance_rescale,
-        }
+        if unknown := set(given) - set(Settings.__annotations__):
+            raise TypeError(f"unknown settings {', '.join(sorted(unknown))}")
         # The section checks what it is given.
         settings = dataclasses.replace(self.config.sample, **{k: v for k, v in given.items() if v is not None})
-        masks = np.repeat(masks, num_samples, axis=0)
-        total = len(masks)
+        total = len(masks) * num_samples
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(total)) if key.ndim == 0 else key
+        if keys.shape != (total,):
+            raise InputError(f"key has shape {key.shape}, want one key or {total}, one a face.")
         batch_size = min(total, settings.batch_size)
         painted = []
         for start in range(0, total, batch_size):
             # The last batch is filled up, so that one shape compiles; what fills it is thrown away.
-            rows = np.arange(start, start + batch_size)
-            keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows)
+            rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             painted.append(
                 self._sample(
                     self.params,
-                    keys,
-                    masks[np.minimum(rows, total - 1)],
+                    keys[rows],
+                    masks[rows // num_samples],
                     # Traced, so that other values need no other program.
                     {name: jnp.float32(getattr(settings, name)) for name in TRACED_SETTINGS},
+                    image,
+                    None if regions is None else regions[rows // num_samples],
                     steps=settings.steps,
                     solver=settings.solver,
                     is_guided=settings.guidance != 1 and settings.guidance_low < settings.guidance_high,
@@ -105,12 +174,22 @@ class Pipeline:
             )
         return np.concatenate([np.asarray(batch) for batch in painted])[:total]
 
-    def _masks(self, mask: np.ndarray) -> np.ndarray:
-        mask = np.asarray(mask)
-        if mask.ndim not in (2, 3):
-            raise InputError(f"mask has shape {mask.shape}, want (H, W) or (B, H, W) with class indices.")
-        masks = labels.check_mask(mask if mask.ndim == 3 else mask[None], "mask")
-        return np.stack([images.resize_mask(one, self.config.data.image_size) for one in masks])
+    def _resized(self, masks: UInt8[np.ndarray, "B H W"]) -> UInt8[np.ndarray, "B S S"]:
+        return np.stack([images.resize_mask(mask, self.config.data.image_size) for mask in masks])
+
+
+def _checked(mask: np.ndarray, name: str) -> UInt8[np.ndarray, "B H W"]:
+    mask = np.asarray(mask)
+    if mask.ndim not in (2, 3):
+        raise InputError(f"{name} has shape {mask.shape}, want (H, W) or (B, H, W) with class indices.")
+    return labels.check_mask(mask if mask.ndim == 3 else mask[None], name)
+
+
+def _changed(masks: UInt8[np.ndarray, "B H W"], image_mask: np.ndarray) -> Bool[np.ndarray, "B H W"]:
+    before = _checked(image_mask, "image_mask")
+    if before.shape[1:] != masks.shape[1:]:
+        raise InputError(f"mask is {masks.shape[1:]} and image_mask {before.shape[1:]}; they must be of one size.")
+    return masks != before
 
 
 def _sample(
@@ -120,6 +199,8 @@ def _sample(
     keys: Key[Array, " B"],
     mask: UInt8[Array, "B S S"],
     traced: dict[str, Float[Array, ""]],
+    image: UInt8[Array, "1 S S 3"] | None,
+    region: Bool[Array, "B S S"] | None,
     *,
     steps: int,
     solver: str,
@@ -137,6 +218,8 @@ def _sample(
         guidance=traced["guidance"] if is_guided else 1.0,
         guidance_interval=(traced["guidance_low"], traced["guidance_high"]),
         guidance_rescale=traced["guidance_rescale"],
+        image=image,
+        region=region,
     )
 
 

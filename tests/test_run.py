@@ -109,6 +109,97 @@ def test_a_face_does_not_depend_on_how_many_are_painted(finished):
     assert np.abs(many[:2] - few).max() <= 1  # rounding in another order
 
 
+def test_a_seed_gives_a_mask_the_same_face_alone_and_in_a_folder(finished, mask_file, tmp_path):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    shutil.copy(mask_file, folder / "b.png")
+    (folder / "a.png").write_bytes(images.encode_png(np.zeros((48, 32), np.uint8)))  # another size
+    command(finished, "sample", "--mask", folder, "--num", 2, "--out", tmp_path / "many")
+    command(finished, "sample", "--mask", mask_file, "--num", 2, "--out", tmp_path / "one")
+    for number in range(2):
+        together, alone = (
+            images.read_image_file(tmp_path / name).astype(int)
+            for name in (f"many/b_{number}.png", f"one/mask_{number}.png")
+        )
+        assert np.abs(together - alone).max() <= 1  # rounding in another order
+
+
+@pytest.fixture
+def edit(tmp_path):
+    """A photograph, its mask, the mask with a part of it changed, and where, as files; sizes as in CelebAMask-HQ."""
+    photo, mask = draw_face(np.random.default_rng(5), 32)
+    photo = np.kron(photo, np.ones((2, 2, 1), np.uint8))
+    changed = np.zeros((32, 32), bool)
+    changed[4:12, 8:24] = True
+    edited = np.where(changed, (mask + 1) % 19, mask)
+    pictures = {"photo": photo, "before": mask, "edited": edited, "region": 255 * changed.astype(np.uint8)}
+    files = {name: tmp_path / f"{name}.png" for name in pictures}
+    for name, file in files.items():
+        file.write_bytes(images.encode_png(pictures[name]))
+    return files, photo, np.kron(changed, np.ones((2, 2), bool))
+
+
+@pytest.mark.parametrize("given", ["before", "region"])
+def test_an_edit_keeps_every_pixel_beyond_the_margin(finished, edit, tmp_path, given):
+    files, photo, changed = edit
+    option = {"before": "--image_mask", "region": "--region"}[given]
+    arguments = ("sample", "--image", files["photo"], "--mask", files["edited"], option, files[given], "--num", 2)
+    command(finished, *arguments, "--out", tmp_path / "strict", "--margin", 0)
+    command(finished, *arguments, "--out", tmp_path / "blended", "--margin", 1)
+    for number in range(2):
+        strict, blended = (
+            images.read_image_file(tmp_path / name / f"edited_{number}.png") for name in ("strict", "blended")
+        )
+        np.testing.assert_array_equal(strict[~changed], photo[~changed])
+        assert (strict[changed] != photo[changed]).mean() > 0.5
+        # A pixel of the model is four of the photograph.
+        near = cv2.dilate(changed.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=8).astype(bool)
+        np.testing.assert_array_equal(blended[~near], photo[~near])
+        assert (blended[near & ~changed] != photo[near & ~changed]).any()
+    assert (tmp_path / "strict/grid.png").exists()
+
+
+def test_an_edit_without_the_images_mask_guesses_it(finished, edit, tmp_path, capsys):
+    files, photo, _ = edit
+    command(finished, "sample", "--image", files["photo"], "--mask", files["edited"], "--out", tmp_path, "--num", 1)
+    assert "a rough guess" in capsys.readouterr().err
+    assert images.read_image_file(tmp_path / "edited_0.png").shape == photo.shape
+
+
+def test_an_edit_of_a_picture_that_is_not_square(finished):
+    pipeline = sisma_jax.load(finished[1])
+    photo = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
+    region = np.zeros((10, 14), bool)
+    region[3:6, 5:9] = True
+    mask = np.zeros((10, 14), int)
+    edits = pipeline.edit(photo, np.stack([mask, mask + 1]), key=jax.random.key(0), region=region, margin=0)
+    kept = ~np.kron(region, np.ones((4, 4), bool))
+    assert edits.shape == (2, 40, 56, 3)
+    np.testing.assert_array_equal(edits[:, kept], np.stack([photo[kept]] * 2))
+    assert (edits[0][~kept] != edits[1][~kept]).any()
+
+
+def test_edits_that_cannot_be_made_are_refused(capsys, finished, edit):
+    files, *_ = edit
+    sample = ("sample", "--mask", files["edited"])
+    assert "name the photograph with --image" in refused(capsys, finished, *sample, "--region", files["region"])
+    editing = (*sample, "--image", files["photo"])
+    assert "nothing to repaint" in refused(capsys, finished, *editing, "--image_mask", files["edited"])
+    both = ("--image_mask", files["before"], "--region", files["region"])
+    assert "either image_mask" in refused(capsys, finished, *editing, *both)
+    assert "margin must be" in refused(capsys, finished, *editing, *both[:2], "--margin", -1)
+    assert "absent.png cannot be read" in refused(capsys, finished, *sample, "--image", "absent.png")
+    pipeline, mask = sisma_jax.load(finished[1]), np.zeros((8, 8), int)
+    with pytest.raises(sisma_jax.InputError, match="image_mask \\(4, 4\\); they must be of one size"):
+        pipeline.edit(np.zeros((8, 8, 3), np.uint8), mask, key=jax.random.key(0), image_mask=mask[:4, :4])
+    with pytest.raises(sisma_jax.InputError, match="image must be uint8"):
+        pipeline.edit(np.zeros((8, 8, 3)), mask, key=jax.random.key(0), image_mask=mask)
+    with pytest.raises(sisma_jax.InputError, match="want one key or 2, one a face"):
+        pipeline(np.stack([mask] * 2), key=jax.random.split(jax.random.key(0), 3))
+    with pytest.raises(TypeError, match="unknown settings step"):
+        pipeline(mask, key=jax.random.key(0), step=3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -155,7 +155,8 @@ def encode_png(array: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
-def _central_square(array: np.ndarray) -> np.ndarray:
+def central_square(array: np.ndarray) -> np.ndarray:
+    """Returns a view of the largest central square of an array (H, W, ...)."""
     height, width = array.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -164,7 +165,7 @@ def _central_square(array: np.ndarray) -> np.ndarray:
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     """Returns the central square of `image` (H, W, 3) at (size, size, 3): area-averaged down, bicubic up."""
-    image = _central_square(image)
+    image = central_square(image)
     if image.shape[0] == size:
         return image
     interpolation = cv2.INTER_AREA if image.shape[0] > size else cv2.INTER_CUBIC
@@ -173,7 +174,7 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
 
 def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
     """Returns the central square of `mask` (H, W) at (size, size): the label nearest to each pixel's centre."""
-    mask = _central_square(mask)
+    mask = central_square(mask)
     if mask.shape[0] == size:
         return mask
     # INTER_NEAREST takes the pixel at the corner of each cell, which shifts the mask against the image.

@@ -5,8 +5,9 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Integer, Key, UInt8
+from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
 
+from sisma_jax.diffusion import editing
 from sisma_jax.diffusion.flow import MIN_REMAINING, to_velocity
 from sisma_jax.diffusion.solvers import Latent, Velocity, integrate, time_grid
 from sisma_jax.models.autoencoder import IdentityAutoencoder
@@ -85,6 +86,8 @@ def sample(
     guidance: float | Float[Array, ""] = 1.0,
     guidance_interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.0, 1.0),
     guidance_rescale: float | Float[Array, ""] = 0.0,
+    image: UInt8[Array, "#B H W 3"] | None = None,
+    region: Bool[Array, "B H W"] | None = None,
 ) -> UInt8[Array, "B H W 3"]:
     """Paints one image into each mask. Pure: for use under `jax.jit`, with `prediction`, `steps` and `solver` static.
 
@@ -98,6 +101,7 @@ def sample(
       shift: above 1, more steps near noise; see `solvers.time_grid`.
       guidance: classifier-free guidance scale.
       guidance_interval, guidance_rescale: `interval` and `rescale` of `guided`.
+      image, region: paint in this region alone; elsewhere the result is the photograph, as the autoencoder renders it.
 
     Returns:
       Images, RGB.
@@ -118,6 +122,9 @@ def sample(
         interval=guidance_interval,
         rescale=guidance_rescale,
     )
+    if image is not None:
+        kept = autoencoder.encode(from_uint8(image))
+        velocity = editing.keeping(velocity, x0, kept, editing.to_latent_grid(region, side))
     x1 = integrate(velocity, x0, time_grid(steps, shift), solver)
     return to_uint8(autoencoder.decode(x1))
 

@@ -18,7 +18,9 @@ KEYS = jax.random.split(jax.random.key(0), 3)
 GRAPH, PARAMS = nnx.split(make_model())
 
 
-def paint(keys=KEYS, mask=MASK, guidance=1.0, prediction="data", steps=3, solver="euler", **settings):
+def paint(
+    keys=KEYS, mask=MASK, guidance=1.0, prediction="data", steps=3, solver="euler", image=None, region=None, **settings
+):
     @jax.jit
     def sample(params, keys, mask, traced_guidance, settings):
         return sampling.sample(
@@ -30,6 +32,8 @@ def paint(keys=KEYS, mask=MASK, guidance=1.0, prediction="data", steps=3, solver
             steps=steps,
             solver=solver,
             guidance=guidance if isinstance(guidance, float) and guidance == 1 else traced_guidance,
+            image=None if image is None else jnp.asarray(image),
+            region=None if region is None else jnp.asarray(region),
             **settings,
         )
 

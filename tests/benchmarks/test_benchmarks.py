@@ -9,9 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from benchmarks import depthwise_conv, measure, peers, scan_orders, selective_scan
+from benchmarks import denoiser, depthwise_conv, measure, peers, scan_orders, selective_scan, thin_parts
 from kernels.selective_scan import api
+from sisma_jax.config import ModelConfig
+from sisma_jax.data.drawing import draw_face
+from sisma_jax.data.labels import INDEX
+from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.scan_orders import ORDERS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,7 +236,7 @@ def test_an_installed_peer_agrees(peer, small_copy):
     assert measure.relative_error(candidate.run(), ours) < 1e-5
 
 
-@pytest.mark.parametrize("order", [ORDERS[0], ORDERS[3], ORDERS[5], ORDERS[6]], ids=str)
+@pytest.mark.parametrize("order", [ORDERS["interleaved"][i] for i in (0, 3, 5, 6)], ids=str)
 @pytest.mark.parametrize("variant", scan_orders.VARIANTS)
 def test_every_variant_goes_there_and_back(variant, order):
     x, cotangent = jax.random.normal(jax.random.key(0), (2, 1, 4, 6, 2))
@@ -251,3 +256,61 @@ def test_every_variant_of_the_convolution_agrees():
         for function in depthwise_conv.VARIANTS.values()
     ]
     assert all(measure.relative_error(result, results[0]) < 1e-5 for result in results)
+
+
+SMALL = ModelConfig(depth=3, d_model=32, d_state=4, mlp_ratio=2.0, patch_size=1, d_head=8)
+
+
+def test_flops_of_a_layer_are_those_counted_by_hand():
+    length, d, m, n, rank = 64, 32, 64, 4, 2
+
+    def flops(config):
+        work = denoiser.work_of_layer(denoiser.random_block(config), 8, d)
+        return {part: sum(one.flops() for one in work if one.part == part) for part in denoiser.PARTS}
+
+    sisma = flops(SMALL)
+    # Each mixer: into u and z, out, Δ and B, C, Δ's second factor; and Cross-Mamba's mask.
+    projections = 2 * length * (2 * (d * 2 * m + m * d + m * (rank + n) + m * n + rank * m) + d * m)
+    assert sisma["projections"] == pytest.approx(projections, rel=0.01)
+    assert sisma["attention"] == 0
+    # Three streams of nine taps, less what falls over the border, and what is elementwise.
+    assert sisma["convolution"] == pytest.approx(3 * 2 * 9 * length * m, rel=0.3)
+    # exp, and h = a h + b u, y = c h: about six operations a state, in two scans.
+    assert 5 <= sisma["scan"] / (2 * length * m * n) <= 12
+    dit = flops(ModelConfig(**{**vars(SMALL), "backbone": "dit"}))
+    assert dit["attention"] == pytest.approx(2 * 4 * length**2 * d, rel=0.5)  # and softmax
+    assert dit["projections"] == pytest.approx(2 * 8 * length * d * d, rel=0.05)
+    assert dit["feed-forward"] == sisma["feed-forward"]
+
+
+def test_layers_are_counted_where_they_work():
+    assert denoiser.layers_at(SMALL, 32) == {32: 3}
+    u = ModelConfig(**{**vars(SMALL), "depth": 1, "level_depths": (1, 2)})
+    assert denoiser.layers_at(u, 32) == {32: 2, 16: 4, 8: 1}
+
+
+@pytest.mark.slow
+def test_the_denoiser_benchmark_measures_every_model(monkeypatch, tmp_path):
+    u = ModelConfig(**{**vars(SMALL), "depth": 1, "level_depths": (1,)})
+    dit = ModelConfig(**{**vars(SMALL), "backbone": "dit"})
+    monkeypatch.setattr(denoiser, "models", lambda size: {"SISMA-S": SMALL, "U": u, "DiT": dit})
+    denoiser.main(size="S", tokens=(64,), repeats=1, json=tmp_path / "report.json")
+    report = json.loads((tmp_path / "report.json").read_text())
+    (problem,) = report["problems"]
+    assert [result["name"] for result in problem["results"]] == ["SISMA-S", "U", "DiT"]
+    for result in problem["results"]:
+        assert result["median_secs"] > 0
+        assert sum(part["secs"] for part in result["parts"].values()) > 0
+    assert problem["results"][2]["parts"]["scan"] == {"secs": 0, "flops": 0}
+
+
+def test_thin_parts_are_lost_by_resizing_and_kept_by_the_mask_encoder():
+    masks = np.stack([draw_face(np.random.default_rng(seed), 64)[1] for seed in range(50)])
+    fit, test = masks[:40], masks[40:]
+    encoder = MaskEncoder(8, 32, 256, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    read = thin_parts.iou(thin_parts.read_back(encoder, fit, test), test)
+    resized = thin_parts.iou(thin_parts.nearest(test), test)
+    for name in ("l_brow", "r_brow", "u_lip", "l_lip"):
+        assert read[INDEX[name]] > resized[INDEX[name]] + 0.2
+    np.testing.assert_array_equal(thin_parts.over_tokens(thin_parts.under_tokens(test)), test)
+    assert np.nanmin(thin_parts.iou(test, test)) == 1

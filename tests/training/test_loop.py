@@ -59,6 +59,20 @@ def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
     assert [step for step, _ in losses[0]] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
+def test_bfloat16_computes_with_float32_state_and_losses_close_to_those_of_float32(tmp_path, cache_dir):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        config = tiny_config(cache_dir, compute_dtype=dtype)
+        loop.train(config, tmp_path / dtype)
+        losses[dtype] = [line["loss"] for line in read_metrics(tmp_path / dtype / "metrics.jsonl")]
+        _, (state, ema), _ = final_state(tmp_path / dtype, config)
+        kinds = {x.dtype for x in jax.tree.leaves((state["params"], state["opt_state"], ema)) if x.dtype.kind == "f"}
+        assert kinds == {np.dtype("float32")}
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
+    assert losses["bfloat16"] != losses["float32"]
+
+
 def complete_checkpoints(workdir):
     return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
 

@@ -1,0 +1,105 @@
+"""Times the compilation of a training step at two depths, its layers rolled into a loop and unrolled.
+
+    python benchmarks/compile_time.py [--size B] [--depths 12 28] [--chip v5e] [--json FILE]
+
+Batch 2 at 64 px, 1,024 tokens, float32 on this machine's CPU; with --chip, batch 8 in bfloat16 for one chip of a TPU
+that is not there, Pallas kernels included. What is timed is `lower` (tracing and all) and `compile`, each model once:
+a second compilation would find the first in caches.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import tyro
+from flax import nnx
+
+from benchmarks import measure, tpu_compiler
+from sisma_jax.config import Config, TrainConfig, preset
+from sisma_jax.models import sisma
+from sisma_jax.training.state import init_state
+from sisma_jax.training.step import make_update
+
+
+def unrolled(blocks, x, condition, mask_features, paths, **_):
+    """Stands in for `run_stacked` of a flat denoiser: layer after layer in the program."""
+    graph, params = nnx.split(blocks)
+    depth = jax.tree.leaves(params)[0].shape[0]
+    for i in range(depth):
+        of_layer, its_paths = jax.tree.map(lambda leaf, i=i: leaf[i], (params, paths))
+        x = nnx.merge(graph, of_layer)(x, condition, mask_features, its_paths)
+    return x, None
+
+
+@contextlib.contextmanager
+def layers(arrangement: str) -> Iterator[None]:
+    with mock.patch.object(sisma, "run_stacked", unrolled) if arrangement == "unrolled" else contextlib.nullcontext():
+        yield
+
+
+def compile_secs(config: Config, device: jax.Device) -> tuple[float, float]:
+    """Returns the seconds of lowering and of compiling the training step for a device."""
+    sharding = jax.sharding.SingleDeviceSharding(device)
+
+    def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    batch = config.train.batch_size
+    shapes = {"image": (batch, 64, 64, 3), "mask": (batch, 64, 64)}
+    examples = {name: place(jax.ShapeDtypeStruct(shape, jnp.uint8)) for name, shape in shapes.items()}
+    state = jax.tree.map(place, jax.eval_shape(functools.partial(init_state, config)))
+    start = time.perf_counter()
+    lowered = jax.jit(make_update(config), donate_argnums=0).lower(state, examples)
+    middle = time.perf_counter()
+    lowered.compile()
+    return middle - start, time.perf_counter() - middle
+
+
+def main(
+    size: str = "B",
+    depths: tuple[int, ...] = (12, 28),
+    chip: str = "",
+    arrangements: tuple[str, ...] = ("rolled", "unrolled"),
+    json: Path | None = None,
+):
+    """Prints the table.
+
+    Args:
+      size: S, B, L or XL; its depth is replaced.
+      depths: numbers of layers.
+      chip: v5e, v5p or v6e; empty for the CPU.
+      arrangements: rolled, as the model is, or unrolled.
+      json: the file for the numbers.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)
+    device = tpu_compiler.device(chip) if chip else jax.devices("cpu")[0]
+    train = TrainConfig(batch_size=8, compute_dtype="bfloat16") if chip else TrainConfig(batch_size=2)
+    scan = "pallas_tpu" if chip else "xla"
+    records, rows = [], []
+    for arrangement in arrangements:
+        for depth in depths:
+            model = dataclasses.replace(preset(size), depth=depth, scan_implementation=scan)
+            with layers(arrangement):
+                lower, compilation = compile_secs(Config(model=model, train=train), device)
+            records.append(
+                {"arrangement": arrangement, "depth": depth, "lower_secs": lower, "compile_secs": compilation}
+            )
+            rows.append([f"{arrangement}, {depth} layers", *(f"{x:.1f}" for x in (lower, compilation))])
+            rows[-1].append(f"{lower + compilation:.1f}")
+    title = f"Training step of {size} for {chip or 'this CPU'}, seconds"
+    measure.print_table(title, ["", "lower", "compile", "both"], rows)
+    if json:
+        measure.write_json(json, "compile_time", settings={"size": size, "chip": chip}, problems=records)
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

@@ -2,8 +2,8 @@
 
     python benchmarks/compile_time.py [--size B] [--depths 12 28] [--chip v5e] [--json FILE]
 
-Batch 2 at 64 px, 1,024 tokens, float32 on this machine's CPU; with --chip, batch 8 in bfloat16 for one chip of a TPU
-that is not there, Pallas kernels included. What is timed is `lower` (tracing and all) and `compile`, each model once:
+Batch 2 at 64 px, 1,024 tokens, float32 on this machine's CPU; with --chip, in bfloat16 for one chip of a TPU that is
+not there, Pallas kernels included. What is timed is `lower` (tracing and all) and `compile`, each model once:
 a second compilation would find the first in caches.
 """
 
@@ -82,7 +82,7 @@ def main(
     """
     jax.config.update("jax_enable_compilation_cache", False)
     device = tpu_compiler.device(chip) if chip else jax.devices("cpu")[0]
-    train = TrainConfig(batch_size=8, compute_dtype="bfloat16") if chip else TrainConfig(batch_size=2)
+    train = TrainConfig(batch_size=2, compute_dtype="bfloat16" if chip else "float32")
     scan = "pallas_tpu" if chip else "xla"
     records, rows = [], []
     for arrangement in arrangements:

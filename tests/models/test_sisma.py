@@ -147,6 +147,27 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters():
     assert np.abs(got - want).max() < 0.05 * np.abs(want).max()
 
 
+@pytest.mark.slow
+def test_rematerialisation_saves_memory_and_changes_no_gradient():
+    config = dataclasses.replace(TINY, depth=6, mlp_ratio=4.0)
+    xt, t, mask = make_inputs(side=64)
+
+    def compiled(remat):
+        graph, params = nnx.split(make_model(dataclasses.replace(config, remat=remat)))
+
+        def loss(params):
+            model = nnx.merge(graph, params)
+            return (model(xt, t, model.encode_mask(mask)) ** 2).mean()
+
+        program = jax.jit(jax.grad(loss)).lower(params).compile()
+        return program.memory_analysis().temp_size_in_bytes, nnx.to_pure_dict(program(params))
+
+    none, dots, full = (compiled(remat) for remat in ("none", "dots", "full"))
+    assert none[0] > 1.5 * dots[0] > 1.5 * full[0]
+    for recomputed in (dots, full):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), none[1], recomputed[1])
+
+
 def test_dropped_masks_become_the_null_features():
     encoder = MaskEncoder(2, 8, 16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     mask = make_inputs()[2]

@@ -18,11 +18,12 @@ from tests.tpu import entries_of_buffers, tpu_devices
 
 
 @pytest.mark.slow
-def test_the_step_runs_the_kernels_on_every_chips_part_of_the_batch(tmp_path):
-    """Two blocks of preset S at 64 px in bfloat16, batch 8 on the four chips of a v5e host."""
+@pytest.mark.parametrize("depths", [{"depth": 2}, {"depth": 1, "level_depths": (1,)}], ids=["flat", "u"])
+def test_the_step_runs_the_kernels_on_every_chips_part_of_the_batch(tmp_path, depths):
+    """Blocks of preset S at 64 px in bfloat16, batch 8 on the four chips of a v5e host."""
     config = dataclasses.replace(
         tiny_config(tmp_path),
-        model=ModelConfig(depth=2, d_model=384, patch_size=2, scan_implementation="pallas_tpu"),
+        model=ModelConfig(**depths, d_model=384, patch_size=2, scan_implementation="pallas_tpu"),
         train=TrainConfig(batch_size=8, compute_dtype="bfloat16"),
     )
     devices = np.array(tpu_devices("v5e:2x2"))

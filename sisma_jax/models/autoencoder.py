@@ -1,8 +1,25 @@
-"""Between images and the latents that the denoiser works on."""
+"""Between images and the latents that the denoiser works on: nothing at all, or a KL autoencoder.
+
+The latter is that of Stable Diffusion (Rombach et al., arXiv 2112.10752), channels last. Its modules have the names
+that the package diffusers gives them, so that `kl_weights.py` can load those weights by name.
+"""
 
 import dataclasses
+import itertools
+from typing import Any
 
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+Image = Float[Array, "B H W 3"]
+Latent = Float[Array, "B h w C"]
+Features = Float[Array, "B H W D"]
+
+NORM_EPSILON = 1e-6
+# Log variances beyond these bounds count as these, as in diffusers.
+LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,10 +34,252 @@ class IdentityAutoencoder:
     channels: int = 3
     downsampling: int = 1
 
-    def encode(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def encode(self, image: Image) -> Image:
         """Returns the latent of images in [-1, 1]."""
         return image
 
-    def decode(self, latent: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    def decode(self, latent: Image) -> Image:
         """Returns the images, nominally in [-1, 1]."""
         return latent
+
+
+@dataclasses.dataclass(frozen=True)
+class KlConfig:
+    """Sizes of a KL autoencoder, by default those of Stable Diffusion 1 and 2.
+
+    Attributes:
+      latent_channels: 4, or 16 in Stable Diffusion 3 and FLUX.
+      block_channels: of each resolution, from that of the image on; each after the first halves it.
+      layers_per_block: residual blocks a resolution in the encoder; the decoder has one more.
+      norm_groups: groups of channels that are normalised together.
+      has_quant_conv: 1x1 convolutions at both sides of the latent.
+      scale, shift: of the latents that leave and enter: scale (x - shift). Bring them to a variance of about one.
+    """
+
+    latent_channels: int = 4
+    block_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    norm_groups: int = 32
+    has_quant_conv: bool = True
+    scale: float = 0.18215
+    shift: float = 0.0
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels along the side of a latent position."""
+        return 2 ** (len(self.block_channels) - 1)
+
+
+def _conv(channels_in: int, channels_out: int, size: int, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
+    return nnx.Conv(channels_in, channels_out, (size, size), rngs=rngs, **options)
+
+
+class _ResidualBlock(nnx.Module):
+    """x + Conv(SiLU(GN(Conv(SiLU(GN(x)))))), 3x3."""
+
+    def __init__(self, channels_in: int, channels_out: int, groups: int, *, rngs: nnx.Rngs):
+        self.norm1 = nnx.GroupNorm(channels_in, groups, epsilon=NORM_EPSILON, rngs=rngs)
+        self.conv1 = _conv(channels_in, channels_out, 3, rngs)
+        self.norm2 = nnx.GroupNorm(channels_out, groups, epsilon=NORM_EPSILON, rngs=rngs)
+        self.conv2 = _conv(channels_out, channels_out, 3, rngs)
+        self.conv_shortcut = None if channels_in == channels_out else _conv(channels_in, channels_out, 1, rngs)
+
+    def __call__(self, x: Features) -> Float[Array, "B H W E"]:
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class _Attention(nnx.Module):
+    """Residual self-attention of one head over all positions."""
+
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+        self.group_norm = nnx.GroupNorm(channels, groups, epsilon=NORM_EPSILON, rngs=rngs)
+        self.to_q, self.to_k, self.to_v = (nnx.Linear(channels, channels, rngs=rngs) for _ in range(3))
+        self.to_out = nnx.List([nnx.Linear(channels, channels, rngs=rngs)])
+
+    def __call__(self, x: Features) -> Features:
+        tokens = self.group_norm(x).reshape(x.shape[0], -1, 1, x.shape[3])
+        y = jax.nn.dot_product_attention(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens))
+        return x + self.to_out[0](y).reshape(x.shape)
+
+
+class _MidBlock(nnx.Module):
+    def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
+        self.resnets = nnx.List([_ResidualBlock(channels, channels, groups, rngs=rngs) for _ in range(2)])
+        self.attentions = nnx.List([_Attention(channels, groups, rngs=rngs)])
+
+    def __call__(self, x: Features) -> Features:
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class _Downsampler(nnx.Module):
+    """Convolves 3x3 with stride 2, one row and column of zeros added at the far sides only."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = _conv(channels, channels, 3, rngs, strides=2, padding=((0, 1), (0, 1)))
+
+    def __call__(self, x: Features) -> Float[Array, "B h w D"]:
+        return self.conv(x)
+
+
+class _Upsampler(nnx.Module):
+    """Repeats every position twice along both axes, and convolves."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv = _conv(channels, channels, 3, rngs)
+
+    def __call__(self, x: Features) -> Float[Array, "B 2*H 2*W D"]:
+        return self.conv(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class _Resolution(nnx.Module):
+    """Residual blocks, and the way to the next resolution unless this is the last."""
+
+    def __init__(self, channels_in: int, channels: int, depth: int, groups: int, rngs: nnx.Rngs, **resamplers):
+        widths = [channels_in, *[channels] * depth]
+        self.resnets = nnx.List([_ResidualBlock(a, b, groups, rngs=rngs) for a, b in itertools.pairwise(widths)])
+        for name, kind in resamplers.items():
+            setattr(self, name, nnx.List([kind(channels, rngs=rngs)]))
+        self.resamplers = tuple(resamplers)
+
+    def __call__(self, x: Features) -> Float[Array, "B h w E"]:
+        for block in self.resnets:
+            x = block(x)
+        for name in self.resamplers:
+            x = getattr(self, name)[0](x)
+        return x
+
+
+class _Encoder(nnx.Module):
+    def __init__(self, config: KlConfig, *, rngs: nnx.Rngs):
+        channels, groups = config.block_channels, config.norm_groups
+        self.conv_in = _conv(3, channels[0], 3, rngs)
+        self.down_blocks = nnx.List()
+        for i, width in enumerate(channels):
+            resampler = {} if i == len(channels) - 1 else {"downsamplers": _Downsampler}
+            block = _Resolution(channels[max(i - 1, 0)], width, config.layers_per_block, groups, rngs, **resampler)
+            self.down_blocks.append(block)
+        self.mid_block = _MidBlock(channels[-1], groups, rngs=rngs)
+        self.conv_norm_out = nnx.GroupNorm(channels[-1], groups, epsilon=NORM_EPSILON, rngs=rngs)
+        self.conv_out = _conv(channels[-1], 2 * config.latent_channels, 3, rngs)
+
+    def __call__(self, image: Image) -> Float[Array, "B h w M"]:
+        x = self.conv_in(image)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class _Decoder(nnx.Module):
+    def __init__(self, config: KlConfig, *, rngs: nnx.Rngs):
+        channels, groups = config.block_channels[::-1], config.norm_groups
+        self.conv_in = _conv(config.latent_channels, channels[0], 3, rngs)
+        self.mid_block = _MidBlock(channels[0], groups, rngs=rngs)
+        self.up_blocks = nnx.List()
+        for i, width in enumerate(channels):
+            resampler = {} if i == len(channels) - 1 else {"upsamplers": _Upsampler}
+            block = _Resolution(channels[max(i - 1, 0)], width, config.layers_per_block + 1, groups, rngs, **resampler)
+            self.up_blocks.append(block)
+        self.conv_norm_out = nnx.GroupNorm(channels[-1], groups, epsilon=NORM_EPSILON, rngs=rngs)
+        self.conv_out = _conv(channels[-1], 3, 3, rngs)
+
+    def __call__(self, latent: Latent) -> Image:
+        x = self.mid_block(self.conv_in(latent))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class KlAutoencoder(nnx.Module):
+    """Encodes images as normal distributions of latents, and decodes latents.
+
+    Latents are scaled and shifted as the denoiser sees them; `moments` alone gives them as the encoder does.
+    """
+
+    def __init__(self, config: KlConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = _Encoder(config, rngs=rngs)
+        self.decoder = _Decoder(config, rngs=rngs)
+        channels = config.latent_channels
+        self.quant_conv = _conv(2 * channels, 2 * channels, 1, rngs) if config.has_quant_conv else None
+        self.post_quant_conv = _conv(channels, channels, 1, rngs) if config.has_quant_conv else None
+
+    def moments(self, image: Image) -> tuple[Latent, Latent]:
+        """Returns mean and log variance of the latents of images in [-1, 1], neither scaled nor shifted.
+
+        Raises:
+          ValueError: the image's sides are not multiples of the downsampling.
+        """
+        multiple = self.config.downsampling
+        if image.shape[1] % multiple or image.shape[2] % multiple:
+            raise ValueError(f"image is {image.shape[1:3]}, want multiples of {multiple} pixels")
+        x = self.encoder(image)
+        mean, log_variance = jnp.split(x if self.quant_conv is None else self.quant_conv(x), 2, axis=-1)
+        return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
+
+    def encode(self, image: Image, key: Key[Array, ""] | None = None) -> Latent:
+        """Returns a latent of images in [-1, 1]: drawn from the distribution with a key, its mean without."""
+        mean, log_variance = self.moments(image)
+        if key is not None:
+            mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+        return self.config.scale * (mean - self.config.shift)
+
+    def decode(self, latent: Latent) -> Image:
+        """Returns the images, nominally in [-1, 1]."""
+        x = latent / self.config.scale + self.config.shift
+        return self.decoder(x if self.post_quant_conv is None else self.post_quant_conv(x))
+
+    def decode_in_tiles(self, latent: Latent, tile: int = 64, overlap: int = 16) -> Image:
+        """Returns what `decode` would, from square pieces of the latent: large images in the memory of small ones.
+
+        Pieces overlap, and where they do the image passes linearly from one to the next. Attention and norms see a
+        piece at a time, so colours may differ a little from those of the whole.
+
+        Args:
+          tile: side of a piece in latent positions.
+          overlap: of neighbouring pieces, in latent positions; less than `tile`.
+
+        Raises:
+          ValueError: the overlap is negative or not less than the tile.
+        """
+        if not 0 <= overlap < tile:
+            raise ValueError(f"overlap must be in 0..{tile - 1}, got {overlap}")
+        batch, height, width, _ = latent.shape
+        if height <= tile and width <= tile:
+            return self.decode(latent)
+        rows, columns = _starts(height, tile, overlap), _starts(width, tile, overlap)
+        tile_height, tile_width = min(tile, height), min(tile, width)
+        factor = self.config.downsampling
+        weight = jnp.minimum(
+            _ramp(tile_height * factor, overlap * factor)[:, None], _ramp(tile_width * factor, overlap * factor)[None]
+        )[None, :, :, None]
+        corners = jnp.array(list(itertools.product(rows, columns)))
+
+        def add(carry: tuple[Array, Array], corner: Array) -> tuple[tuple[Array, Array], None]:
+            image, total = carry
+            piece = jax.lax.dynamic_slice(
+                latent, (0, corner[0], corner[1], 0), (batch, tile_height, tile_width, latent.shape[3])
+            )
+            where = (0, corner[0] * factor, corner[1] * factor, 0)
+            before = jax.lax.dynamic_slice(image, where, (batch, tile_height * factor, tile_width * factor, 3))
+            of_weights = jax.lax.dynamic_slice(total, where, weight.shape)
+            image = jax.lax.dynamic_update_slice(image, before + weight * self.decode(piece), where)
+            return (image, jax.lax.dynamic_update_slice(total, of_weights + weight, where)), None
+
+        image = jnp.zeros((batch, height * factor, width * factor, 3))
+        total = jnp.zeros((1, height * factor, width * factor, 1))
+        (image, total), _ = jax.lax.scan(add, (image, total), corners)
+        return image / total
+
+
+def _starts(length: int, tile: int, overlap: int) -> list[int]:
+    """Returns where pieces begin, so that all have full size and cover everything."""
+    last = max(length - tile, 0)
+    return [*range(0, last, tile - overlap), last]
+
+
+def _ramp(length: int, overlap: int) -> Float[Array, " length"]:
+    """Weights of a piece along one axis: falling towards both ends over the overlap, nowhere zero."""
+    from_end = jnp.minimum(jnp.arange(length), jnp.arange(length)[::-1]) + 1.0
+    return jnp.minimum(from_end / (overlap + 1), 1.0)

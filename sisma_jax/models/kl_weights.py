@@ -1,0 +1,148 @@
+"""Weights of KL autoencoders as the package diffusers saves them: safetensors, with a config.json beside them."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from sisma_jax.errors import InputError
+from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
+
+Weights = Mapping[str, jax.Array | np.ndarray]
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+CONFIG_NAME = "config.json"
+
+_OBTAIN = (
+    f"Expected is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or such a .safetensors file. Stable Diffusion's "
+    f"autoencoder is to be had at https://huggingface.co/stabilityai/sd-vae-ft-mse: download these two files into one "
+    "folder and name it."
+)
+
+# Names of the attention's projections before diffusers 0.18, which published files still have.
+_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+_SUFFIXES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+
+# Fields of config.json that change what the weights compute, and the values that are implemented.
+_IMPLEMENTED = {
+    "act_fn": ("silu",),
+    "in_channels": (3,),
+    "out_channels": (3,),
+    "mid_block_add_attention": (True,),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+}
+
+
+def load(path: str | Path) -> KlAutoencoder:
+    """Returns the autoencoder of a folder or file, its parameters in float32.
+
+    Without config.json beside them, the weights are taken for those of Stable Diffusion 1 or 2.
+
+    Raises:
+      InputError: there is no such file, it is damaged or of another model, or has latents of other than 4 channels and
+        no config.json, which alone tells their scale.
+    """
+    path = Path(path)
+    file = path / WEIGHTS_NAME if path.is_dir() else path
+    if not file.is_file():
+        raise InputError(f"the autoencoder's weights {file} do not exist. {_OBTAIN}")
+    weights = _read(file)
+    config = _config(weights, file.parent / CONFIG_NAME, file)
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: KlAutoencoder(config, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, convert(weights, nnx.to_pure_dict(abstract), str(file)))
+
+
+def convert(weights: Weights, params: dict, source: str) -> dict:
+    """Returns parameters with the values of `weights`.
+
+    Args:
+      weights: by the names of diffusers, in PyTorch's layout.
+      params: what is wanted, as nested dictionaries of arrays or their shapes.
+      source: where the weights are from, for the message.
+
+    Raises:
+      InputError: a weight is missing, has another shape, or there are others.
+    """
+    left = set(weights)
+    values = {}
+    for key, wanted in flatten_dict(params).items():
+        name = _name_in(weights, key)
+        if name is None:
+            raise InputError(f"{source} has no weight {_name(key)!r}: it is not a KL autoencoder's. {_OBTAIN}")
+        left.discard(name)
+        value = _from_torch(weights[name], len(wanted.shape))
+        if value.shape != wanted.shape:
+            raise InputError(f"{source}: the weight {name!r} is {value.shape}, the model's is {wanted.shape}.")
+        values[key] = value
+    if left:
+        raise InputError(f"{source} has weights that the model does not: {', '.join(sorted(left)[:3])}.")
+    return unflatten_dict(values)
+
+
+def _read(file: Path) -> dict[str, jax.Array]:
+    try:
+        with safetensors.safe_open(file, framework="flax") as content:
+            return {name: content.get_tensor(name) for name in content.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise InputError(f"{file} cannot be read as safetensors ({error}); copy or download it again.") from error
+
+
+def _config(weights: Weights, config_file: Path, source: Path) -> KlConfig:
+    """Sizes are those of the weights; what these do not tell comes from config.json."""
+    given = {}
+    if config_file.is_file():
+        try:
+            given = json.loads(config_file.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{config_file} is not JSON ({error}); copy or download it again.") from error
+    for field, implemented in _IMPLEMENTED.items():
+        if given.get(field, implemented[0]) not in implemented:
+            raise InputError(f"{config_file} has {field} = {given[field]!r}, which is not implemented.")
+    firsts = (weights.get(f"encoder.down_blocks.{i}.resnets.0.conv1.weight") for i in range(len(weights)))
+    widths = tuple(x.shape[0] for x in firsts if x is not None)
+    if not widths or "decoder.conv_in.weight" not in weights:
+        raise InputError(f"{source} does not hold a KL autoencoder in the format of diffusers. {_OBTAIN}")
+    channels = weights["decoder.conv_in.weight"].shape[1]
+    if channels != 4 and "scaling_factor" not in given:
+        raise InputError(f"{config_file} is missing: only it tells the scale of latents of {channels} channels.")
+    groups = given.get("norm_num_groups", 32)
+    for width in widths:
+        if width % groups:
+            raise InputError(f"{source} has {width} channels, which {groups} groups do not divide: see {config_file}.")
+    in_first = {name for name in weights if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", name)}
+    return KlConfig(
+        latent_channels=channels,
+        block_channels=widths,
+        layers_per_block=len(in_first),
+        norm_groups=groups,
+        has_quant_conv="quant_conv.weight" in weights,
+        scale=given.get("scaling_factor", 0.18215),
+        shift=given.get("shift_factor") or 0.0,
+    )
+
+
+def _name(key: tuple) -> str:
+    return ".".join(map(str, (*key[:-1], _SUFFIXES[key[-1]])))
+
+
+def _name_in(weights: Weights, key: tuple) -> str | None:
+    name = _name(key)
+    for new, old in _OLD_NAMES.items():
+        if name not in weights:
+            name = re.sub(rf"\.{re.escape(new)}\.", f".{old}.", name)
+    return name if name in weights else None
+
+
+def _from_torch(weight: jax.Array, ndim: int) -> jax.Array:
+    weight = np.asarray(weight.astype(jnp.float32))
+    if weight.ndim == 4 and ndim == 2:  # a linear map that was saved as a 1x1 convolution
+        weight = weight[:, :, 0, 0]
+    return jnp.asarray(weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T)

@@ -19,6 +19,9 @@ from sisma_jax.errors import InputError
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 
+Command = Literal["all", "prepare", "autoencoder", "latents", "train", "sample", "evaluate"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Arguments:
     """Paints photorealistic faces into semantic masks: prepares data, trains, samples and evaluates.
@@ -28,7 +31,7 @@ class Arguments:
 
     config: Path
     """Configuration file, for example configs/demo.py."""
-    command: tyro.conf.Positional[Literal["all", "prepare", "train", "sample", "evaluate"]] = "all"
+    command: tyro.conf.Positional[Command] = "all"
     """Part of the job."""
     workdir: Path | None = None
     """Folder of the run; it is resumed if it exists. Default: runs/NAME for configs/NAME.py."""
@@ -66,6 +69,10 @@ def main(arguments: list[str]) -> None:
                 commands.run_all(settings, workdir)
             case "prepare":
                 commands.prepare(settings)
+            case "autoencoder":
+                commands.autoencoder(settings, workdir)
+            case "latents":
+                commands.encode(settings, workdir)
             case "train":
                 commands.train(settings, workdir)
             case "sample":

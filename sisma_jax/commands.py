@@ -10,16 +10,18 @@ import jax
 import numpy as np
 
 from sisma_jax.config import Config, Solver
-from sisma_jax.data import images, loading
+from sisma_jax.data import images, latents, loading
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids, mask_agreement, segmenter
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.files import write_atomically
 from sisma_jax.pipeline import Pipeline, Settings, load
+from sisma_jax.training import autoencoder as autoencoders
 from sisma_jax.training import loop
+from sisma_jax.training.examples import examples_of
 from sisma_jax.training.metrics import METRICS_NAME, read_metrics
 from sisma_jax.training.step import make_held_out_loss
-from sisma_jax.training.workdir import open_workdir, read_config
+from sisma_jax.training.workdir import autoencoder_folder, open_workdir, read_config
 
 logger = logging.getLogger(__name__)
 
@@ -65,9 +67,40 @@ def prepare(config: Config) -> None:
     print(f"Data: {config.data.name} in {config.data.cache_dir} ({counts} examples)")
 
 
-def train(config: Config, workdir: Path) -> None:
-    """Prepares the data, trains, and draws the loss curve."""
+def autoencoder(config: Config, workdir: Path) -> None:
+    """Prepares the data and the run's autoencoder, and shows what it makes of test images."""
+    if config.autoencoder.kind == "identity":
+        raise InputError("There is no autoencoder to prepare: --autoencoder.kind is identity.")
     prepare(config)
+    open_workdir(workdir, config)
+    autoencoders.prepare(config, workdir)
+    model = autoencoders.load(config, workdir)
+    path = workdir / "samples" / "reconstructions.png"
+    if not path.exists():
+        originals, painted = zip(*autoencoders.reconstructions(model, config, GRID_ROWS), strict=True)
+        masks = next(loading.eval_batches(config.data, "test", batch_size=GRID_ROWS, limit=GRID_ROWS))["mask"]
+        samples, scale = np.concatenate(painted)[:, None], _grid_scale(config.data.image_size)
+        _make_folder(path.parent)
+        grids.save_png(path, grids.sample_grid(masks, samples, np.concatenate(originals), scale=scale))
+        print(f"PSNR of {config.evaluate.num_samples} test images: {autoencoders.psnr(model, config):.2f} dB")
+    print(f"Autoencoder: {autoencoder_folder(workdir)}")
+    print(f"Reconstructions (mask | reconstruction | original): {path}")
+
+
+def encode(config: Config, workdir: Path) -> None:
+    """Prepares the data, the run's autoencoder, and the cache of its latents."""
+    autoencoder(config, workdir)
+    model = autoencoders.load(config, workdir)
+    path = latents.prepare(config.data, autoencoders.encoder_of(model, config.autoencoder.encode_batch_size))
+    print(f"Latents: {path}")
+
+
+def train(config: Config, workdir: Path) -> None:
+    """Prepares what training reads, trains, and draws the loss curve."""
+    if config.autoencoder.kind == "identity":
+        prepare(config)
+    else:
+        encode(config, workdir)
     loop.train(config, workdir)
     grids.loss_curve(read_metrics(workdir / METRICS_NAME), workdir / "loss.png")
     print(f"Checkpoints: {workdir / loop.CHECKPOINTS_NAME}")
@@ -125,12 +158,12 @@ def evaluate(config: Config, workdir: Path) -> None:
     )
     masks = np.concatenate([batch["mask"] for batch in batches])
     originals = np.concatenate([batch["image"] for batch in batches])
+    batch_size = config.sample.batch_size
     loss = held_out_loss(
         jax.jit(make_held_out_loss(config)),
         pipeline.params,
-        config.data,
-        batch_size=config.sample.batch_size,
-        num_examples=len(masks),
+        examples_of(config, workdir).eval_batches("test", batch_size, len(masks)),
+        batch_size,
     )
     key = jax.random.key(config.sample.seed)
     logger.info("Painting %d held-out masks.", len(masks))

@@ -54,6 +54,10 @@ class DataConfig(_Section):
     """Folder of the raw download (celebamask_hq only)."""
     cache_dir: str = "data"
     """Folder of the prepared array_record shards."""
+    stored_size: int = 0
+    """Side in pixels at which shards hold larger faces, re-encoded; 0: as their files are (celebamask_hq only)."""
+    skip_damaged: bool = False
+    """Leave out faces whose files are damaged or missing, and say which (celebamask_hq only)."""
     image_size: int = 64
     """Height and width of a training image in pixels."""
     split: Literal["by_id", "celeba"] = "by_id"
@@ -69,6 +73,11 @@ class DataConfig(_Section):
 
     def _check_ranges(self) -> None:
         self._require(8 <= self.image_size <= 2048, "image_size", "in 8..2048")
+        self._require(
+            self.stored_size == 0 or self.stored_size >= self.image_size,
+            "stored_size",
+            f"0 or no less than data.image_size, {self.image_size}",
+        )
         self._require(self.num_train > 0, "num_train", "positive")
         self._require(self.num_test > 0, "num_test", "positive")
         self._require(self.num_threads > 0, "num_threads", "positive")
@@ -125,8 +134,6 @@ class ModelConfig(_Section):
     """Which selective scan; auto is the fastest that this machine's devices have. Results agree to rounding."""
     remat: Literal["none", "dots", "full"] = "none"
     """What the backward pass computes again to save memory: nothing, all but the matrix products, or all of a block."""
-    autoencoder: Literal["identity"] = "identity"
-    """identity: the denoiser works on pixels."""
 
     def _check_ranges(self) -> None:
         for name in ("depth", "d_model", "d_state", "expand", "d_conv", "d_label"):
@@ -164,6 +171,62 @@ def preset(name: str, **values: Any) -> ModelConfig:
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
     return ModelConfig(**(PRESETS[name] | values))
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig(_Section):
+    """What turns images into the latents that the denoiser works on, and how it is trained if it is not given."""
+
+    kind: Literal["identity", "kl"] = "identity"
+    """identity: the denoiser works on pixels; kl: the autoencoder of Stable Diffusion (arXiv 2112.10752)."""
+    weights: str = ""
+    """Folder or .safetensors file in the format of diffusers; empty: the run first trains an autoencoder of its own."""
+    latent_channels: int = 4
+    block_channels: tuple[int, ...] = (128, 256, 512, 512)
+    """Channels of each resolution, that of the image first; each after it halves the resolution."""
+    layers_per_block: int = 2
+    """Residual blocks a resolution (given weights tell by themselves)."""
+    norm_groups: int = 32
+    """Groups of channels that are normalised together (given weights tell by themselves)."""
+    decode_tile: int = 128
+    """Latents of more positions a side are decoded in overlapping tiles of so many."""
+    encode_batch_size: int = 16
+    """Images that are encoded together when latents are cached."""
+    num_steps: int = 2_000
+    """Training steps, and what follows likewise: only without given weights."""
+    batch_size: int = 8
+    learning_rate: float = 1e-3
+    ema_decay: float = 0.999
+    perceptual_weight: float = 1.0
+    """Of the loss on Laplacian pyramids (arXiv 1707.05776), which stands in for a perceptual one, beside the mean
+    absolute error of pixels."""
+    kl_weight: float = 1e-4
+    """Of the divergence from Normal(0, 1), averaged over the latent's values."""
+    checkpoint_every_steps: int = 500
+
+    def _check_ranges(self) -> None:
+        names = ("latent_channels", "layers_per_block", "norm_groups", "decode_tile", "encode_batch_size", "num_steps")
+        for name in (*names, "batch_size", "learning_rate", "checkpoint_every_steps"):
+            self._require(getattr(self, name) > 0, name, "positive")
+        for name in ("perceptual_weight", "kl_weight"):
+            self._require(getattr(self, name) >= 0, name, "non-negative")
+        self._require(0 <= self.ema_decay < 1, "ema_decay", "in [0, 1)")
+        divided = self.weights or all(width > 0 and width % self.norm_groups == 0 for width in self.block_channels)
+        self._require(
+            bool(self.block_channels) and bool(divided),
+            "block_channels",
+            f"multiples of autoencoder.norm_groups, {self.norm_groups}",
+        )
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return 3 if self.kind == "identity" else self.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels along the side of a latent position."""
+        return 1 if self.kind == "identity" else 2 ** (len(self.block_channels) - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -291,6 +354,7 @@ class Config:
     """One experiment."""
 
     data: DataConfig = DataConfig()
+    autoencoder: AutoencoderConfig = AutoencoderConfig()
     model: ModelConfig = ModelConfig()
     flow: FlowConfig = FlowConfig()
     optim: OptimConfig = OptimConfig()
@@ -300,12 +364,13 @@ class Config:
 
     def __post_init__(self) -> None:
         size, model = self.data.image_size, self.model
-        multiple = model.patch_size * 2 ** len(model.level_depths)
+        multiple = self.autoencoder.downsampling * model.patch_size * 2 ** len(model.level_depths)
         if size % multiple:
             halved = f", whose grid is halved {len(model.level_depths)} times" if model.level_depths else ""
+            latent = f" of latents a {self.autoencoder.downsampling}th in size" if self.autoencoder.kind == "kl" else ""
             raise InputError(
                 f"--data.image_size {size} is not a multiple of {multiple}: patches of --model.patch_size "
-                f"{model.patch_size}{halved}; choose a size that they tile."
+                f"{model.patch_size}{latent}{halved}; choose a size that they tile."
             )
 
 
@@ -354,7 +419,12 @@ def _nearest(name: str) -> str:
 MAY_CHANGE_ON_RESUME = (
     "data.root",
     "data.cache_dir",
+    "data.skip_damaged",
     "data.num_threads",
+    "autoencoder.weights",  # what they hold may not: it is compared with what the run began with
+    "autoencoder.decode_tile",
+    "autoencoder.encode_batch_size",
+    "autoencoder.checkpoint_every_steps",
     "model.remat",
     "model.scan_implementation",
     "train.num_steps",

@@ -15,7 +15,9 @@ from sisma_jax.config import Config, Solver
 from sisma_jax.data import images, labels
 from sisma_jax.diffusion import editing, sampling
 from sisma_jax.errors import InputError
-from sisma_jax.models.factory import Params, autoencoder_of, graph_of, init_params
+from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
+from sisma_jax.models.factory import Params, graph_of, init_params
+from sisma_jax.training import autoencoder as autoencoders
 from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.loop import CHECKPOINTS_NAME
 from sisma_jax.training.workdir import read_config
@@ -42,14 +44,20 @@ class Pipeline:
       config: of the run.
       params: averaged parameters of the denoiser.
       step: training step they are from.
+      autoencoder: between images and latents.
     """
 
-    def __init__(self, config: Config, params: Params, step: int):
+    def __init__(
+        self, config: Config, params: Params, step: int, autoencoder: IdentityAutoencoder | KlAutoencoder | None = None
+    ):
+        """Args: autoencoder: none is needed by a denoiser of pixels."""
         self.config = config
         self.params = params
         self.step = step
+        self.autoencoder = autoencoder or IdentityAutoencoder()
+        autoencoder_graph, self._autoencoder_params = nnx.split(self.autoencoder)
         self._sample = jax.jit(
-            functools.partial(_sample, graph_of(config), config),
+            functools.partial(_sample, graph_of(config), autoencoder_graph, config.flow.prediction),
             static_argnames=("steps", "solver", "is_guided"),
         )
 
@@ -161,6 +169,7 @@ class Pipeline:
             painted.append(
                 self._sample(
                     self.params,
+                    self._autoencoder_params,
                     keys[rows],
                     masks[rows // num_samples],
                     # Traced, so that other values need no other program.
@@ -194,8 +203,10 @@ def _changed(masks: UInt8[np.ndarray, "B H W"], image_mask: np.ndarray) -> Bool[
 
 def _sample(
     graph: nnx.GraphDef,
-    config: Config,
+    autoencoder_graph: nnx.GraphDef,
+    prediction: str,
     params: Params,
+    autoencoder_params: nnx.State,
     keys: Key[Array, " B"],
     mask: UInt8[Array, "B S S"],
     traced: dict[str, Float[Array, ""]],
@@ -210,8 +221,8 @@ def _sample(
         nnx.merge(graph, params),
         keys,
         mask,
-        autoencoder=autoencoder_of(config),
-        prediction=config.flow.prediction,
+        autoencoder=nnx.merge(autoencoder_graph, autoencoder_params),
+        prediction=prediction,
         steps=steps,
         solver=solver,
         shift=traced["shift"],
@@ -227,11 +238,11 @@ def load(workdir: str | Path) -> Pipeline:
     """Returns the pipeline of a run, with the averaged parameters of its newest good checkpoint.
 
     Raises:
-      InputError: the folder holds no run, or no checkpoint that can be read.
+      InputError: the folder holds no run, or no checkpoint or autoencoder that can be read.
     """
     workdir = Path(workdir)
     config = read_config(workdir)
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     with Checkpoints(workdir / CHECKPOINTS_NAME, read_only=True) as checkpoints:
         step, params = checkpoints.restore_ema(abstract)
-    return Pipeline(config, params, step)
+    return Pipeline(config, params, step, autoencoders.load(config, workdir))

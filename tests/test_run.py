@@ -1,5 +1,6 @@
 """The command line from end to end, and what it says to wrong input: one message, exit code 2, no traceback."""
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ import run
 import sisma_jax
 from sisma_jax.data import images
 from sisma_jax.data.drawing import draw_face
+from sisma_jax.models.factory import init_params
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +66,37 @@ def test_the_whole_job_leaves_all_that_it_promises(finished):
     grid = cv2.imread(str(folder / "samples/grid_0000004.png"))
     assert grid.shape[0] >= 6 * 128
     assert grid.shape[1] >= 6 * 128
+
+
+def test_the_whole_latent_way_is_one_command(tmp_path, mask_file, capsys):
+    file = tmp_path / "latent.py"
+    file.write_text(
+        "from pathlib import Path\nfrom tests.tiny import tiny_latent_config\n\n\n"
+        f"def get_config():\n    return tiny_latent_config(Path({str(tmp_path / 'data')!r}))\n"
+    )
+    latent = file, tmp_path / "run"
+    command(latent)
+    printed = capsys.readouterr().out
+    for wanted in ("PSNR of 6 test images", "Latents: ", "Sample grid"):
+        assert wanted in printed
+    for name in ("autoencoder/config.json", "samples/reconstructions.png", "samples/grid_0000004.png"):
+        assert (latent[1] / name).stat().st_size > 0
+    command(latent, "sample", "--mask", mask_file, "--num", 2)
+    assert cv2.imread(str(latent[1] / "samples/painted/mask_1.png")).shape == (16, 16, 3)
+    # An edit goes through the encoder too, and keeps what it must.
+    photo = tmp_path / "photo.png"
+    photo.write_bytes(images.encode_png(draw_face(np.random.default_rng(3), 32)[0]))
+    region = np.zeros((32, 32), np.uint8)
+    region[8:16, 8:16] = 255
+    (tmp_path / "region.png").write_bytes(images.encode_png(region))
+    edit = ("--image", photo, "--region", tmp_path / "region.png", "--margin", 0)
+    command(latent, "sample", "--mask", mask_file, "--num", 1, *edit)
+    edited = images.read_image_file(latent[1] / "samples/painted/mask_0.png")
+    np.testing.assert_array_equal(edited[region == 0], images.read_image_file(photo)[region == 0])
+
+
+def test_there_is_no_autoencoder_of_pixels_to_prepare(finished, capsys):
+    assert "--autoencoder.kind is identity" in refused(capsys, finished, "autoencoder")
 
 
 def test_sample_paints_a_file(finished, mask_file, tmp_path, capsys):
@@ -314,5 +347,8 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, finished, tmp_path):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
-def test_every_configuration_of_the_project_loads(path):
-    assert run.parse(["--config", str(path)]).command == "all"
+def test_every_configuration_of_the_project_loads_and_is_a_model(path):
+    parsed = run.parse(["--config", str(path)])
+    assert parsed.command == "all"
+    shapes = jax.eval_shape(functools.partial(init_params, parsed.settings), jax.random.key(0))
+    assert sum(x.size for x in jax.tree.leaves(shapes)) > 100_000

@@ -1,8 +1,10 @@
 """A configuration that trains in seconds, and the data it needs."""
 
+import dataclasses
 from pathlib import Path
 
 from sisma_jax.config import (
+    AutoencoderConfig,
     Config,
     DataConfig,
     EvaluateConfig,
@@ -26,3 +28,18 @@ def tiny_config(cache_dir: Path, **train: object) -> Config:
         sample=SampleConfig(steps=2, batch_size=4),
         evaluate=EvaluateConfig(num_samples=6, segmenter_steps=2, segmenter_width=16),
     )
+
+
+def tiny_latent_config(cache_dir: Path, **values: object) -> Config:
+    """The same in the latents, 8 x 8, of an autoencoder that it first trains; `values` replaces whole sections."""
+    autoencoder = AutoencoderConfig(
+        kind="kl",
+        block_channels=(4, 8),
+        layers_per_block=1,
+        norm_groups=4,
+        num_steps=4,
+        checkpoint_every_steps=2,
+        encode_batch_size=8,
+    )
+    config = dataclasses.replace(tiny_config(cache_dir), autoencoder=autoencoder, flow=FlowConfig())
+    return dataclasses.replace(config, **values)

@@ -10,25 +10,24 @@ and label maps that somebody has already painted from the parts:
     images/<id>.jpg (or .png)
     labels/<id>.png                                           one channel, class indices 0..18
 
-A record holds the bytes of the image file as they are, the label map as a lossless PNG, and the id.
+A record holds the image as JPEG or PNG, the bytes of its file as they are unless it is stored smaller, the label map as
+a lossless PNG, and the id.
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
-import tqdm
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import images, labels
+from sisma_jax.data import images, labels, shards
 from sisma_jax.errors import InputError
 
 MAPPING_FILE = "CelebA-HQ-to-CelebA-mapping.txt"
@@ -37,7 +36,7 @@ MAPPING_FILE = "CelebA-HQ-to-CelebA-mapping.txt"
 CELEBA_FIRST_VAL = 162771
 CELEBA_FIRST_TEST = 182638
 
-# About 60 MB of full-size faces; TFDS holds one shard in memory while it writes it.
+# About 60 MB of full-size faces: what an interruption loses at most, for each process that writes.
 FACES_PER_SHARD = 512
 
 _OBTAIN = (
@@ -45,6 +44,7 @@ _OBTAIN = (
     "download, unpacked), or images/<id>.jpg with labels/<id>.png. The data set is to be had, for non-commercial "
     "research only, by the Google Drive link at https://github.com/switchablenorms/CelebAMask-HQ."
 )
+_SKIP = "--data.skip_damaged leaves such faces out."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,20 @@ class Face:
     image: str
     mask: str | tuple[str, ...]
     """The file of the label map, or the files of the parts in the order in which they are painted."""
+    missing: str = ""
+    """Says which of the two there is not."""
 
-    def read(self) -> dict[str, bytes | int]:
+    def read(self, stored_size: int = 0) -> dict[str, bytes | int]:
         """Returns the example's record: encoded image, encoded label map, id.
 
+        Args:
+          stored_size: side to which what is larger is brought; 0 leaves the bytes of the image as they are.
+
         Raises:
-          InputError: a file is damaged, holds a label that is no class, or image and mask differ in shape.
+          InputError: a file is missing or damaged, holds a label that is no class, or image and mask differ in shape.
         """
+        if self.missing:
+            raise InputError(self.missing)
         image_bytes = images.read_bytes(self.image)
         image = images.decode_image(image_bytes, self.image)
         if isinstance(self.mask, str):
@@ -75,6 +82,10 @@ class Face:
                 f"{self.image} is {width}x{height} pixels and {source} is {mask_width}x{mask_height}: the image and "
                 "the mask of a face must have the same aspect ratio."
             )
+        if stored_size and min(height, width) > stored_size:
+            image_bytes = images.encode_jpeg(images.resize_image(image, stored_size))
+        if stored_size and min(mask_height, mask_width) > stored_size:
+            mask = images.resize_mask(mask, stored_size)
         return {"image": image_bytes, "mask": images.encode_png(mask), "id": self.id}
 
 
@@ -177,8 +188,12 @@ class RawFolder:
         return digest.hexdigest()[:10]
 
 
-def list_raw_folder(root: Path) -> RawFolder:
+def list_raw_folder(root: Path, *, skip_damaged: bool = False) -> RawFolder:
     """Pairs the images and masks of a raw folder by id.
+
+    Args:
+      skip_damaged: an image without a mask, a mask without an image and an empty file are no errors yet, but when the
+        face is read.
 
     Raises:
       InputError: the folder is missing or holds neither layout, an image has no mask or a mask no image, or a file
@@ -211,14 +226,25 @@ def list_raw_folder(root: Path) -> RawFolder:
 
     if not image_files and not masks:
         raise InputError(f"--data.root: {image_folder} and {mask_folder} hold no faces. {_OBTAIN}")
-    if unpaired := sorted(image_files.keys() - masks.keys()):
-        raise InputError(f"{mask_folder} has no mask for these ids of {image_folder}: {_examples(unpaired)}.")
-    if unpaired := sorted(masks.keys() - image_files.keys()):
-        raise InputError(f"{image_folder} has no image for these ids of {mask_folder}: {_examples(unpaired)}.")
+    without_mask, without_image = image_files.keys() - masks.keys(), masks.keys() - image_files.keys()
     files = (*image_files.values(), *mask_files)
-    if empty := sorted(file.path for file in files if file.size == 0):
-        raise InputError(f"Empty files (0 bytes): {_examples(empty)}; copy or download them again.")
-    return RawFolder(tuple(Face(id, image_files[id].path, masks[id]) for id in sorted(image_files)), files)
+    if not skip_damaged:
+        if without_mask:
+            raise InputError(
+                f"{mask_folder} has no mask for these ids of {image_folder}: {_examples(sorted(without_mask))}. {_SKIP}"
+            )
+        if without_image:
+            raise InputError(
+                f"{image_folder} has no image for these ids of {mask_folder}: {_examples(sorted(without_image))}. "
+                f"{_SKIP}"
+            )
+        if empty := sorted(file.path for file in files if file.size == 0):
+            raise InputError(f"Empty files (0 bytes): {_examples(empty)}; copy or download them again. {_SKIP}")
+    missing = {id: f"{mask_folder} has no mask for id {id}." for id in without_mask}
+    missing |= {id: f"{image_folder} has no image for id {id}." for id in without_image}
+    faces = [Face(id, image_files[id].path, masks[id]) for id in image_files.keys() & masks.keys()]
+    faces += [Face(id, "", "", reason) for id, reason in missing.items()]
+    return RawFolder(tuple(sorted(faces, key=lambda face: face.id)), files)
 
 
 def split_by_id(faces: Sequence[Face], num_test: int) -> dict[str, Sequence[Face]]:
@@ -276,92 +302,52 @@ def read_mapping(file: Path) -> dict[int, int]:
     return mapping
 
 
-@dataclasses.dataclass(eq=False)
-class CelebAMaskHQConfig(tfds.core.BuilderConfig):
-    """A named selection of raw files."""
-
-    splits: Mapping[str, Sequence[Face]] = dataclasses.field(default_factory=dict, repr=False)
-
-
-class CelebAMaskHQ(tfds.core.ShardBasedBuilder):
-    """Writes the faces of its config shard by shard, in the order of their ids.
-
-    Not a GeneratorBasedBuilder: above 1 GB that one shuffles through temporary files written by TensorFlow, which is
-    not installed, and the full data set is 3 GB. The order on disk does not matter, for Grain shuffles.
-    """
-
-    name = "celebamask_hq"
-    VERSION = tfds.core.Version("1.0.0")
-    # No checksums of downloads. To look for their file, TFDS would import importlib_resources, which it does not
-    # require on Python 3.9 and newer.
-    url_infos = None
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description="Faces with masks of 19 classes.",
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(None, None, 3)),
-                    "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
-                    "id": np.int64,
-                }
-            ),
-            homepage="https://github.com/switchablenorms/CelebAMask-HQ",
-            license="Non-commercial research only; no redistribution.",
-            disable_shuffling=True,
-        )
-
-    def _shard_iterators_per_split(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> Mapping[str, Sequence[Callable[[], Iterator]]]:
-        del dl_manager  # Nothing is downloaded: the licence wants to be accepted by a person.
-        splits = self.builder_config.splits
-        # disable=None: a bar on a terminal, silence elsewhere.
-        bar = tqdm.tqdm(total=sum(map(len, splits.values())), desc="CelebAMask-HQ", unit=" faces", disable=None)
-        return {
-            name: [
-                functools.partial(_read_shard, faces[start : start + FACES_PER_SHARD], bar)
-                for start in range(0, len(faces), FACES_PER_SHARD)
-            ]
-            for name, faces in splits.items()
-        }
+def read_faces(faces: Sequence[Face], stored_size: int) -> Iterator[dict[str, bytes | int] | InputError]:
+    """Yields the record of each face, and in place of a damaged one what is wrong with it."""
+    for face in faces:
+        try:
+            yield face.read(stored_size)
+        except InputError as error:
+            yield error
 
 
-def _read_shard(faces: Sequence[Face], bar: tqdm.tqdm) -> Iterator[tuple[int, dict[str, bytes | int]]]:
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    try:
-        for face, record in zip(faces, pool.map(Face.read, faces), strict=True):
-            bar.update()
-            yield face.id, record
-    except BaseException:
-        bar.close()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
-    if bar.n == bar.total:
-        bar.close()
+def dataset(config: DataConfig) -> shards.DataSet:
+    """Returns the data set that stands for the raw files in `config.root`.
 
-
-def builder(config: DataConfig) -> tfds.core.DatasetBuilder:
-    """Returns the builder of the shards in `config.cache_dir` that stand for the raw files in `config.root`.
-
-    The raw folder is listed, not read; the builder's config is named by the split and a fingerprint of the raw files,
+    The raw folder is listed, not read; the variant is named by the split, the size and a fingerprint of the raw files,
     so a changed folder is another data set and is prepared anew.
 
     Raises:
       InputError: as `list_raw_folder`, `split_by_id` and `split_by_celeba` do.
     """
     root = Path(config.root).expanduser()
-    raw = list_raw_folder(root)
+    raw = list_raw_folder(root, skip_damaged=config.skip_damaged)
     if config.split == "celeba":
         splits = split_by_celeba(raw.faces, root / MAPPING_FILE)
-        name = f"celeba-{raw.fingerprint(root, root / MAPPING_FILE)}"
+        selection = f"celeba-{raw.fingerprint(root, root / MAPPING_FILE)}"
     else:
         splits = split_by_id(raw.faces, config.num_test)
-        name = f"by_id-{config.num_test}-{raw.fingerprint(root)}"
-    return CelebAMaskHQ(
-        config=CelebAMaskHQConfig(name=name, splits=splits),
-        data_dir=os.path.expanduser(config.cache_dir),
-        file_format="array_record",
+        selection = f"by_id-{config.num_test}-{raw.fingerprint(root)}"
+    features = {
+        "image": tfds.features.Image(shape=(None, None, 3)),
+        "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
+        "id": np.int64,
+    }
+    return shards.DataSet(
+        name="celebamask_hq",
+        variant=selection + (f"-{config.stored_size}px" if config.stored_size else ""),
+        features=tfds.features.FeaturesDict(features),
+        jobs={
+            name: [
+                functools.partial(read_faces, faces[start : start + FACES_PER_SHARD], config.stored_size)
+                for start in range(0, len(faces), FACES_PER_SHARD)
+            ]
+            for name, faces in splits.items()
+        },
+        num_records=sum(map(len, splits.values())),
+        information={
+            "description": "Faces with masks of 19 classes.",
+            "homepage": "https://github.com/switchablenorms/CelebAMask-HQ",
+            "license": "Non-commercial research only; no redistribution.",
+        },
     )

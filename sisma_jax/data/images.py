@@ -155,6 +155,13 @@ def encode_png(array: np.ndarray) -> bytes:
     return encoded.tobytes()
 
 
+def encode_jpeg(image: np.ndarray) -> bytes:
+    """Encodes a uint8 image (H, W, 3) in RGB as JPEG bytes of quality 95, colours at full resolution."""
+    settings = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+    _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), settings)
+    return encoded.tobytes()
+
+
 def central_square(array: np.ndarray) -> np.ndarray:
     """Returns a view of the largest central square of an array (H, W, ...)."""
     height, width = array.shape[:2]

@@ -6,27 +6,22 @@ record out.
 """
 
 import contextlib
-import fcntl
 import functools
-import io
 import re
-import shutil
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import grain
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import celebamask_hq, images, labels, synthetic_faces
+from sisma_jax.data import celebamask_hq, images, labels, shards, synthetic_faces
 from sisma_jax.errors import InputError
 
 Record = dict
 
-_BUILDERS = {"synthetic_faces": synthetic_faces.builder, "celebamask_hq": celebamask_hq.builder}
+_DATA_SETS = {"synthetic_faces": synthetic_faces.dataset, "celebamask_hq": celebamask_hq.dataset}
 
 # ArrayRecord reports a full disk as a RuntimeError: "write() failed: No space left on device; writing ...".
 _ARRAY_RECORD_FAILURE = re.compile(r"[a-z]+\(\) failed: ")
@@ -74,75 +69,65 @@ def prepare(config: DataConfig) -> None:
     Raises:
       InputError: the raw files are missing or damaged, or the cache folder cannot be written.
     """
-    cache_dir = Path(config.cache_dir).expanduser()
-    _builder.cache_clear()
-    with _naming_cache_dir(config):
-        # TFDS builds in a folder beside this one and renames it at the end: if it exists, it is complete.
-        if _builder(config).data_path.exists():
-            return
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        # Processes that share the folder wait here for the first of them to build.
-        with (cache_dir / ".prepare.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            # A builder knows what was on disk when it was made.
-            _builder.cache_clear()
-            builder = _builder(config)
-            if builder.data_path.exists():
-                return
-            for abandoned in builder.data_path.parent.glob("incomplete.*"):
-                shutil.rmtree(abandoned)
-            tfds.display_progress_bar(sys.stderr.isatty())
-            # TFDS announces downloads on stdout, of which there are none.
-            with contextlib.redirect_stdout(io.StringIO()):
-                builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
+    _prepared.cache_clear()
+    with naming_cache_dir(config):
+        shards.build(_DATA_SETS[config.name](config), cache_dir_of(config), skip_damaged=config.skip_damaged)
+
+
+def cache_dir_of(config: DataConfig) -> Path:
+    """Returns the folder that holds prepared data sets."""
+    return Path(config.cache_dir).expanduser()
 
 
 @contextlib.contextmanager
-def _naming_cache_dir(config: DataConfig) -> Iterator[None]:
-    """Turns failures to write into InputErrors that name the folder, and unwraps those that TFDS has wrapped."""
+def naming_cache_dir(config: DataConfig) -> Iterator[None]:
+    """Turns failures to write into InputErrors that name the folder."""
     try:
         yield
-    except Exception as error:
-        cause: BaseException | None = error
-        while cause is not None:
-            if isinstance(cause, InputError):
-                raise cause from None
-            if isinstance(cause, OSError) or _ARRAY_RECORD_FAILURE.match(str(cause)):
-                raise InputError(
-                    f"--data.cache_dir {config.cache_dir} cannot be written ({cause}); free some space or name "
-                    "another folder."
-                ) from error
-            cause = cause.__cause__
-        raise
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _ARRAY_RECORD_FAILURE.match(str(error)):
+            raise
+        raise InputError(
+            f"--data.cache_dir {config.cache_dir} cannot be written ({error}); free some space or name another folder."
+        ) from error
 
 
-@functools.lru_cache(maxsize=8)
-def _builder(config: DataConfig) -> tfds.core.DatasetBuilder:
-    # TFDS warns that the builder's config is none of its own.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        return _BUILDERS[config.name](config)
-    finally:
-        logging.set_verbosity(verbosity)
+def location(config: DataConfig) -> Path:
+    """Returns the folder of the prepared data set.
 
-
-def _prepared(config: DataConfig, split: str) -> tfds.core.DatasetBuilder:
-    """Returns the builder of a prepared data set that has the split."""
-    builder = _builder(config)
-    if not builder.data_path.exists():
+    Raises:
+      InputError: it is not prepared, or the raw files cannot be listed.
+    """
+    path = _DATA_SETS[config.name](config).path(cache_dir_of(config))
+    if not path.exists():
         raise InputError(
             f"{config.name} is not prepared in --data.cache_dir {config.cache_dir}; run the `prepare` command first."
         )
+    return path
+
+
+# The listing of a large raw folder takes seconds.
+@functools.lru_cache(maxsize=8)
+def _prepared(config: DataConfig) -> tfds.core.DatasetBuilder:
+    return shards.read(location(config))
+
+
+def split_of(builder: tfds.core.DatasetBuilder, split: str) -> tfds.core.SplitInfo:
+    """Returns what is known of a split. Raises InputError if the data set has none of this name."""
     if split not in builder.info.splits:
-        raise InputError(f"{config.name} has no split {split!r}; it has {', '.join(builder.info.splits)}.")
-    return builder
+        raise InputError(f"{builder.name} has no split {split!r}; it has {', '.join(builder.info.splits)}.")
+    return builder.info.splits[split]
 
 
-def _source(config: DataConfig, split: str) -> Sequence[Record]:
-    """Returns the encoded records of a split: random access, safe to share among threads."""
-    skip = tfds.decode.SkipDecoding
-    return _prepared(config, split).as_data_source(split, decoders={"image": skip(), "mask": skip()})
+def source(config: DataConfig, split: str) -> Sequence[Record]:
+    """Returns the encoded records of a split: random access, safe to share among threads.
+
+    Raises:
+      InputError: the data set is not prepared, or has no such split.
+    """
+    builder, skip = _prepared(config), tfds.decode.SkipDecoding
+    split_of(builder, split)
+    return builder.as_data_source(split, decoders={"image": skip(), "mask": skip()})
 
 
 def num_examples(config: DataConfig, split: str) -> int:
@@ -151,7 +136,12 @@ def num_examples(config: DataConfig, split: str) -> int:
     Raises:
       InputError: the data set is not prepared, or has no such split.
     """
-    return _prepared(config, split).info.splits[split].num_examples
+    return split_of(_prepared(config), split).num_examples
+
+
+def splits(config: DataConfig) -> tuple[str, ...]:
+    """Returns the names of a prepared data set's splits."""
+    return tuple(_prepared(config).info.splits)
 
 
 def train_iterator(
@@ -174,26 +164,46 @@ def train_iterator(
     Raises:
       InputError: the data set is not prepared, or the batch does not divide among the processes.
     """
+    dataset = shuffled(source(config, "train"), seed)
+    dataset = dataset.map(Decode(config.image_size)).map(Resize(config.image_size))
+    if config.flip:
+        dataset = dataset.random_map(RandomFlip())
+    return dealt(dataset, config, batch_size, process_index, process_count)
+
+
+def shuffled(records: Sequence[Record], seed: int) -> grain.MapDataset:
+    """Returns the endless sequence of all epochs, each in an order of its own.
+
+    Raises:
+      InputError: the seed is not in 0..2**32 - 1.
+    """
+    if not 0 <= seed < 2**32:
+        raise InputError(f"--train.seed must be in 0..2**32 - 1, got {seed}.")
+    return grain.MapDataset.source(records).seed(seed).shuffle().repeat()
+
+
+def dealt(
+    dataset: grain.MapDataset, config: DataConfig, batch_size: int, process_index: int, process_count: int
+) -> grain.DatasetIterator:
+    """Returns the iterator over this process's part of the global batches of `dataset`.
+
+    Raises:
+      InputError: the batch does not divide among the processes.
+    """
     if batch_size % process_count:
         raise InputError(
             f"--train.batch_size {batch_size} is not a multiple of the number of processes, {process_count}."
         )
-    if not 0 <= seed < 2**32:
-        raise InputError(f"--train.seed must be in 0..2**32 - 1, got {seed}.")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index} is not in 0..process_count - 1 = {process_count - 1}")
-    dataset = grain.MapDataset.source(_source(config, "train")).seed(seed).shuffle().repeat()
-    dataset = dataset.map(Decode(config.image_size)).map(Resize(config.image_size))
-    if config.flip:
-        dataset = dataset.random_map(RandomFlip())
     # Access is random, so what comes before the slice is computed for this process's examples only, yet keyed by
     # their global index.
     dataset = dataset[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(_read_options(config)))
+    return iter(dataset.to_iter_dataset(read_options(config)))
 
 
 def eval_batches(
-    config: DataConfig, split: str, *, batch_size: int, limit: int | None = None
+    config: DataConfig, split: str, *, batch_size: int, start: int = 0, limit: int | None = None
 ) -> Iterator[dict[str, np.ndarray]]:
     """Returns one pass over a split in the order of the ids, unmirrored; the last batch may be smaller.
 
@@ -201,17 +211,20 @@ def eval_batches(
       config: what to read; `prepare` must have built it.
       split: "train", "test", or "val" where the data set has one.
       batch_size: examples in a batch.
+      start: number of the first example.
       limit: stop after this many examples.
 
     Raises:
       InputError: the data set is not prepared, or has no such split.
     """
-    dataset = grain.MapDataset.source(_source(config, split))[:limit]
+    stop = None if limit is None else start + limit
+    dataset = grain.MapDataset.source(source(config, split))[start:stop]
     dataset = dataset.map(Decode(config.image_size)).map(Resize(config.image_size))
     dataset = dataset.batch(batch_size, drop_remainder=False)
-    return iter(dataset.to_iter_dataset(_read_options(config)))
+    return iter(dataset.to_iter_dataset(read_options(config)))
 
 
-def _read_options(config: DataConfig) -> grain.ReadOptions:
+def read_options(config: DataConfig) -> grain.ReadOptions:
+    """Returns how many threads read ahead, and how far."""
     # The elements are whole batches, so Grain's default buffer of 500 would hold gigabytes.
     return grain.ReadOptions(num_threads=config.num_threads, prefetch_buffer_size=2 * config.num_threads)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
 from sisma_jax.diffusion import editing
 from sisma_jax.diffusion.flow import MIN_REMAINING, to_velocity
 from sisma_jax.diffusion.solvers import Latent, Velocity, integrate, time_grid
-from sisma_jax.models.autoencoder import IdentityAutoencoder
+from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
 from sisma_jax.models.sisma import Sisma
 
 # Standard deviations of a data estimate below this count as this, so that a constant estimate is not divided by zero.
@@ -78,7 +78,7 @@ def sample(
     keys: Key[Array, " B"],
     mask: Integer[Array, "B H W"],
     *,
-    autoencoder: IdentityAutoencoder,
+    autoencoder: IdentityAutoencoder | KlAutoencoder,
     prediction: Literal["velocity", "data"],
     steps: int,
     solver: str = "euler",

@@ -6,6 +6,7 @@ that the package diffusers gives them, so that `kl_weights.py` can load those we
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -22,8 +23,7 @@ NORM_EPSILON = 1e-6
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
 
 
-@dataclasses.dataclass(frozen=True)
-class IdentityAutoencoder:
+class IdentityAutoencoder(nnx.Module):
     """Pixels as latents: the denoiser works on the image itself.
 
     Attributes:
@@ -31,8 +31,8 @@ class IdentityAutoencoder:
       downsampling: image pixels along the side of a latent position.
     """
 
-    channels: int = 3
-    downsampling: int = 1
+    channels = 3
+    downsampling = 1
 
     def encode(self, image: Image) -> Image:
         """Returns the latent of images in [-1, 1]."""
@@ -197,13 +197,25 @@ class KlAutoencoder(nnx.Module):
     Latents are scaled and shifted as the denoiser sees them; `moments` alone gives them as the encoder does.
     """
 
-    def __init__(self, config: KlConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: KlConfig, *, decode_tile: int | None = None, rngs: nnx.Rngs):
+        """Args: decode_tile: latents of more positions a side are decoded in tiles of so many."""
         self.config = config
+        self.decode_tile = decode_tile
         self.encoder = _Encoder(config, rngs=rngs)
         self.decoder = _Decoder(config, rngs=rngs)
         channels = config.latent_channels
         self.quant_conv = _conv(2 * channels, 2 * channels, 1, rngs) if config.has_quant_conv else None
         self.post_quant_conv = _conv(channels, channels, 1, rngs) if config.has_quant_conv else None
+
+    @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.config.latent_channels
+
+    @property
+    def downsampling(self) -> int:
+        """Image pixels along the side of a latent position."""
+        return self.config.downsampling
 
     def moments(self, image: Image) -> tuple[Latent, Latent]:
         """Returns mean and log variance of the latents of images in [-1, 1], neither scaled nor shifted.
@@ -218,15 +230,23 @@ class KlAutoencoder(nnx.Module):
         mean, log_variance = jnp.split(x if self.quant_conv is None else self.quant_conv(x), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
+    def distribution(self, image: Image) -> tuple[Latent, Latent]:
+        """Returns mean and log variance of the latents of images in [-1, 1]."""
+        mean, log_variance = self.moments(image)
+        return self.config.scale * (mean - self.config.shift), log_variance + 2 * math.log(self.config.scale)
+
     def encode(self, image: Image, key: Key[Array, ""] | None = None) -> Latent:
         """Returns a latent of images in [-1, 1]: drawn from the distribution with a key, its mean without."""
-        mean, log_variance = self.moments(image)
-        if key is not None:
-            mean = mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
-        return self.config.scale * (mean - self.config.shift)
+        mean, log_variance = self.distribution(image)
+        return mean if key is None else draw(key, mean, log_variance)
 
     def decode(self, latent: Latent) -> Image:
         """Returns the images, nominally in [-1, 1]."""
+        if self.decode_tile is not None and max(latent.shape[1:3]) > self.decode_tile:
+            return self.decode_in_tiles(latent, self.decode_tile, self.decode_tile // 4)
+        return self._decode(latent)
+
+    def _decode(self, latent: Latent) -> Image:
         x = latent / self.config.scale + self.config.shift
         return self.decoder(x if self.post_quant_conv is None else self.post_quant_conv(x))
 
@@ -247,7 +267,7 @@ class KlAutoencoder(nnx.Module):
             raise ValueError(f"overlap must be in 0..{tile - 1}, got {overlap}")
         batch, height, width, _ = latent.shape
         if height <= tile and width <= tile:
-            return self.decode(latent)
+            return self._decode(latent)
         rows, columns = _starts(height, tile, overlap), _starts(width, tile, overlap)
         tile_height, tile_width = min(tile, height), min(tile, width)
         factor = self.config.downsampling
@@ -264,13 +284,18 @@ class KlAutoencoder(nnx.Module):
             where = (0, corner[0] * factor, corner[1] * factor, 0)
             before = jax.lax.dynamic_slice(image, where, (batch, tile_height * factor, tile_width * factor, 3))
             of_weights = jax.lax.dynamic_slice(total, where, weight.shape)
-            image = jax.lax.dynamic_update_slice(image, before + weight * self.decode(piece), where)
+            image = jax.lax.dynamic_update_slice(image, before + weight * self._decode(piece), where)
             return (image, jax.lax.dynamic_update_slice(total, of_weights + weight, where)), None
 
         image = jnp.zeros((batch, height * factor, width * factor, 3))
         total = jnp.zeros((1, height * factor, width * factor, 1))
         (image, total), _ = jax.lax.scan(add, (image, total), corners)
         return image / total
+
+
+def draw(key: Key[Array, ""], mean: Latent, log_variance: Latent) -> Latent:
+    """Returns a latent from each of the normal distributions."""
+    return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:

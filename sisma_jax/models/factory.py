@@ -8,7 +8,6 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from sisma_jax.config import Config
-from sisma_jax.models.autoencoder import IdentityAutoencoder
 from sisma_jax.models.baselines.dit import Dit
 from sisma_jax.models.sisma import Sisma
 
@@ -18,17 +17,11 @@ Params = dict[str, Any]
 """Nested dictionaries of arrays, without Flax types."""
 
 
-def autoencoder_of(config: Config) -> IdentityAutoencoder:
-    """Returns the autoencoder between images and the denoiser's latents."""
-    return IdentityAutoencoder()
-
-
 def _make(config: Config, key: Key[Array, ""]) -> Sisma:
-    autoencoder = autoencoder_of(config)
     return BACKBONES[config.model.backbone](
         config.model,
-        autoencoder.channels,
-        autoencoder.downsampling,
+        config.autoencoder.channels,
+        config.autoencoder.downsampling,
         dtype=jnp.dtype(config.train.compute_dtype),
         rngs=nnx.Rngs(key),
     )

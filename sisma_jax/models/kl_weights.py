@@ -1,7 +1,11 @@
 """Weights of KL autoencoders as the package diffusers saves them: safetensors, with a config.json beside them."""
 
+import errno
+import hashlib
 import json
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+import safetensors.numpy
 from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -41,10 +46,13 @@ _IMPLEMENTED = {
 }
 
 
-def load(path: str | Path) -> KlAutoencoder:
+def load(path: str | Path, *, decode_tile: int | None = None) -> KlAutoencoder:
     """Returns the autoencoder of a folder or file, its parameters in float32.
 
     Without config.json beside them, the weights are taken for those of Stable Diffusion 1 or 2.
+
+    Args:
+      decode_tile: see `KlAutoencoder`.
 
     Raises:
       InputError: there is no such file, it is damaged or of another model, or has latents of other than 4 channels and
@@ -56,8 +64,58 @@ def load(path: str | Path) -> KlAutoencoder:
         raise InputError(f"the autoencoder's weights {file} do not exist. {_OBTAIN}")
     weights = _read(file)
     config = _config(weights, file.parent / CONFIG_NAME, file)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: KlAutoencoder(config, rngs=nnx.Rngs(0))))
+    graph, abstract = nnx.split(
+        nnx.eval_shape(lambda: KlAutoencoder(config, decode_tile=decode_tile, rngs=nnx.Rngs(0)))
+    )
     return nnx.merge(graph, convert(weights, nnx.to_pure_dict(abstract), str(file)))
+
+
+def save(autoencoder: KlAutoencoder, folder: Path) -> None:
+    """Writes the autoencoder as diffusers does, float32, into a folder that appears when it is complete.
+
+    Raises:
+      OSError: the folder exists, or cannot be written.
+    """
+    config = autoencoder.config
+    weights = {
+        _name(key): np.ascontiguousarray(_to_torch(np.asarray(value)))
+        for key, value in _parameters(autoencoder).items()
+    }
+    depth = len(config.block_channels)
+    description = {
+        "_class_name": "AutoencoderKL",
+        "act_fn": "silu",
+        "block_out_channels": config.block_channels,
+        "down_block_types": ["DownEncoderBlock2D"] * depth,
+        "up_block_types": ["UpDecoderBlock2D"] * depth,
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": config.latent_channels,
+        "layers_per_block": config.layers_per_block,
+        "norm_num_groups": config.norm_groups,
+        "scaling_factor": config.scale,
+        "shift_factor": config.shift,
+        "use_quant_conv": config.has_quant_conv,
+        "use_post_quant_conv": config.has_quant_conv,
+    }
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        safetensors.numpy.save_file(weights, partial / WEIGHTS_NAME)
+        (partial / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n")
+        partial.rename(folder)
+    except safetensors.SafetensorError as error:
+        raise OSError(errno.EIO, str(error), str(folder)) from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def fingerprint(autoencoder: KlAutoencoder) -> str:
+    """Returns a short hash of all that decides the latents: sizes, scale and shift, and parameters."""
+    digest = hashlib.sha256(repr(autoencoder.config).encode())
+    for key, value in sorted(_parameters(autoencoder).items(), key=lambda item: _name(item[0])):
+        digest.update(_name(key).encode() + np.asarray(value).tobytes())
+    return digest.hexdigest()[:10]
 
 
 def convert(weights: Weights, params: dict, source: str) -> dict:
@@ -129,6 +187,10 @@ def _config(weights: Weights, config_file: Path, source: Path) -> KlConfig:
     )
 
 
+def _parameters(autoencoder: KlAutoencoder) -> dict[tuple, jax.Array]:
+    return flatten_dict(nnx.to_pure_dict(nnx.split(autoencoder)[1]))
+
+
 def _name(key: tuple) -> str:
     return ".".join(map(str, (*key[:-1], _SUFFIXES[key[-1]])))
 
@@ -139,6 +201,10 @@ def _name_in(weights: Weights, key: tuple) -> str | None:
         if name not in weights:
             name = re.sub(rf"\.{re.escape(new)}\.", f".{old}.", name)
     return name if name in weights else None
+
+
+def _to_torch(weight: np.ndarray) -> np.ndarray:
+    return weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T
 
 
 def _from_torch(weight: jax.Array, ndim: int) -> jax.Array:

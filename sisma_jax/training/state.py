@@ -1,5 +1,7 @@
 """Everything that a training step changes."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -61,12 +63,19 @@ def optimizer(config: OptimConfig) -> optax.GradientTransformation:
 
 def init_state(config: Config) -> TrainState:
     """Returns the state before the first step, a function of the configuration alone."""
-    init_key, run_key = jax.random.split(jax.random.key(config.train.seed))
-    params = init_params(config, init_key)
+    return init_state_of(functools.partial(init_params, config), optimizer(config.optim), config.train.seed)
+
+
+def init_state_of(
+    init: Callable[[Key[Array, ""]], Params], transformation: optax.GradientTransformation, seed: int
+) -> TrainState:
+    """Returns the state before the first step of a training of the parameters that `init` makes."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    params = init(init_key)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer(config.optim).init(params),
+        opt_state=transformation.init(params),
         key=run_key,
     )

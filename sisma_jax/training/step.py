@@ -12,22 +12,27 @@ from jaxtyping import Array, Float, Key
 from sisma_jax.config import Config
 from sisma_jax.diffusion import flow
 from sisma_jax.diffusion.sampling import from_uint8
-from sisma_jax.models.factory import Params, autoencoder_of, graph_of
+from sisma_jax.models.autoencoder import draw
+from sisma_jax.models.factory import Params, graph_of
 from sisma_jax.training.state import TrainState, optimizer
 
 Batch = dict[str, Any]
-"""image: uint8 (B, H, W, 3); mask: uint8 (B, H, W)."""
+"""mask: uint8 (B, H, W); and image: uint8 (B, H, W, 3), or moments: float16 (B, h, w, 2 C), the mean and log variance
+of its latent."""
+Metrics = dict[str, Float[Array, ""]]
 
 
 def _make_losses(config: Config, mask_dropout: float) -> Callable[[Params, Batch, Key[Array, ""]], Float[Array, " B"]]:
     """Returns the function from parameters, a batch and a key to the loss of each example."""
     graph = graph_of(config)
-    autoencoder = autoencoder_of(config)
 
     def losses(params: Params, batch: Batch, key: Key[Array, ""]) -> Float[Array, " B"]:
         model = nnx.merge(graph, params)
-        time_key, noise_key, drop_key = jax.random.split(key, 3)
-        x1 = autoencoder.encode(from_uint8(batch["image"]))
+        time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
+        if "moments" in batch:
+            x1 = draw(latent_key, *jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1))
+        else:
+            x1 = from_uint8(batch["image"])
         x0 = jax.random.normal(noise_key, x1.shape)
         t = flow.sample_time(time_key, x1.shape[0], config.flow.time_mean, config.flow.time_std)
         is_dropped = jax.random.bernoulli(drop_key, mask_dropout, (x1.shape[0],))
@@ -38,21 +43,39 @@ def _make_losses(config: Config, mask_dropout: float) -> Callable[[Params, Batch
     return losses
 
 
-def make_update(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Float[Array, ""]]]]:
+def make_update(config: Config) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
     """Returns the pure function (state, batch) -> (next state, {loss, grad_norm}), for `jax.jit`."""
     losses = _make_losses(config, config.flow.mask_dropout)
-    transformation = optimizer(config.optim)
 
-    def update(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Float[Array, ""]]]:
+    def loss(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+        return losses(params, batch, key).mean(), {}
+
+    return make_update_of(loss, optimizer(config.optim), config.optim.ema_decay)
+
+
+def make_update_of(
+    loss: Callable[[Params, Batch, Key[Array, ""]], tuple[Float[Array, ""], Metrics]],
+    transformation: optax.GradientTransformation,
+    ema_decay: float,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """Returns the update that lowers a loss.
+
+    Args:
+      loss: (params, batch, key) -> loss and further metrics.
+      transformation: of the gradients.
+      ema_decay: of the averaged parameters, in a run long enough.
+    """
+
+    def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(state.key, state.step)
-        loss, grads = jax.value_and_grad(lambda params: losses(params, batch, key).mean())(state.params)
+        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, batch, key)
         updates, opt_state = transformation.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
         # The average's horizon grows with the run, so that a short run's average is not its initial values.
-        decay = jnp.minimum(config.optim.ema_decay, step / (step + 9.0))
+        decay = jnp.minimum(ema_decay, step / (step + 9.0))
         ema = jax.tree.map(lambda average, x: average + (1 - decay) * (x - average), state.ema, params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads), **metrics}
         return TrainState(step=step, params=params, ema=ema, opt_state=opt_state, key=state.key), metrics
 
     return update

@@ -2,6 +2,7 @@
 
 workdir/
   config.json      the resolved configuration
+  autoencoder/     see `autoencoder.py`; not for a denoiser of pixels
   checkpoints/     see `checkpoints.py`
   metrics.jsonl    see `metrics.py`
   tensorboard/     the same values as TensorBoard events
@@ -15,6 +16,11 @@ from sisma_jax.errors import InputError
 from sisma_jax.files import write_atomically
 
 CONFIG_NAME = "config.json"
+
+
+def autoencoder_folder(workdir: Path) -> Path:
+    """Returns where a run keeps its autoencoder; see `autoencoder.py`."""
+    return workdir / "autoencoder"
 
 
 def open_workdir(workdir: Path, config: Config) -> None:

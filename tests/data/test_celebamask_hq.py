@@ -1,8 +1,4 @@
-import os
-import signal
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +6,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import celebamask_hq, images, loading
+from sisma_jax.data import celebamask_hq, images, loading, shards
 from sisma_jax.errors import InputError
 from tests.data.raw_layout import official_mask, part_file, random_mask, write_label_maps, write_official, write_png
 
@@ -30,7 +26,7 @@ def config(tmp_path: Path, **fields) -> DataConfig:
 
 def records(data: DataConfig, split: str) -> list[dict]:
     skip = {key: tfds.decode.SkipDecoding() for key in ("image", "mask")}
-    return list(celebamask_hq.builder(data).as_data_source(split, decoders=skip))
+    return list(shards.read(loading.location(data)).as_data_source(split, decoders=skip))
 
 
 def write_mapping(root: Path, original: dict[int, int], header: bool = False) -> None:
@@ -78,28 +74,28 @@ def test_faces_fill_several_shards_in_the_order_of_their_ids(tmp_path, monkeypat
     write_label_maps(Path(data.root), [11, 2, 5, 3, 20, 100, 9, 8, 4, 6])
     loading.prepare(data)
     assert [record["id"] for record in records(data, "train")] == [2, 3, 4, 5, 6, 8, 9, 11]
-    assert celebamask_hq.builder(data).info.splits["train"].num_shards == 3
+    assert shards.read(loading.location(data)).info.splits["train"].num_shards == 3
 
 
 def test_a_changed_folder_is_prepared_anew_and_an_unchanged_one_is_not(tmp_path):
     data = config(tmp_path)
     root = Path(data.root)
     write_label_maps(root, range(4))
-    before = celebamask_hq.builder(data).data_path
-    assert celebamask_hq.builder(data).data_path == before
+    before = celebamask_hq.dataset(data).variant
+    assert celebamask_hq.dataset(data).variant == before
     write_png(root / "labels" / "00003.png", random_mask(99, 16))
-    changed = celebamask_hq.builder(data).data_path
+    changed = celebamask_hq.dataset(data).variant
     assert changed != before
     (tmp_path / "moved").mkdir()
     root.rename(tmp_path / "moved" / "raw")
-    assert celebamask_hq.builder(config(tmp_path, root=str(tmp_path / "moved" / "raw"))).data_path == changed
+    assert celebamask_hq.dataset(config(tmp_path, root=str(tmp_path / "moved" / "raw"))).variant == changed
 
 
-def test_splits_are_data_sets_of_their_own(tmp_path):
+def test_splits_and_sizes_are_data_sets_of_their_own(tmp_path):
     write_label_maps(tmp_path / "raw", range(5))
     write_mapping(tmp_path / "raw", {0: 0, 1: 1, 2: 2, 3: 3, 4: 190000})
-    configs = [config(tmp_path), config(tmp_path, num_test=1), config(tmp_path, split="celeba")]
-    assert len({celebamask_hq.builder(data).data_path for data in configs}) == 3
+    changes = [{}, {"num_test": 1}, {"split": "celeba"}, {"stored_size": 16}]
+    assert len({celebamask_hq.dataset(config(tmp_path, **change)).variant for change in changes}) == len(changes)
 
 
 @pytest.mark.parametrize("header", [True, False])
@@ -130,37 +126,37 @@ def test_by_id_takes_the_last_ids_for_the_test():
 def test_a_split_without_a_face_is_refused(tmp_path):
     write_label_maps(tmp_path / "raw", range(3))
     with pytest.raises(InputError, match=r"--data.num_test 3 .* holds 3"):
-        celebamask_hq.builder(config(tmp_path, num_test=3))
+        celebamask_hq.dataset(config(tmp_path, num_test=3))
     write_mapping(tmp_path / "raw", {0: 1, 1: 2, 2: 170000})
     with pytest.raises(InputError, match="none of the 3 faces is in the test split"):
-        celebamask_hq.builder(config(tmp_path, split="celeba"))
+        celebamask_hq.dataset(config(tmp_path, split="celeba"))
 
 
 def test_celeba_split_wants_its_mapping(tmp_path):
     data = config(tmp_path, split="celeba")
     write_label_maps(Path(data.root), range(8))
     with pytest.raises(InputError, match=r"--data.split celeba needs .*mapping.txt"):
-        celebamask_hq.builder(data)
+        celebamask_hq.dataset(data)
     write_mapping(Path(data.root), {0: 1, 7: 190000})
     with pytest.raises(InputError, match=r"no row for these ids: 6 \(1, 2, 3, 4, 5, ...\)"):
-        celebamask_hq.builder(data)
+        celebamask_hq.dataset(data)
     (Path(data.root) / celebamask_hq.MAPPING_FILE).write_text("0 1 000002.jpg\n1 one 000003.jpg\n")
     with pytest.raises(InputError, match=r"mapping.txt, line 2: expected `idx orig_idx orig_file`, got '1 one"):
-        celebamask_hq.builder(data)
+        celebamask_hq.dataset(data)
 
 
 def test_missing_folder_is_refused_with_the_way_to_obtain_it(tmp_path):
     with pytest.raises(InputError, match=r"(?s)--data.root: there is no folder .*raw.*github.com/switchablenorms"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
     (tmp_path / "raw" / "CelebAMask-HQ").mkdir(parents=True)
     with pytest.raises(InputError, match=r"no images and no labels folder. Did you mean .*raw/CelebAMask-HQ\?"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
     (tmp_path / "raw" / "images").mkdir()
     with pytest.raises(InputError, match="has no labels folder"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
     (tmp_path / "raw" / "labels").mkdir()
     with pytest.raises(InputError, match=r"hold no faces.*non-commercial"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
 
 
 def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
@@ -169,11 +165,11 @@ def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
     for id in range(3, 10):
         (root / "labels" / f"{id:05d}.png").unlink()
     with pytest.raises(InputError, match=r"no mask for these ids .* 7 \(3, 4, 5, 6, 7, ...\)"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
     for id in range(3, 11):
         (root / "images" / f"{id}.jpg").unlink()
     with pytest.raises(InputError, match=r"no image for these ids .* 1 \(10\)"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
 
 
 def test_face_without_any_part_is_named(tmp_path):
@@ -181,7 +177,7 @@ def test_face_without_any_part_is_named(tmp_path):
     for part in ("skin", "nose", "hair"):
         part_file(tmp_path / "raw", 1, part).unlink()
     with pytest.raises(InputError, match=r"no mask for these ids .* 1 \(1\)"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +192,7 @@ def test_stray_files_are_named(tmp_path, folder, name, message):
     write_label_maps(tmp_path / "raw", range(3))
     (tmp_path / "raw" / folder / name).write_bytes(b"x")
     with pytest.raises(InputError, match=message):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
 
 
 def test_hidden_files_and_other_suffixes_are_no_data(tmp_path):
@@ -211,14 +207,14 @@ def test_unknown_part_is_named(tmp_path, name):
     write_official(tmp_path / "raw", range(3))
     part_file(tmp_path / "raw", 1, "skin").with_name(name).write_bytes(b"x")
     with pytest.raises(InputError, match=f"{name} is not named <id>_<part>.png"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
 
 
 def test_part_that_occurs_twice_is_named(tmp_path):
     write_official(tmp_path / "raw", range(3))
     part_file(tmp_path / "raw", 1, "skin").with_name("1_skin.png").write_bytes(b"x")
     with pytest.raises(InputError, match="are the same part of the same face"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
 
 
 def test_empty_files_are_named_before_anything_is_read(tmp_path):
@@ -226,7 +222,7 @@ def test_empty_files_are_named_before_anything_is_read(tmp_path):
     (tmp_path / "raw" / "images" / "2.jpg").write_bytes(b"")
     (tmp_path / "raw" / "labels" / "00001.png").write_bytes(b"")
     with pytest.raises(InputError, match=r"Empty files \(0 bytes\): 2 \(.*images/2.jpg, .*labels/00001.png\)"):
-        celebamask_hq.builder(config(tmp_path))
+        celebamask_hq.dataset(config(tmp_path))
 
 
 def _truncate(path: Path) -> None:
@@ -249,7 +245,7 @@ def _truncate(path: Path) -> None:
         ),
     ],
 )
-def test_damaged_file_is_named_and_nothing_half_written_stays(tmp_path, damage, message):
+def test_damaged_file_is_named_and_nothing_stays_of_the_folder_that_had_it(tmp_path, damage, message):
     data = config(tmp_path)
     write_label_maps(Path(data.root), range(6))
     damage(Path(data.root))
@@ -257,11 +253,65 @@ def test_damaged_file_is_named_and_nothing_half_written_stays(tmp_path, damage, 
         loading.prepare(data)
     with pytest.raises(InputError, match="not prepared"):
         loading.num_examples(data, "train")
-    assert not list(Path(data.cache_dir).glob("**/*array_record*"))
-    assert not list(Path(data.cache_dir).glob("**/incomplete*"))
     write_label_maps(Path(data.root), range(6))
     loading.prepare(data)
     assert len(records(data, "train")) == 4
+    assert len(list(Path(data.cache_dir).glob("**/*array_record*"))) == 2
+
+
+def test_damaged_and_missing_files_are_named_together_and_skipped_if_so_wished(tmp_path, caplog):
+    data = config(tmp_path, num_test=4)
+    root = Path(data.root)
+    write_official(root, range(12))
+    _truncate(root / "CelebA-HQ-img" / "3.jpg")
+    _truncate(part_file(root, 5, "hair"))
+    with pytest.raises(
+        InputError, match=r"(?s)2 examples cannot be made:.*3.jpg is truncated.*00005_hair.png is trunc"
+    ):
+        loading.prepare(data)
+    (root / "CelebA-HQ-img" / "9.jpg").unlink()
+    (root / "CelebA-HQ-img" / "10.jpg").write_bytes(b"")
+    for part in ("skin", "nose", "hair"):
+        part_file(root, 0, part).unlink()
+    with pytest.raises(InputError, match=r"no mask for these ids .* 1 \(0\). --data.skip_damaged"):
+        loading.prepare(data)
+    skipping = config(tmp_path, num_test=4, skip_damaged=True)
+    loading.prepare(skipping)
+    # Who is in which split does not depend on what is damaged.
+    assert [record["id"] for record in records(skipping, "train")] == [1, 2, 4, 6, 7]
+    assert [record["id"] for record in records(skipping, "test")] == [8, 11]
+    assert "5 examples were left out" in caplog.text
+    named = (loading.location(skipping) / shards.SKIPPED_NAME).read_text()
+    for reason in (
+        "no mask for id 0",
+        "3.jpg is trunc",
+        "00005_hair.png is trunc",
+        "no image for id 9",
+        "10.jpg is empty",
+    ):
+        assert reason in named
+
+
+def test_a_split_of_damaged_faces_alone_is_refused(tmp_path):
+    data = config(tmp_path, num_test=1, skip_damaged=True)
+    write_label_maps(Path(data.root), range(4))
+    _truncate(Path(data.root) / "images" / "3.jpg")
+    with pytest.raises(InputError, match="the test split has no example left"):
+        loading.prepare(data)
+
+
+def test_faces_are_stored_smaller_than_their_files(tmp_path):
+    data = config(tmp_path, stored_size=24, image_size=16)
+    write_official(Path(data.root), range(4), image_size=96, mask_size=48)
+    loading.prepare(data)
+    for record in records(data, "train") + records(data, "test"):
+        image = images.read_image_file(Path(data.root) / "CelebA-HQ-img" / f"{record['id']}.jpg")
+        stored = images.decode_image(record["image"], "x").astype(int)
+        assert np.abs(stored - images.resize_image(image, 24)).mean() < 6  # noise is what JPEG keeps worst
+        mask = images.decode_mask(record["mask"], "x")
+        np.testing.assert_array_equal(mask, images.resize_mask(official_mask(48), 24))
+    with pytest.raises(InputError, match=r"--data.stored_size must be 0 or no less than data.image_size, 16"):
+        config(tmp_path, stored_size=8)
 
 
 @pytest.mark.parametrize(
@@ -306,35 +356,6 @@ def test_preparing_is_quiet_off_the_terminal(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_killed_prepare_completes_when_run_again(tmp_path):
-    data = config(tmp_path)
-    write_label_maps(Path(data.root), range(8))
-    program = textwrap.dedent(
-        f"""
-        import os, signal
-        from sisma_jax.data import celebamask_hq
-        from sisma_jax.config import DataConfig
-
-        read = celebamask_hq.Face.read
-        def read_until_killed(face):
-            if face.id == 7:  # The test split: the train shard is written by now.
-                os.kill(os.getpid(), signal.SIGKILL)
-            return read(face)
-        celebamask_hq.Face.read = read_until_killed
-        celebamask_hq.builder({data!r}).download_and_prepare()
-        """
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    killed = subprocess.run([sys.executable, "-c", program], env=environment, check=False)
-    assert killed.returncode == -signal.SIGKILL
-    assert list(Path(data.cache_dir).glob("**/incomplete*/*array_record*"))
-    with pytest.raises(InputError, match="not prepared"):
-        loading.num_examples(data, "train")
-    loading.prepare(data)
-    assert [loading.num_examples(data, split) for split in ("train", "test")] == [6, 2]
-    assert not list(Path(data.cache_dir).glob("**/incomplete*"))
-
-
 def test_cache_dir_that_cannot_be_written_is_named(tmp_path):
     write_label_maps(tmp_path / "raw", range(4))
     (tmp_path / "file").touch()
@@ -350,7 +371,7 @@ def test_full_disk_is_named(tmp_path, monkeypatch):
     def fail(*_):
         raise RuntimeError("write() failed: No space left on device; writing shard; at byte 2097152")
 
-    monkeypatch.setattr(celebamask_hq, "_read_shard", fail)
+    monkeypatch.setattr(celebamask_hq, "read_faces", fail)
     with pytest.raises(InputError, match=r"--data.cache_dir .*cache cannot be written .*No space left"):
         loading.prepare(data)
 

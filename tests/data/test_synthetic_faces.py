@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import labels, synthetic_faces
-from sisma_jax.data.drawing import draw_face, workers
+from sisma_jax.data import labels, loading, shards, synthetic_faces
+from sisma_jax.data.drawing import draw_face
 from sisma_jax.data.labels import INDEX
 
 SIZE = 64
@@ -44,18 +44,6 @@ def test_a_seed_gives_the_same_face_again(faces):
 def test_seeds_and_ids_give_different_faces(faces):
     assert len({image.tobytes() for image, _ in faces}) == len(faces)
     assert not np.array_equal(draw_face((8, 0), SIZE)[0], faces[0][0])
-
-
-def test_the_number_of_workers_does_not_show():
-    expected = list(workers.encoded_faces(7, range(3, 8), 32, num_workers=0))
-    assert [id for id, _, _ in expected] == [3, 4, 5, 6, 7]
-    assert list(workers.encoded_faces(7, range(3, 8), 32, num_workers=2)) == expected
-
-
-def test_a_worker_that_fails_is_an_error(monkeypatch):
-    monkeypatch.setattr(sys, "executable", "false")
-    with pytest.raises(RuntimeError, match="ended with code 1"):
-        list(workers.encoded_faces(7, range(4), 32, num_workers=2))
 
 
 @pytest.mark.parametrize("size", [8, 50, 256])
@@ -129,10 +117,10 @@ def test_small_parts_differ_from_the_skin_around_them(faces):
         assert np.median(distances) > 20
 
 
-def test_the_builder_keeps_masks_exact_without_tensorflow(tmp_path):
+def test_shards_keep_masks_exact_without_tensorflow(tmp_path):
     config = DataConfig(cache_dir=str(tmp_path), image_size=32, num_train=5, num_test=3)
-    synthetic_faces.builder(config).download_and_prepare()
-    builder = synthetic_faces.builder(config)
+    loading.prepare(config)
+    builder = shards.read(loading.location(config))
     train, test = (list(builder.as_data_source(split)) for split in ("train", "test"))
     assert "tensorflow" not in sys.modules
     assert [record["id"] for record in train + test] == list(range(8))
@@ -142,9 +130,9 @@ def test_the_builder_keeps_masks_exact_without_tensorflow(tmp_path):
         np.testing.assert_array_equal(record["mask"][..., 0], mask)
 
 
-def test_each_selection_has_a_folder_of_its_own(tmp_path):
-    config = DataConfig(cache_dir=str(tmp_path))
+def test_each_selection_has_a_name_of_its_own():
+    config = DataConfig()
     changes = [{}, {"image_size": 128}, {"num_train": 5}, {"num_test": 5}]
-    builders = [synthetic_faces.builder(dataclasses.replace(config, **change)) for change in changes]
-    assert len({builder.data_path for builder in builders}) == len(changes)
-    assert builders[0].builder_config.name == f"size64_train{config.num_train}_test{config.num_test}_seed0"
+    variants = {synthetic_faces.dataset(dataclasses.replace(config, **change)).variant for change in changes}
+    assert len(variants) == len(changes)
+    assert f"size64_train{config.num_train}_test{config.num_test}_seed0" in variants

@@ -173,7 +173,7 @@ def test_sizes_that_cannot_be_halved_are_refused():
 def test_tiles_of_a_decoder_without_reach_are_the_whole():
     """Where nothing looks beyond its own position, pieces and whole are equal: only the joining is left."""
     autoencoder = nnx.clone(make_autoencoder())
-    autoencoder.decode = lambda latent: latent[..., :3].repeat(2, axis=1).repeat(2, axis=2)
+    autoencoder._decode = lambda latent: latent[..., :3].repeat(2, axis=1).repeat(2, axis=2)
     latent = jax.random.normal(jax.random.key(0), (2, 13, 21, 4))
     for tile, overlap in ((5, 2), (8, 0), (13, 12), (16, 4)):
         tiled = autoencoder.decode_in_tiles(latent, tile, overlap)

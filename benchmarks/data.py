@@ -1,0 +1,139 @@
+"""How fast examples reach the training step, beside how fast the step takes them.
+
+    python benchmarks/data.py [--root FOLDER] [--num-faces 1024] [--json FILE]
+
+256-px masks with, by turns, JPEG images of 256 px and cached 32 x 32 x 4 latents; examples a second in batches of 64,
+medians of several passes, and by how much the process has grown meanwhile. The latents are random numbers: their values
+cost the same. Without --root, drawn faces are written as CelebAMask-HQ has them. Also how fast these become shards, and
+the steps' appetite: examples a second of a training step on this machine.
+"""
+
+import dataclasses
+import itertools
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+import tyro
+
+from benchmarks import measure
+from configs import autoencoder_celebamask_sample
+from sisma_jax.config import Config, DataConfig, TrainConfig, preset
+from sisma_jax.data import images, latents, loading
+from sisma_jax.data.drawing import draw_face
+from sisma_jax.training.state import init_state
+from sisma_jax.training.step import make_update
+
+SIZE, LATENT = 256, (32, 32, 4)
+BATCH_SIZE = 64
+
+
+def write_drawn_faces(root: Path, num_faces: int) -> None:
+    """Writes drawn faces in the layout of label maps."""
+    for name in ("images", "labels"):
+        (root / name).mkdir(parents=True)
+    for index in range(num_faces):
+        image, mask = draw_face((0, index), SIZE)
+        (root / "images" / f"{index:05d}.jpg").write_bytes(images.encode_jpeg(image))
+        (root / "labels" / f"{index:05d}.png").write_bytes(images.encode_png(mask))
+
+
+def random_encoder() -> latents.Encoder:
+    """Stands in for an autoencoder."""
+    rng = np.random.default_rng(0)
+
+    def encode(image: np.ndarray) -> np.ndarray:
+        height, width, channels = LATENT
+        return rng.standard_normal((len(image), height, width, 2 * channels), np.float32).astype(np.float16)
+
+    return latents.Encoder(encode, batch_size=16, fingerprint="random", scale=1.0, shift=0.0)
+
+
+def appetite(config: Config, batch: dict[str, np.ndarray], repeats: int) -> list[float]:
+    """Returns examples a second of a training step, once compiled."""
+    update = jax.jit(make_update(config), donate_argnums=0)
+    state = jax.jit(lambda: init_state(config))()
+    batch = {name: batch[name][: config.train.batch_size] for name in ("moments", "mask")}
+    rates = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        state, metrics = update(state, batch)
+        jax.block_until_ready(metrics)
+        rates.append(config.train.batch_size / (time.perf_counter() - start))
+    return rates[1:]
+
+
+def main(
+    root: Path | None = None,
+    num_faces: int = 1024,
+    batches: int = 40,
+    repeats: int = 7,
+    num_threads: int = 4,
+    json: Path | None = None,
+):
+    """Prints the table.
+
+    Args:
+      root: folder of CelebAMask-HQ or a part of it.
+      num_faces: drawn without it.
+      batches: of 64 examples in a pass.
+      repeats: passes, by turns.
+      num_threads: that read ahead.
+      json: the file for all samples.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        if root is None:
+            root = Path(folder) / "raw"
+            write_drawn_faces(root, num_faces)
+        data = DataConfig(
+            name="celebamask_hq",
+            root=str(root),
+            cache_dir=str(Path(folder) / "cache"),
+            image_size=SIZE,
+            stored_size=SIZE,
+            num_test=16,
+            num_threads=num_threads,
+        )
+        start = time.perf_counter()
+        loading.prepare(data)
+        count = loading.num_examples(data, "train") + loading.num_examples(data, "test")
+        samples = {"raw files to shards": [count / (time.perf_counter() - start)]}
+        latents.prepare(data, random_encoder())
+        iterators = {
+            "JPEG at 256 px": loading.train_iterator(data, batch_size=BATCH_SIZE, seed=0),
+            "cached latents": latents.train_iterator(data, "random", batch_size=BATCH_SIZE, seed=0),
+        }
+        for iterator in iterators.values():
+            list(itertools.islice(iterator, batches))  # threads and buffers are there
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        runs = {
+            name: lambda iterator=iterator: list(map(len, itertools.islice(iterator, batches)))
+            for name, iterator in iterators.items()
+        }
+        for name, secs in measure.round_robin(runs, repeats).items():
+            samples[name] = [batches * BATCH_SIZE / x for x in secs]
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+        batch = next(iterators["cached latents"])
+        del iterators, runs
+        small = autoencoder_celebamask_sample.get_config()
+        big = dataclasses.replace(small, model=preset("U-B", patch_size=1), train=TrainConfig(batch_size=4))
+        for name, config in {"small SISMA of the sample": small, "SISMA-U-B": big}.items():
+            samples[f"a step takes: {name}"] = appetite(config, batch, min(repeats, 3))
+    rows = [[name, f"{np.median(x):,.1f}", f"{np.min(x):,.1f} to {np.max(x):,.1f}"] for name, x in samples.items()]
+    measure.print_table("Examples a second", ["", "median", "range"], rows)
+    print(f"The process grew by {grown:.0f} MiB during the passes.")
+    if json:
+        settings = {"num_faces": count, "batches": batches, "repeats": repeats, "num_threads": num_threads}
+        measure.write_json(
+            json, "data", settings=settings, problems=[{"examples_per_sec": samples, "grown_mib": grown}]
+        )
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__)

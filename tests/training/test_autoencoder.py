@@ -1,0 +1,123 @@
+"""The autoencoder of a run: trained or given, and what it is to the denoiser."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from sisma_jax.data import latents, loading
+from sisma_jax.errors import InputError
+from sisma_jax.models import kl_weights
+from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
+from sisma_jax.training import autoencoder as autoencoders
+from sisma_jax.training import loop
+from sisma_jax.training.examples import examples_of
+from sisma_jax.training.metrics import read_metrics
+from sisma_jax.training.workdir import autoencoder_folder
+from tests.tiny import tiny_latent_config
+
+SIZES = KlConfig(block_channels=(4, 8), layers_per_block=1, norm_groups=4, scale=0.7, shift=0.1)
+
+
+def with_autoencoder(config, **values):
+    return dataclasses.replace(config, autoencoder=dataclasses.replace(config.autoencoder, **values))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    config = tiny_latent_config(tmp_path_factory.mktemp("data"))
+    loading.prepare(config.data)
+    return config
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A folder with weights in the format of diffusers."""
+    folder = tmp_path_factory.mktemp("weights") / "vae"
+    kl_weights.save(KlAutoencoder(SIZES, rngs=nnx.Rngs(1)), folder)
+    return folder
+
+
+def test_pyramid_difference_sees_edges_that_the_mean_error_does_not():
+    flat = np.zeros((1, 16, 16, 3), np.float32)
+    assert autoencoders.pyramid_difference(flat, flat) == 0
+    shifted, checked = flat + 0.1, flat.copy()
+    checked[:, ::2, ::2], checked[:, 1::2, 1::2] = 0.1, 0.1
+    checked[:, ::2, 1::2], checked[:, 1::2, ::2] = -0.1, -0.1
+    # A constant is all in the coarsest level; the finest pattern all in the finest.
+    for image in (shifted, checked):
+        np.testing.assert_allclose(autoencoders.pyramid_difference(image, flat), 0.1, rtol=1e-5)
+    edge = flat.copy()
+    edge[:, :, 6:] = 0.1
+    assert autoencoders.pyramid_difference(edge, flat) > 1.2 * np.abs(edge).mean()
+
+
+def test_divergence_is_that_of_samples():
+    mean, log_variance = np.full((1, 2, 2, 1), 0.6, np.float32), np.full((1, 2, 2, 1), -0.4, np.float32)
+    x = 0.6 + np.exp(-0.2) * np.random.default_rng(0).normal(size=200_000)
+    density_ratio = -0.5 * (x - 0.6) ** 2 / np.exp(-0.4) + 0.2 + 0.5 * x**2
+    np.testing.assert_allclose(autoencoders.divergence(mean, log_variance), density_ratio.mean(), atol=0.01)
+
+
+def test_training_lowers_the_loss_and_its_latents_have_deviation_one(config, tmp_path):
+    longer = with_autoencoder(config, num_steps=60, learning_rate=3e-3, checkpoint_every_steps=60)
+    autoencoders.prepare(longer, tmp_path)
+    lines = read_metrics(tmp_path / autoencoders.TRAINING_NAME / "metrics.jsonl")
+    assert np.mean([line["pixels"] for line in lines[-5:]]) < 0.7 * lines[0]["pixels"]
+    model = autoencoders.load(longer, tmp_path)
+    assert lines[-1]["psnr"] == pytest.approx(autoencoders.psnr(model, longer), abs=0.01)
+    encoder = autoencoders.encoder_of(model, batch_size=8)
+    statistics = latents.read_statistics(latents.prepare(longer.data, encoder))
+    deviation, mean = np.array(statistics["standard_deviation"]), np.array(statistics["mean"])
+    assert np.sqrt((deviation**2 + mean**2).mean()) == pytest.approx(1, abs=0.02)
+    assert mean.mean() == pytest.approx(0, abs=0.02)
+
+
+def test_an_interrupted_training_goes_on(config, tmp_path):
+    autoencoders.train(with_autoencoder(config, num_steps=2), tmp_path)
+    autoencoders.prepare(config, tmp_path)
+    lines = read_metrics(tmp_path / autoencoders.TRAINING_NAME / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    assert autoencoders.load(config, tmp_path).downsampling == 2
+
+
+def test_given_weights_are_copied_into_the_run_and_held_to(config, given, tmp_path):
+    with_weights, run = with_autoencoder(config, weights=str(given)), tmp_path / "run"
+    autoencoders.prepare(with_weights, run)
+    fingerprint = kl_weights.fingerprint(kl_weights.load(given))
+    assert examples_of(with_weights, run).fingerprint == fingerprint
+    # The copy is enough.
+    autoencoders.prepare(with_autoencoder(config, weights=str(tmp_path / "gone")), run)
+    kl_weights.save(KlAutoencoder(dataclasses.replace(SIZES, scale=0.8), rngs=nnx.Rngs(1)), tmp_path / "other")
+    with pytest.raises(InputError, match=rf"is the autoencoder \w+, the run began with {fingerprint}"):
+        autoencoders.prepare(with_autoencoder(config, weights=str(tmp_path / "other")), run)
+    with pytest.raises(InputError, match=rf"no latents of synthetic_faces by this run's autoencoder .{fingerprint}"):
+        loop.train(with_weights, run)
+
+
+def test_weights_of_other_sizes_are_refused(config, given, tmp_path):
+    for values in ({"latent_channels": 16}, {"block_channels": (4, 4, 4)}):
+        with pytest.raises(InputError, match=r"latents of 4 channels, a 2th in size; give .*channels=4 and 2 "):
+            autoencoders.prepare(with_autoencoder(config, weights=str(given), **values), tmp_path)
+    with pytest.raises(InputError, match=r"absent do not exist.*sd-vae-ft-mse"):
+        autoencoders.prepare(with_autoencoder(config, weights=str(tmp_path / "absent")), tmp_path)
+    assert not autoencoder_folder(tmp_path).exists()
+
+
+def test_a_run_without_its_autoencoder_is_refused(config, tmp_path):
+    with pytest.raises(InputError, match="has no autoencoder yet; run the `autoencoder` command"):
+        autoencoders.load(config, tmp_path)
+
+
+def test_saved_weights_are_loaded_again_to_the_bit(given, tmp_path):
+    model = kl_weights.load(given)
+    kl_weights.save(model, tmp_path / "again")
+    again = kl_weights.load(tmp_path / "again")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(again), nnx.state(model))
+    assert kl_weights.fingerprint(again) == kl_weights.fingerprint(model)
+    with pytest.raises(OSError, match=r"exist|empty"):
+        kl_weights.save(model, tmp_path / "again")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again"]

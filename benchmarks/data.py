@@ -2,7 +2,7 @@
 
     python benchmarks/data.py [--root FOLDER] [--num-faces 1024] [--json FILE]
 
-256-px masks with, by turns, JPEG images of 256 px and cached 32 x 32 x 4 latents; examples a second in batches of 64,
+256-px masks with JPEG images of 256 px, then with cached 32 x 32 x 4 latents; examples a second in batches of 64,
 medians of several passes, and by how much the process has grown meanwhile. The latents are random numbers: their values
 cost the same. Without --root, drawn faces are written as CelebAMask-HQ has them. Also how fast these become shards, and
 the steps' appetite: examples a second of a training step on this machine.
@@ -14,6 +14,7 @@ import resource
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -23,8 +24,8 @@ import numpy as np
 import tyro
 
 from benchmarks import measure
-from configs import autoencoder_celebamask_sample
-from sisma_jax.config import Config, DataConfig, TrainConfig, preset
+from configs import demo as configs_demo
+from sisma_jax.config import AutoencoderConfig, Config, DataConfig, TrainConfig, preset
 from sisma_jax.data import images, latents, loading
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.training.state import init_state
@@ -55,6 +56,14 @@ def random_encoder() -> latents.Encoder:
     return latents.Encoder(encode, batch_size=16, fingerprint="random", scale=1.0, shift=0.0)
 
 
+def take(iterator: Iterator, batches: int) -> float:
+    """Returns the seconds that batches take."""
+    start = time.perf_counter()
+    for _ in itertools.islice(iterator, batches):
+        pass
+    return time.perf_counter() - start
+
+
 def appetite(config: Config, batch: dict[str, np.ndarray], repeats: int) -> list[float]:
     """Returns examples a second of a training step, once compiled."""
     update = jax.jit(make_update(config), donate_argnums=0)
@@ -83,7 +92,7 @@ def main(
       root: folder of CelebAMask-HQ or a part of it.
       num_faces: drawn without it.
       batches: of 64 examples in a pass.
-      repeats: passes, by turns.
+      repeats: passes.
       num_threads: that read ahead.
       json: the file for all samples.
     """
@@ -105,29 +114,33 @@ def main(
         count = loading.num_examples(data, "train") + loading.num_examples(data, "test")
         samples = {"raw files to shards": [count / (time.perf_counter() - start)]}
         latents.prepare(data, random_encoder())
-        iterators = {
-            "JPEG at 256 px": loading.train_iterator(data, batch_size=BATCH_SIZE, seed=0),
-            "cached latents": latents.train_iterator(data, "random", batch_size=BATCH_SIZE, seed=0),
+        readers = {
+            "JPEG at 256 px": lambda: loading.train_iterator(data, batch_size=BATCH_SIZE, seed=0),
+            "cached latents": lambda: latents.train_iterator(data, "random", batch_size=BATCH_SIZE, seed=0),
         }
-        for iterator in iterators.values():
-            list(itertools.islice(iterator, batches))  # threads and buffers are there
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        runs = {
-            name: lambda iterator=iterator: list(map(len, itertools.islice(iterator, batches)))
-            for name, iterator in iterators.items()
-        }
-        for name, secs in measure.round_robin(runs, repeats).items():
-            samples[name] = [batches * BATCH_SIZE / x for x in secs]
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-        batch = next(iterators["cached latents"])
-        del iterators, runs
-        small = autoencoder_celebamask_sample.get_config()
-        big = dataclasses.replace(small, model=preset("U-B", patch_size=1), train=TrainConfig(batch_size=4))
-        for name, config in {"small SISMA of the sample": small, "SISMA-U-B": big}.items():
-            samples[f"a step takes: {name}"] = appetite(config, batch, min(repeats, 3))
+        grown = {}
+        for name, reader in readers.items():
+            # One after the other: the threads of an iterator that has a rest fill its buffers.
+            iterator = reader()
+            take(iterator, batches)
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            samples[name] = [batches * BATCH_SIZE / take(iterator, batches) for _ in range(repeats)]
+            grown[name] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+            batch = next(iterator)
+            del iterator
+        demo = dataclasses.replace(configs_demo.get_config().model, patch_size=2)
+        for name, model, batch_size in (("the demo's model", demo, 16), ("SISMA-U-S", preset("U-S", patch_size=1), 4)):
+            config = Config(
+                autoencoder=AutoencoderConfig(kind="kl"),
+                model=model,
+                data=DataConfig(image_size=SIZE),
+                train=TrainConfig(batch_size=batch_size),
+            )
+            samples[f"taken by a step: {name}"] = appetite(config, batch, min(repeats, 3))
     rows = [[name, f"{np.median(x):,.1f}", f"{np.min(x):,.1f} to {np.max(x):,.1f}"] for name, x in samples.items()]
     measure.print_table("Examples a second", ["", "median", "range"], rows)
-    print(f"The process grew by {grown:.0f} MiB during the passes.")
+    for name, mebibytes in grown.items():
+        print(f"{name}: the process grew by {mebibytes:.0f} MiB over {repeats * batches} batches.")
     if json:
         settings = {"num_faces": count, "batches": batches, "repeats": repeats, "num_threads": num_threads}
         measure.write_json(

@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ import grain
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_data_source import ArrayRecordDataSource
+from tensorflow_datasets.proto import tf_example_pb2
 
 from sisma_jax.config import DataConfig
 from sisma_jax.data import labels, loading, shards
-from sisma_jax.data.loading import Record
 from sisma_jax.errors import InputError
 from sisma_jax.files import write_atomically
 
@@ -136,18 +136,7 @@ def _describe(config: DataConfig, encoder: Encoder, features: tfds.features.Feat
     write_atomically(folder / STATISTICS_NAME, json.dumps(statistics, indent=2) + "\n")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Cache:
-    builder: tfds.core.DatasetBuilder
-    moments_shape: tuple[int, ...]
-    mask_shape: tuple[int, ...]
-
-    def source(self, split: str) -> Sequence[Record]:
-        loading.split_of(self.builder, split)
-        return self.builder.as_data_source(split)
-
-
-def _open(config: DataConfig, fingerprint: str) -> _Cache:
+def _open(config: DataConfig, fingerprint: str, split: str) -> "_Load":
     path = loading.cache_dir_of(config) / NAME / _variant(config, fingerprint) / shards.VERSION
     if not path.exists():
         raise InputError(
@@ -160,7 +149,11 @@ def _open(config: DataConfig, fingerprint: str) -> _Cache:
             f"{path} holds latents of the autoencoder {statistics['autoencoder']}, this run has {fingerprint}; delete "
             "the folder and run the `latents` command."
         )
-    return _Cache(shards.read(path), tuple(statistics["moments_shape"]), tuple(statistics["mask_shape"]))
+    builder = shards.read(path)
+    loading.split_of(builder, split)
+    return _Load(
+        builder.as_data_source(split).data_source, tuple(statistics["moments_shape"]), tuple(statistics["mask_shape"])
+    )
 
 
 def read_statistics(path: Path) -> dict[str, Any]:
@@ -177,28 +170,45 @@ def read_statistics(path: Path) -> dict[str, Any]:
         ) from error
 
 
-class _Decode:
-    """Bytes to arrays, of the image or of its mirror image."""
+class _Load(grain.transforms.Map):
+    """A batch of record numbers and of flags, whether the mirror image is meant, to the batch itself.
 
-    def __init__(self, cache: _Cache):
-        self._moments_shape, self._mask_shape = cache.moments_shape, cache.mask_shape
+    Whole batches, and the records as protocol buffers: record by record and by the parser of TFDS, Python's own work
+    leaves half as many examples a second (see `benchmarks/data.py`).
+    """
 
-    def __call__(self, record: Record, mirrored: bool = False) -> Record:
-        prefix = "mirrored_" if mirrored else ""
-        moments = np.frombuffer(record[f"{prefix}moments"], np.float16)
-        mask = np.frombuffer(zlib.decompress(record[f"{prefix}mask"]), np.uint8)
-        return {
-            "moments": moments.reshape(self._moments_shape),
-            "mask": mask.reshape(self._mask_shape),
-            "id": record["id"],
-        }
+    def __init__(self, records: ArrayRecordDataSource, moments_shape: tuple[int, ...], mask_shape: tuple[int, ...]):
+        self.records = records
+        self._moments_shape, self._mask_shape = moments_shape, mask_shape
+
+    def map(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        numbers, mirrored = batch
+        moments = np.empty((len(numbers), *self._moments_shape), np.float16)
+        mask = np.empty((len(numbers), *self._mask_shape), np.uint8)
+        ids = np.empty(len(numbers), np.int64)
+        for i, record in enumerate(self.records.__getitems__(numbers.tolist())):
+            fields = tf_example_pb2.Example.FromString(record).features.feature
+            prefix = "mirrored_" if mirrored[i] else ""
+            moments[i] = np.frombuffer(_bytes_in(fields, f"{prefix}moments"), np.float16).reshape(self._moments_shape)
+            labels_of_pixels = zlib.decompress(_bytes_in(fields, f"{prefix}mask"), bufsize=mask[i].size)
+            mask[i] = np.frombuffer(labels_of_pixels, np.uint8).reshape(self._mask_shape)
+            ids[i] = fields["id"].int64_list.value[0]
+        return {"moments": moments, "mask": mask, "id": ids}
 
 
-class _DecodeEither(_Decode, grain.transforms.RandomMap):
-    """Mirrors every other record at random."""
+def _bytes_in(fields: Any, name: str) -> bytes:
+    return fields[name].bytes_list.value[0]
 
-    def random_map(self, record: Record, rng: np.random.Generator) -> Record:
-        return self(record, mirrored=rng.random() >= 0.5)
+
+class _MirrorHalf(grain.transforms.RandomMap):
+    """A record's number, and at random whether its mirror image is meant."""
+
+    def random_map(self, number: int, rng: np.random.Generator) -> tuple[int, bool]:
+        return number, rng.random() >= 0.5
+
+
+def _as_it_is(number: int) -> tuple[int, bool]:
+    return number, False
 
 
 def train_iterator(
@@ -209,10 +219,11 @@ def train_iterator(
     Raises:
       InputError: this autoencoder has not encoded the data set, or as `loading.train_iterator`.
     """
-    cache = _open(config, fingerprint)
-    dataset = loading.shuffled(cache.source("train"), seed)
-    dataset = dataset.random_map(_DecodeEither(cache)) if config.flip else dataset.map(_Decode(cache))
-    return loading.dealt(dataset, config, batch_size, process_index, process_count)
+    load = _open(config, fingerprint, "train")
+    dataset = loading.shuffled(range(len(load.records)), seed)
+    dataset = dataset.random_map(_MirrorHalf()) if config.flip else dataset.map(_as_it_is)
+    batches = loading.dealt(dataset, batch_size, process_index, process_count).map(load)
+    return iter(batches.to_iter_dataset(loading.read_options(config)))
 
 
 def eval_batches(
@@ -223,6 +234,7 @@ def eval_batches(
     Raises:
       InputError: this autoencoder has not encoded the data set, or it has no such split.
     """
-    cache = _open(config, fingerprint)
-    dataset = grain.MapDataset.source(cache.source(split))[:limit].map(_Decode(cache))
-    return iter(dataset.batch(batch_size, drop_remainder=False).to_iter_dataset(loading.read_options(config)))
+    load = _open(config, fingerprint, split)
+    dataset = grain.MapDataset.source(range(len(load.records))[:limit]).map(_as_it_is)
+    batches = dataset.batch(batch_size, drop_remainder=False).map(load)
+    return iter(batches.to_iter_dataset(loading.read_options(config)))

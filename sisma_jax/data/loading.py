@@ -168,7 +168,8 @@ def train_iterator(
     dataset = dataset.map(Decode(config.image_size)).map(Resize(config.image_size))
     if config.flip:
         dataset = dataset.random_map(RandomFlip())
-    return dealt(dataset, config, batch_size, process_index, process_count)
+    batches = dealt(dataset, batch_size, process_index, process_count)
+    return iter(batches.to_iter_dataset(read_options(config)))
 
 
 def shuffled(records: Sequence[Record], seed: int) -> grain.MapDataset:
@@ -182,10 +183,8 @@ def shuffled(records: Sequence[Record], seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(records).seed(seed).shuffle().repeat()
 
 
-def dealt(
-    dataset: grain.MapDataset, config: DataConfig, batch_size: int, process_index: int, process_count: int
-) -> grain.DatasetIterator:
-    """Returns the iterator over this process's part of the global batches of `dataset`.
+def dealt(dataset: grain.MapDataset, batch_size: int, process_index: int, process_count: int) -> grain.MapDataset:
+    """Returns this process's part of the global batches of `dataset`.
 
     Raises:
       InputError: the batch does not divide among the processes.
@@ -198,8 +197,7 @@ def dealt(
         raise ValueError(f"process_index {process_index} is not in 0..process_count - 1 = {process_count - 1}")
     # Access is random, so what comes before the slice is computed for this process's examples only, yet keyed by
     # their global index.
-    dataset = dataset[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
-    return iter(dataset.to_iter_dataset(read_options(config)))
+    return dataset[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
 
 
 def eval_batches(

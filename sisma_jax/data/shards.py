@@ -48,6 +48,8 @@ _LOCK_NAME = ".prepare.lock"
 # A process takes seconds to start: fewer records than this for each are made in this one.
 _RECORDS_WORTH_A_PROCESS = 256
 _REASONS_SHOWN = 10
+# One record a chunk, for random access; what is in a record is compressed already.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
 # What a process tells: a record is made, a shard is done. Whatever else is an exception.
 _MADE, _DONE = "made", "done"
 
@@ -177,7 +179,7 @@ def _write_shard(
     partial = folder / "shards" / f".{name}"
     num_examples, num_bytes, skipped = 0, 0, []
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
-    writer = array_record_module.ArrayRecordWriter(str(partial), "group_size:1")
+    writer = array_record_module.ArrayRecordWriter(str(partial), _WRITER_OPTIONS)
     for record in job():
         if isinstance(record, InputError):
             skipped.append(str(record))

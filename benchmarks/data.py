@@ -84,6 +84,7 @@ def main(
     batches: int = 40,
     repeats: int = 7,
     num_threads: int = 4,
+    steps: bool = True,
     json: Path | None = None,
 ):
     """Prints the table.
@@ -94,6 +95,7 @@ def main(
       batches: of 64 examples in a pass.
       repeats: passes.
       num_threads: that read ahead.
+      steps: also time training steps.
       json: the file for all samples.
     """
     with tempfile.TemporaryDirectory() as folder:
@@ -129,7 +131,8 @@ def main(
             batch = next(iterator)
             del iterator
         demo = dataclasses.replace(configs_demo.get_config().model, patch_size=2)
-        for name, model, batch_size in (("the demo's model", demo, 16), ("SISMA-U-S", preset("U-S", patch_size=1), 4)):
+        eaters = [("the demo's model", demo, 16), ("SISMA-U-S", preset("U-S", patch_size=1), 4)] if steps else []
+        for name, model, batch_size in eaters:
             config = Config(
                 autoencoder=AutoencoderConfig(kind="kl"),
                 model=model,

@@ -71,9 +71,13 @@ def autoencoder(config: Config, workdir: Path) -> None:
     """Prepares the data and the run's autoencoder, and shows what it makes of test images."""
     if config.autoencoder.kind == "identity":
         raise InputError("There is no autoencoder to prepare: --autoencoder.kind is identity.")
-    prepare(config)
     open_workdir(workdir, config)
-    autoencoders.prepare(config, workdir)
+    if config.autoencoder.weights:  # a wrong file is named before the data set is written
+        autoencoders.prepare(config, workdir)
+        prepare(config)
+    else:
+        prepare(config)
+        autoencoders.prepare(config, workdir)
     model = autoencoders.load(config, workdir)
     path = workdir / "samples" / "reconstructions.png"
     if not path.exists():
@@ -82,7 +86,7 @@ def autoencoder(config: Config, workdir: Path) -> None:
         samples, scale = np.concatenate(painted)[:, None], _grid_scale(config.data.image_size)
         _make_folder(path.parent)
         grids.save_png(path, grids.sample_grid(masks, samples, np.concatenate(originals), scale=scale))
-        print(f"PSNR of {config.evaluate.num_samples} test images: {autoencoders.psnr(model, config):.2f} dB")
+        print(f"PSNR of reconstructed test images: {autoencoders.psnr(model, config):.2f} dB")
     print(f"Autoencoder: {autoencoder_folder(workdir)}")
     print(f"Reconstructions (mask | reconstruction | original): {path}")
 

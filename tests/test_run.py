@@ -77,7 +77,7 @@ def test_the_whole_latent_way_is_one_command(tmp_path, mask_file, capsys):
     latent = file, tmp_path / "run"
     command(latent)
     printed = capsys.readouterr().out
-    for wanted in ("PSNR of 6 test images", "Latents: ", "Sample grid"):
+    for wanted in ("PSNR of reconstructed test images", "Latents: ", "Sample grid"):
         assert wanted in printed
     for name in ("autoencoder/config.json", "samples/reconstructions.png", "samples/grid_0000004.png"):
         assert (latent[1] / name).stat().st_size > 0

@@ -34,7 +34,7 @@ TRAINING_NAME = "autoencoder_training"
 _PYRAMID_LEVELS = 3
 _WARMUP_STEPS = 50
 _CLIP_NORM = 1.0
-# Images that scale and shift are measured on.
+# Images on which scale and shift are measured, and at most the PSNR.
 _EXAMPLES_MEASURED = 512
 
 
@@ -214,9 +214,10 @@ def _scaled(autoencoder: KlAutoencoder, config: Config) -> KlAutoencoder:
 
 def psnr(autoencoder: KlAutoencoder, config: Config) -> float:
     """Returns the peak signal-to-noise ratio of reconstructed test images in decibels: 8 bits, the mean over images."""
+    limit = min(config.evaluate.num_samples, _EXAMPLES_MEASURED)
     errors = [
         ((painted.astype(np.float64) - image) ** 2).mean(axis=(1, 2, 3))
-        for image, painted in reconstructions(autoencoder, config, config.evaluate.num_samples)
+        for image, painted in reconstructions(autoencoder, config, limit)
     ]
     return float(np.mean(10 * np.log10(255**2 / np.maximum(np.concatenate(errors), 1e-3))))
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import denoiser, depthwise_conv, measure, peers, scan_orders, selective_scan, thin_parts
+from benchmarks import data, denoiser, depthwise_conv, measure, peers, scan_orders, selective_scan, thin_parts
 from kernels.selective_scan import api
 from sisma_jax.config import ModelConfig
 from sisma_jax.data.drawing import draw_face
@@ -314,3 +314,16 @@ def test_thin_parts_are_lost_by_resizing_and_kept_by_the_mask_encoder():
         assert read[INDEX[name]] > resized[INDEX[name]] + 0.2
     np.testing.assert_array_equal(thin_parts.over_tokens(thin_parts.under_tokens(test)), test)
     assert np.nanmin(thin_parts.iou(test, test)) == 1
+
+
+def test_the_datas_way_is_measured_from_files_to_batches(tmp_path, capsys):
+    data.main(num_faces=20, batches=2, repeats=2, num_threads=2, steps=False, json=tmp_path / "data.json")
+    (problem,) = json.loads((tmp_path / "data.json").read_text())["problems"]
+    samples = problem["examples_per_sec"]
+    assert {name: len(rates) for name, rates in samples.items()} == {
+        "raw files to shards": 1,
+        "JPEG at 256 px": 2,
+        "cached latents": 2,
+    }
+    assert all(rate > 0 for rates in samples.values() for rate in rates)
+    assert "cached latents: the process grew by" in capsys.readouterr().out

@@ -61,10 +61,23 @@ def test_divergence_is_that_of_samples():
     np.testing.assert_allclose(autoencoders.divergence(mean, log_variance), density_ratio.mean(), atol=0.01)
 
 
-def test_training_lowers_the_loss_and_its_latents_have_deviation_one(config, tmp_path):
-    longer = with_autoencoder(config, num_steps=60, learning_rate=3e-3, checkpoint_every_steps=60)
+def test_training_goes_on_lowers_the_loss_and_its_latents_have_deviation_one(config, tmp_path, monkeypatch):
+    longer = with_autoencoder(config, num_steps=60, learning_rate=3e-3, checkpoint_every_steps=20)
+    measure, steps = autoencoders.psnr, iter([20, 40])
+
+    def interrupted(*arguments):
+        if next(steps) == 40:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(autoencoders, "psnr", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        autoencoders.prepare(longer, tmp_path)
+    monkeypatch.undo()
+    assert not autoencoder_folder(tmp_path).exists()
     autoencoders.prepare(longer, tmp_path)
     lines = read_metrics(tmp_path / autoencoders.TRAINING_NAME / "metrics.jsonl")
+    assert [line["step"] for line in lines] == list(range(1, 61))
     assert np.mean([line["pixels"] for line in lines[-5:]]) < 0.7 * lines[0]["pixels"]
     model = autoencoders.load(longer, tmp_path)
     assert lines[-1]["psnr"] == pytest.approx(autoencoders.psnr(model, longer), abs=0.01)
@@ -73,14 +86,6 @@ def test_training_lowers_the_loss_and_its_latents_have_deviation_one(config, tmp
     deviation, mean = np.array(statistics["standard_deviation"]), np.array(statistics["mean"])
     assert np.sqrt((deviation**2 + mean**2).mean()) == pytest.approx(1, abs=0.02)
     assert mean.mean() == pytest.approx(0, abs=0.02)
-
-
-def test_an_interrupted_training_goes_on(config, tmp_path):
-    autoencoders.train(with_autoencoder(config, num_steps=2), tmp_path)
-    autoencoders.prepare(config, tmp_path)
-    lines = read_metrics(tmp_path / autoencoders.TRAINING_NAME / "metrics.jsonl")
-    assert [line["step"] for line in lines] == [1, 2, 3, 4]
-    assert autoencoders.load(config, tmp_path).downsampling == 2
 
 
 def test_given_weights_are_copied_into_the_run_and_held_to(config, given, tmp_path):

@@ -1,7 +1,7 @@
 """Real faces at 128 px in the latents of an autoencoder that the run trains itself: no weights to download.
 
 One command prepares the data, trains the autoencoder (128 px to 32 x 32 x 4), caches its latents, trains SISMA on them,
-samples and measures. Cost: about COST on 2 CPU cores. Run:
+samples and measures. Cost: about an hour and a half on 2 CPU cores. Run:
     python run.py --config configs/autoencoder_celebamask_sample.py --data.root=FOLDER
 where FOLDER holds images/ID.jpg and labels/ID.png of a few thousand faces, or the official download. The commands
 `autoencoder` and `latents` in front of `train` do the job in steps.

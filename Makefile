@@ -1,6 +1,6 @@
 # Every target makes .venv from the pinned requirements.txt when it is missing or older than that file. The tests also
 # compile for TPUs that need not be present. That compiler stays out of the environment, since with it JAX would look for
-# a TPU in every run.
+# a TPU in every run. Most of the tests' time is compilation, which keeps one core busy: so two processes share the files.
 PYTHON ?= python3
 VENV := .venv
 LIBTPU := libtpu==0.0.42.1
@@ -11,7 +11,7 @@ demo: $(VENV)/installed
 	$(VENV)/bin/python run.py --config configs/demo.py
 
 test: $(VENV)/installed tpu-compiler
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

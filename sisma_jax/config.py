@@ -276,6 +276,23 @@ class OptimConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig(_Section):
+    """How all devices of all processes share the work; see `sharding.py`."""
+
+    data: int = 0
+    """Copies of the state, each with its part of the batch; 0: as many as the other axes leave devices for."""
+    fsdp: int = 1
+    """Devices over which parameters, their average and the optimiser's state are split, and the batch too."""
+    seq: int = 1
+    """Devices over which the rows of each image are split: for images beyond one device's memory."""
+
+    def _check_ranges(self) -> None:
+        self._require(self.data >= 0, "data", "non-negative")
+        self._require(self.fsdp > 0, "fsdp", "positive")
+        self._require(self.seq > 0, "seq", "positive")
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig(_Section):
     """The training loop."""
 
@@ -358,6 +375,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     flow: FlowConfig = FlowConfig()
     optim: OptimConfig = OptimConfig()
+    mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
@@ -372,6 +390,12 @@ class Config:
                 f"--data.image_size {size} is not a multiple of {multiple}: patches of --model.patch_size "
                 f"{model.patch_size}{latent}{halved}; choose a size that they tile."
             )
+
+    @property
+    def token_rows(self) -> int:
+        """Rows of the grid of tokens, in a U of its coarsest."""
+        levels = len(self.model.level_depths)
+        return self.data.image_size // (self.autoencoder.downsampling * self.model.patch_size * 2**levels)
 
 
 def load(path: Path) -> Config:
@@ -427,6 +451,7 @@ MAY_CHANGE_ON_RESUME = (
     "autoencoder.checkpoint_every_steps",
     "model.remat",
     "model.scan_implementation",
+    "mesh",
     "train.num_steps",
     "train.log_every_steps",
     "train.checkpoint_every_steps",

@@ -6,10 +6,10 @@ from types import MappingProxyType
 
 import jax
 
+from kernels.partition import split_batch
 from kernels.selective_scan.associative import selective_scan_associative
 from kernels.selective_scan.pallas_gpu import check_supported_by_pallas_gpu, selective_scan_pallas_gpu
 from kernels.selective_scan.pallas_tpu import check_supported_by_pallas_tpu, selective_scan_pallas_tpu
-from kernels.selective_scan.partition import split_batch
 from kernels.selective_scan.reference import selective_scan_reference
 from kernels.selective_scan.xla import selective_scan_xla
 from kernels.typing import Array, Float

@@ -15,11 +15,11 @@ import jax
 from jax.sharding import Mesh, NamedSharding
 from tqdm import tqdm
 
+from sisma_jax import sharding
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.models.factory import Params
-from sisma_jax.training import sharding
 from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.examples import examples_of
 from sisma_jax.training.metrics import MetricWriter

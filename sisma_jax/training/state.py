@@ -12,6 +12,7 @@ from jaxtyping import Array, Int, Key
 
 from sisma_jax.config import Config, OptimConfig
 from sisma_jax.models.factory import Params, init_params
+from sisma_jax.sharding import is_stacked
 
 # Parameters of the scan that weight decay must leave alone whatever their rank: a decayed A_log changes the
 # model's memory, not its complexity.
@@ -38,8 +39,7 @@ class TrainState:
 
 def _is_decayed(params: Params) -> Params:
     def is_decayed(path: tuple[Any, ...], x: Array) -> bool:
-        is_stacked = any(str(part.key).endswith("blocks") for part in path)  # with a leading axis of layers
-        rank = x.ndim - is_stacked
+        rank = x.ndim - is_stacked(path)
         return rank > 1 and path[-1].key not in _UNDECAYED
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)

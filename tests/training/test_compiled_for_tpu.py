@@ -6,11 +6,10 @@ import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from sisma_jax.config import AutoencoderConfig, DataConfig, ModelConfig, TrainConfig
-from sisma_jax.training.sharding import over_batch, replicated
+from sisma_jax import sharding
+from sisma_jax.config import AutoencoderConfig, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from sisma_jax.training.state import init_state
 from sisma_jax.training.step import make_update
 from tests.tiny import tiny_config
@@ -27,13 +26,12 @@ def test_the_step_runs_the_kernels_on_every_chips_part_of_the_batch(tmp_path):
         model=ModelConfig(depth=1, level_depths=(1,), d_model=384, patch_size=1, scan_implementation="pallas_tpu"),
         train=TrainConfig(batch_size=8, compute_dtype="bfloat16"),
     )
-    devices = np.array(tpu_devices("v5e:2x2"))
-    mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    mesh = sharding.make_mesh(MeshConfig(), tpu_devices("v5e:2x2"))
     abstract = jax.eval_shape(functools.partial(init_state, config))
-    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), abstract)
+    state = sharding.place(abstract, sharding.of_state(abstract, mesh))
     batch = {
-        "moments": jax.ShapeDtypeStruct((8, 32, 32, 8), jnp.float16, sharding=over_batch(mesh)),
-        "mask": jax.ShapeDtypeStruct((8, 256, 256), jnp.uint8, sharding=over_batch(mesh)),
+        "moments": jax.ShapeDtypeStruct((8, 32, 32, 8), jnp.float16, sharding=sharding.over_batch(mesh)),
+        "mask": jax.ShapeDtypeStruct((8, 256, 256), jnp.uint8, sharding=sharding.over_batch(mesh)),
     }
     with jax.set_mesh(mesh):
         compiled = jax.jit(make_update(config), donate_argnums=0).lower(state, batch).compile()

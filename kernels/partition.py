@@ -1,4 +1,4 @@
-"""Splits the batch of a kernel call over devices, which XLA cannot do for a call whose inside it does not see."""
+"""Splits kernel calls over devices, which XLA cannot do for a call whose inside it does not see."""
 
 from collections.abc import Callable
 
@@ -7,6 +7,9 @@ import jax
 from kernels.typing import Array, Float
 
 PARAMETERS = ("A", "D", "delta_bias")
+
+SEQUENCE_AXIS = "seq"
+"""The axis of a mesh over which one image's tokens are split; batches are never split over it."""
 
 
 def split_batch(
@@ -23,7 +26,7 @@ def split_batch(
     if not axes:
         return scan(**arguments)
     arguments = {name: x for name, x in arguments.items() if x is not None}
-    by_batch = jax.P(_batch_axes(arguments["u"], mesh) or None)
+    by_batch = jax.P(batch_axes(arguments["u"], mesh) or None)
     specs = {name: jax.P() if name in PARAMETERS else by_batch for name in arguments}
     # JAX's interpreter of kernels, which the tests use, does not follow which values vary over devices.
     options = dict(axis_names=axes, check_vma=False)
@@ -31,14 +34,18 @@ def split_batch(
     return mapped(arguments)
 
 
-def _batch_axes(u, mesh):
-    explicit = jax.typeof(u).sharding.spec[0] or ()
+def batch_axes(x: Array, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
+    """Returns the mesh's axes over which the first axis of x is split: explicit ones, and all automatic that divide it.
+
+    Those of type manual, inside a `jax.shard_map`, have split it already.
+    """
+    explicit = jax.typeof(x).sharding.spec[0] or ()
     axes = [explicit] if isinstance(explicit, str) else list(explicit)
     parts = 1
     for name in axes:
         parts *= mesh.shape[name]
     for name in mesh.auto_axes:
-        if u.shape[0] % (parts * mesh.shape[name]) == 0:
+        if name != SEQUENCE_AXIS and x.shape[0] % (parts * mesh.shape[name]) == 0:
             axes.append(name)
             parts *= mesh.shape[name]
     return tuple(axes)

@@ -1,0 +1,154 @@
+"""The mesh, and how state, batches and activations lie on it: the one place that says so.
+
+Axes of the mesh, each of any size:
+
+    data   copies of the state; splits the batch
+    fsdp   splits parameters, their average and the optimiser's state, and the batch too (ZeRO, arXiv 1910.02054)
+    seq    splits the rows of an image and of its grid of tokens; see `kernels.partition`
+
+Axes are of type auto: XLA places what is not named here, and adds the collectives.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from kernels.partition import SEQUENCE_AXIS, batch_axes
+from sisma_jax.config import Config, MeshConfig
+from sisma_jax.errors import InputError
+
+AXES = ("data", "fsdp", SEQUENCE_AXIS)
+BATCH_AXES = ("data", "fsdp")
+
+# Smaller arrays are whole on every device: they take next to no memory, and to gather one takes as long as ten times
+# its bytes would.
+MIN_SPLIT_ENTRIES = 1 << 16
+
+PyTree = Any
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh of these devices; by default all of all processes.
+
+    Raises:
+      InputError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.seq]
+    named = " x ".join(f"--mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    if config.data == 0:
+        sizes[0], rest = divmod(len(devices), math.prod(sizes[1:]))
+        if rest or not sizes[0]:
+            raise InputError(
+                f"--mesh.fsdp {config.fsdp} times --mesh.seq {config.seq} does not divide {len(devices)} devices."
+            )
+    elif math.prod(sizes) != len(devices):
+        raise InputError(f"{named} are {math.prod(sizes)} devices, but there are {len(devices)}.")
+    return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def require_fit(config: Config, mesh: Mesh, batch_size: int, name: str = "--train.batch_size") -> None:
+    """Raises InputError unless the devices can share a batch, and the rows of an image, equally."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    if batch_size % shards:
+        raise InputError(
+            f"{name} {batch_size} is not a multiple of the {shards} devices (--mesh.data times --mesh.fsdp) that "
+            "share it."
+        )
+    rows, parts = config.token_rows, mesh.shape[SEQUENCE_AXIS]
+    if rows % parts:
+        raise InputError(
+            f"--mesh.{SEQUENCE_AXIS} {parts} does not divide the {rows} rows of the (coarsest) grid of tokens."
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def over_batch(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of images, masks and latents (B, H, W, ...): examples apart, and rows over `seq`."""
+    rows = SEQUENCE_AXIS if mesh.shape[SEQUENCE_AXIS] > 1 else None
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, rows))
+
+
+def of_state(abstract: PyTree, mesh: Mesh) -> PyTree:
+    """Returns the sharding of each array of a training state, or of parameters alone.
+
+    Every large array is split over `fsdp` along the longest axis that this divides, but not along the axis of layers,
+    which the loop over the layers cuts. Gradients and the optimiser's moments have the shapes of their parameters and
+    so lie with them.
+
+    Args:
+      abstract: arrays or `jax.ShapeDtypeStruct`s.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _state_spec(path, x, mesh)), abstract)
+
+
+def _state_spec(path: tuple[Any, ...], x: Array | jax.ShapeDtypeStruct, mesh: Mesh) -> PartitionSpec:
+    parts = mesh.shape["fsdp"]
+    axes = [i for i in range(is_stacked(path), len(x.shape)) if x.shape[i] % parts == 0]
+    if parts == 1 or not axes or math.prod(x.shape) < MIN_SPLIT_ENTRIES:
+        return PartitionSpec()
+    longest = max(axes, key=lambda i: (x.shape[i], i))
+    return PartitionSpec(*[None] * longest, "fsdp")
+
+
+def is_stacked(path: tuple[Any, ...]) -> bool:
+    """Whether the leaf at this path of a tree of parameters has a leading axis of layers."""
+    return any(str(getattr(part, "key", "")).endswith("blocks") for part in path)
+
+
+def place(abstract: PyTree, shardings: PyTree) -> PyTree:
+    """Returns abstract arrays with their shardings, for `lower` and for restoring."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def constrain(x: Array) -> Array:
+    """Returns activations (B, H, W, ...) placed as batches are: examples apart, and rows over `seq`.
+
+    For the mesh in context; without one, and inside a `jax.shard_map`, x itself. XLA otherwise may move activations to
+    where a parameter's parts are, instead of gathering the parameter.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return x
+    rows = SEQUENCE_AXIS if SEQUENCE_AXIS in mesh.auto_axes and x.shape[1] % mesh.shape[SEQUENCE_AXIS] == 0 else None
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch_axes(x, mesh) or None, rows))
+
+
+def batch_shards(mesh: Mesh, process_index: int) -> list[int]:
+    """Returns which of the equal parts of a batch the devices of a process hold, in order.
+
+    There are data x fsdp parts; several processes hold the same ones where `seq` reaches across processes.
+    """
+    parts = mesh.devices.reshape(-1, mesh.shape[SEQUENCE_AXIS])
+    return [i for i, row in enumerate(parts) if any(device.process_index == process_index for device in row)]
+
+
+def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, Array]:
+    """Returns the global batch of which this process holds rows: those of its `batch_shards`, in order.
+
+    Args:
+      rows: arrays (rows, H, W, ...).
+      batch_size: of the global batch.
+    """
+    shards = batch_shards(mesh, jax.process_index())
+    size = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    first_row = {shard * size: i * size for i, shard in enumerate(shards)}
+    sharding = over_batch(mesh)
+
+    def place(x: np.ndarray) -> Array:
+        def local(index: tuple[slice, ...]) -> np.ndarray:
+            start = first_row[index[0].start or 0]
+            return x[(slice(start, start + size), *index[1:])]
+
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, local)
+
+    return {name: place(x) for name, x in rows.items()}

@@ -1,42 +1,51 @@
 """Checkpoints of a run: the only module that knows Orbax.
 
-A checkpoint is a folder named after its step and holds four items:
+A checkpoint is a folder named after its step and holds three items:
 
-    ema/       the averaged parameters alone, which is all that sampling reads
-    state/     everything else that training needs: parameters, optimiser, step, key
-    data/      the position of the Grain iterator, one file a process
-    arrays/    name, dtype and shape of every array in ema/ and state/
+    ema/           the averaged parameters alone, which is all that sampling reads
+    state/         everything else that training needs: parameters, optimiser, step, key
+    description/   JSON: name, dtype and shape of every array in ema/ and state/; position in the data; metrics
 
 Arrays are stored flat, under the path of their leaf ("params.blocks.0.kernel"), so a checkpoint depends on no class
-of Flax or Optax. The folder is written under another name and renamed when it is complete: an interrupted save is never
-taken for a checkpoint.
+of Flax or Optax, and global, so it depends neither on the devices nor on the processes that saved it. On a disk the
+folder is written under another name and renamed when it is complete, in a bucket a file says that it is: an interrupted
+save is never taken for a checkpoint.
 
 Each item has a `checksums.json` over its files, which is read before anything else is. Orbax has no such thing: of 20
 flipped bits in a stored array, Orbax 0.12.8 noticed none, and it reads a truncated file with a page of tracebacks.
+
+In a job of several processes each calls every method, at the same place: all see the same folder, and all of them agree
+on what is damaged and on the step that is restored.
 """
 
 import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
-import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, SupportsFloat, TypeVar
 
 import grain
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from sisma_jax.errors import InputError
+from sisma_jax.files import AnyPath, bucket_errors, is_bucket, to_path
+from sisma_jax.training import agreement, flat_trees
+from sisma_jax.training.agreement import together
+from sisma_jax.training.checksums import DamagedError, verify_checksums, write_checksums
+from sisma_jax.training.ranking import BestMetric, Ranking
 
-CHECKSUMS_NAME = "checksums.json"
+_DESCRIPTION_NAME = "description.json"
+
+# A save that takes longer in one process, or fails there, is given up by the others; the default of Orbax.
+_TIMEOUT_SECS = 1200
 
 PyTree = Any
 Result = TypeVar("Result")
@@ -57,8 +66,12 @@ class Restored:
     ema: PyTree
 
 
-class _DamagedError(Exception):
-    """A checkpoint cannot be read; the message is the reason in one line."""
+class _UnwrittenError(Exception):
+    """A checkpoint could not be written; the message is the reason."""
+
+
+class _LateError(Exception):
+    """Another process did not write its part in time; it may know why."""
 
 
 class Checkpoints:
@@ -67,42 +80,80 @@ class Checkpoints:
     A context manager; leaving it waits for the save in progress.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1, read_only: bool = False):
+    def __init__(
+        self,
+        directory: str | PathLike,
+        *,
+        keep: int = 1,
+        best: BestMetric | None = None,
+        keep_best: int = 1,
+        read_only: bool = False,
+    ):
         """Opens the folder, creating it unless `read_only`.
 
         Args:
-          directory: folder that holds the checkpoints.
+          directory: folder that holds the checkpoints, on a disk or in a bucket.
           keep: number of newest checkpoints to keep; an older one is deleted once a newer one is complete.
+          best: what makes a checkpoint the best; None: no checkpoint is.
+          keep_best: number of best checkpoints to keep, whether or not they are among the newest.
           read_only: nothing is created, renamed or deleted; for sampling, also while a training writes.
 
         Raises:
           InputError: the folder cannot be created or written.
         """
-        self.directory = directory.absolute()
+        directory = to_path(directory)
+        self.directory = directory if is_bucket(directory) else directory.absolute()
         self._keep = keep
+        self._ranking = Ranking(best, keep_best)
         self._read_only = read_only
         if not read_only:
-            _require_writable(self.directory)
-        self._manager = self._open_manager()
+            with together():
+                _require_writable(self.directory)
+        self._open_manager()
 
-    def _open_manager(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
+    def _open_manager(self) -> None:
+        newest = ocp.checkpoint_managers.LatestN(None if self._read_only else self._keep)
+        self._manager = ocp.CheckpointManager(
             self.directory,
             handler_registry=_handlers(),
             options=ocp.CheckpointManagerOptions(
                 save_interval_steps=0 if self._read_only else 1,
-                preservation_policy=ocp.checkpoint_managers.LatestN(None if self._read_only else self._keep),
+                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([newest, self._ranking]),
                 create=not self._read_only,
                 # What a killed save left behind; complete checkpoints are not touched.
                 cleanup_tmp_directories=not self._read_only,
                 enable_async_checkpointing=True,
                 # Folders are made before `save` returns: when one cannot be made, Orbax's writers of its content
                 # would wait for it for ten minutes and hold up the end of the process.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=_TIMEOUT_SECS),
                 enable_background_delete=False,
+                # All processes see the steps that the first one sees.
+                single_host_load_and_broadcast=True,
                 read_only=self._read_only,
             ),
         )
+        self._read_scores()
+
+    def _reload(self) -> None:
+        """Looks at the folder again."""
+        self._manager.reload()
+        self._read_scores()
+
+    def _read_scores(self) -> None:
+        if self._ranking.best is None:
+            return
+
+        def read() -> list[tuple[int, float]]:
+            return [(step, score) for step in self.steps() if (score := self._score(step)) is not None]
+
+        self._ranking.scores = dict(agreement.from_primary(read))
+
+    def _score(self, step: int) -> float | None:
+        try:
+            verify_checksums(self.directory / str(step) / "description")
+            return self._ranking.score(self._description(step)["metrics"])
+        except (DamagedError, InputError, OSError):  # told when it is restored
+            return None
 
     def __enter__(self) -> Self:
         return self
@@ -120,7 +171,15 @@ class Checkpoints:
 
     # Writing
 
-    def save(self, step: int, *, state: PyTree, ema: PyTree, iterator: grain.DatasetIterator | None) -> None:
+    def save(
+        self,
+        step: int,
+        *,
+        state: PyTree,
+        ema: PyTree,
+        iterator: grain.DatasetIterator | None,
+        metrics: Mapping[str, SupportsFloat] | None = None,
+    ) -> None:
         """Starts to save a checkpoint and returns once the values are copied: the caller may donate its arrays.
 
         A step that has a checkpoint already is left as it is. Typed PRNG keys may be leaves.
@@ -129,63 +188,80 @@ class Checkpoints:
           step: training step that the checkpoint is named after.
           state: arrays that training needs besides `ema`.
           ema: averaged parameters.
-          iterator: data iterator whose position is saved, if any.
+          iterator: data iterator whose position is saved, if any: a state that is the same in every process.
+          metrics: measurements of `ema`, the same in every process.
 
         Raises:
           InputError: this save could not start, or the one before it failed.
         """
-        with self._writing():
-            self._manager.wait_until_finished()
-            if step in self._manager.all_steps():
-                return
-            trees = {"ema": _flatten(ema), "state": _flatten(state)}
-            items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-            items["arrays"] = ocp.args.JsonSave({name: _forms(tree) for name, tree in trees.items()})
-            if iterator is not None:
-                items["data"] = grain.checkpoint.CheckpointSave(iterator)
+        self.wait()
+        if step in self.steps():
+            return
+        if jax.process_count() > 1:
+            with together():  # a process that fails within Orbax's `save` leaves the others waiting there
+                _require_writable(self.directory)
+        trees = {"ema": flat_trees.flatten(ema), "state": flat_trees.flatten(state)}
+        values = {name: float(value) for name, value in (metrics or {}).items()}
+        description = {
+            "arrays": {name: flat_trees.forms(tree) for name, tree in trees.items()},
+            "data": None if iterator is None else iterator.get_state(),
+            "metrics": {name: value for name, value in values.items() if math.isfinite(value)},
+        }
+        self._ranking.add(step, description["metrics"])
+        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items["description"] = ocp.args.JsonSave(description)
+        try:
             # force: without it Orbax declines, silently, a step that is not the newest.
-            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            with _writing(self.directory):
+                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except (_UnwrittenError, _LateError) as error:
+            # Alone: the others may wait in Orbax for this process, and end when it does.
+            raise self._failure(str(error), reopen=jax.process_count() == 1) from error
 
     def wait(self) -> None:
         """Returns when the save in progress is complete.
 
         Raises:
-          InputError: it failed.
+          InputError: it failed, in this process or in another.
         """
-        with self._writing():
-            self._manager.wait_until_finished()
+        try:
+            with together(_UnwrittenError, _LateError), _writing(self.directory):
+                self._manager.wait_until_finished()
+        except (_UnwrittenError, _LateError) as error:
+            raise self._failure(str(error), reopen=True) from error
 
     def close(self) -> None:
         """Waits as `wait` does and releases the threads."""
         self.wait()
         self._manager.close()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Turns a failure to write into an `InputError` and leaves a manager that knows what is on the disk."""
-        try:
-            yield
-        except Exception as error:
-            reason = _os_error_text(error)
-            if reason is None:
-                raise
+    def _failure(self, reason: str, *, reopen: bool) -> InputError:
+        if reopen:
             # A manager whose save failed keeps the failed step and its thread; a fresh one reads the folder again.
             with contextlib.suppress(Exception):
                 self._manager.close()
             with contextlib.suppress(Exception):
-                self._manager = self._open_manager()
-            last = self.latest_step()
-            raise InputError(
-                f"A checkpoint could not be written to {self.directory} ({reason}). "
-                + (f"The last good checkpoint is step {last}. " if last is not None else "There is no checkpoint yet. ")
-                + "Free disk space or mend the folder, then run the same command again: it resumes."
-            ) from error
+                self._open_manager()
+        last = self.latest_step()
+        return InputError(
+            f"A checkpoint could not be written to {self.directory} ({reason}). "
+            + (f"The last good checkpoint is step {last}. " if last is not None else "There is no checkpoint yet. ")
+            + "Free disk space or mend the folder, then run the same command again: it resumes."
+        )
 
     # Reading
+
+    def steps(self) -> list[int]:
+        """Returns the steps that have a complete checkpoint, readable or not, in rising order."""
+        return sorted(self._manager.all_steps())
 
     def latest_step(self) -> int | None:
         """Returns the newest step that has a complete checkpoint, readable or not."""
         return self._manager.latest_step()
+
+    def best_step(self) -> int | None:
+        """Returns the step of the best checkpoint; None if no checkpoint has the metric."""
+        return next(iter(self._ranking.sort(self.steps())), None)
 
     def restore(
         self, abstract_state: PyTree, abstract_ema: PyTree, iterator: grain.DatasetIterator | None
@@ -208,45 +284,79 @@ class Checkpoints:
         """
 
         def read(step: int) -> Restored:
+            position = self._description(step)["data"]
+            if iterator is not None and position is None:
+                raise DamagedError(f"{self.directory / str(step)} holds no position in the data")
             trees = self._read_trees(step, {"state": abstract_state, "ema": abstract_ema})
             if iterator is not None:
-                data = grain.checkpoint.CheckpointRestore(iterator)
-                self._manager.restore(step, args=ocp.args.Composite(data=data))
+                iterator.set_state(position)
+                iterator.start_prefetch()
             return Restored(step, trees["state"], trees["ema"])
 
-        items = ["arrays", "state", "ema"]
-        return self._newest_readable(items if iterator is None else [*items, "data"], read)
+        return self._first_readable(self._newest_first, ["description", "state", "ema"], read)
 
-    def restore_ema(self, abstract_ema: PyTree) -> tuple[int, PyTree]:
-        """Returns step and averaged parameters of the newest checkpoint that is whole; changes nothing on the disk.
+    def restore_ema(self, abstract_ema: PyTree, step: int | Literal["best"] | None = None) -> tuple[int, PyTree]:
+        """Returns step and averaged parameters of a checkpoint that is whole; changes nothing on the disk.
+
+        Args:
+          abstract_ema: see `restore`.
+          step: of the checkpoint; "best": the best of those that are whole; None: the newest.
 
         Raises:
-          InputError: there is no checkpoint, it holds other arrays than asked for, or none can be read.
+          InputError: there is no such checkpoint, it holds other arrays than asked for, or cannot be read.
         """
-        restored = self._newest_readable(
-            ["arrays", "ema"],
+
+        def candidates() -> list[int]:
+            if step is None:
+                return self._newest_first()
+            if step == "best":
+                return self._best_first()
+            return [step] if step in self.steps() else []
+
+        restored = self._first_readable(
+            candidates,
+            ["description", "ema"],
             lambda step: (step, self._read_trees(step, {"ema": abstract_ema})["ema"]),
             set_aside=False,
         )
-        if restored is None:
+        if restored is not None:
+            return restored
+        if not self.steps():
             raise InputError(f"There is no checkpoint in {self.directory}; train first: python run.py ... train")
-        return restored
+        wanted = f"whose {self._ranking.best.name} is known" if step == "best" else f"of step {step}"
+        listed = ", ".join(map(str, self.steps()))
+        raise InputError(f"There is no checkpoint {wanted} in {self.directory}; it has the steps {listed}.")
 
-    def _newest_readable(
-        self, items: Sequence[str], read: Callable[[int], Result], *, set_aside: bool = True
+    def _newest_first(self) -> list[int]:
+        return self.steps()[::-1]
+
+    def _best_first(self) -> list[int]:
+        if self._ranking.best is None:
+            raise ValueError("which checkpoint is the best is known only of `Checkpoints` with `best`")
+        return self._ranking.sort(self.steps())
+
+    def _first_readable(
+        self,
+        candidates: Callable[[], list[int]],
+        items: Sequence[str],
+        read: Callable[[int], Result],
+        *,
+        set_aside: bool = True,
     ) -> Result | None:
-        """Returns `read(step)` of the newest step whose items are whole."""
+        """Returns `read(step)` of the first candidate whose items are whole, or None without candidates."""
         self.wait()
-        self._manager.reload()
+        self._reload()
         damaged = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in candidates():
             try:
                 self._verify(step, items)
                 result = read(step)
             except Exception as error:
-                if not (self.directory / str(step)).exists():  # deleted by a training that goes on: look again
-                    return self._newest_readable(items, read, set_aside=set_aside)
-                if not isinstance(error, _DamagedError):
+                is_damage = isinstance(error, DamagedError)  # on which all processes agree
+                if (is_damage or jax.process_count() == 1) and not self._exists(step):
+                    # Deleted by a training that goes on: look again.
+                    return self._first_readable(candidates, items, read, set_aside=set_aside)
+                if not is_damage:
                     raise
                 logger.warning("The checkpoint of step %d is damaged: %s.", step, error)
                 damaged.append(step)
@@ -261,102 +371,75 @@ class Checkpoints:
             )
         return None
 
+    def _exists(self, step: int) -> bool:
+        return agreement.from_primary(lambda: (self.directory / str(step)).exists())
+
     def _set_aside(self, steps: list[int]) -> None:
-        if jax.process_index() == 0:
-            for step in steps:
-                target = self.directory / f"damaged-{step}"
-                number = 2
-                while target.exists():
-                    target = self.directory / f"damaged-{step}-{number}"
-                    number += 1
-                with self._writing():
-                    (self.directory / str(step)).rename(target)
-                logger.warning("It is kept as %s; delete it when you no longer want it.", target)
-        ocp.multihost.sync_global_processes("sisma_jax:set_aside")
-        self._manager.reload()
+        def rename() -> list[str]:
+            return [str(self._rename_damaged(step)) for step in steps]
+
+        for target in agreement.from_primary(rename):
+            logger.warning("It is kept as %s; delete it when you no longer want it.", target)
+        self._reload()
+
+    def _rename_damaged(self, step: int) -> AnyPath:
+        target, number = self.directory / f"damaged-{step}", 2
+        while target.exists():
+            target, number = self.directory / f"damaged-{step}-{number}", number + 1
+        try:
+            with bucket_errors(target):
+                (self.directory / str(step)).rename(target)
+        except OSError as error:
+            raise InputError(
+                f"The damaged checkpoint {self.directory / str(step)} cannot be renamed ({error}); mend the folder's "
+                "permissions or choose another --workdir."
+            ) from error
+        return target
+
+    def _description(self, step: int) -> dict[str, Any]:
+        return json.loads((self.directory / str(step) / "description" / _DESCRIPTION_NAME).read_bytes())
 
     def _read_trees(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
         """Restores items of a checkpoint whose files are whole."""
-        targets = {item: _flatten_abstract(tree) for item, tree in abstract.items()}
-        saved = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.JsonRestore()))["arrays"]
+        targets = {item: flat_trees.flatten_abstract(tree) for item, tree in abstract.items()}
+        saved = self._description(step)["arrays"]
         different = [
-            f"{item}/{name}: the checkpoint has {before}, this run {now}"
+            line
             for item, target in targets.items()
-            for name, before, now in _differences(saved[item], _forms(target))
+            for line in flat_trees.list_differences(saved[item], flat_trees.forms(target), "the checkpoint", f"{item}/")
         ]
         if different:
-            more = [f"and {len(different) - 5} more"] if len(different) > 5 else []
             raise InputError(
-                f"{self.directory / str(step)} was saved by a run of another configuration:\n  "
-                + "\n  ".join(different[:5] + more)
-                + "\nGive the configuration of that run, or another --workdir."
+                f"{self.directory / str(step)} was saved by a run of another configuration:"
+                f"{flat_trees.shorten(different)}\nGive the configuration of that run, or another --workdir."
             )
         items = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-        return {item: _unflatten(tree, restored[item]) for item, tree in abstract.items()}
+        return {item: flat_trees.unflatten(tree, restored[item]) for item, tree in abstract.items()}
 
     def _verify(self, step: int, items: Sequence[str]) -> None:
-        """Raises `_DamagedError` unless every file of the items has the bytes that were saved."""
-        for item in items:
-            _verify_checksums(self.directory / str(step) / item)
+        """Raises DamagedError unless every file of the items has the bytes that were saved.
 
-
-# Trees as flat dictionaries
-
-
-def _flatten(tree: PyTree) -> dict[str, jax.Array]:
-    """Returns {path: array}; NumPy arrays and numbers are copied."""
-    return {path: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf) for path, leaf in _named_leaves(tree)}
-
-
-def _flatten_abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {path: shape, dtype and sharding}; a leaf without sharding gets the default device."""
-    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-        leaf = leaf if hasattr(leaf, "dtype") else jnp.array(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
-
-    return {path: abstract(leaf) for path, leaf in _named_leaves(tree)}
-
-
-def _unflatten(abstract: PyTree, arrays: Mapping[str, jax.Array]) -> PyTree:
-    """Returns the arrays in the structure of `abstract`."""
-    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path, _ in _named_leaves(abstract)])
-
-
-def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    named = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
-    assert len(dict(named)) == len(named), "two leaves have the same path"
-    return named
-
-
-def _forms(arrays: Mapping[str, jax.Array | jax.ShapeDtypeStruct]) -> dict[str, str]:
-    """Returns {path: "float32[64, 48]"}."""
-    return {path: f"{array.dtype}{list(array.shape)}" for path, array in arrays.items()}
-
-
-def _differences(before: Mapping[str, str], now: Mapping[str, str]) -> list[tuple[str, str, str]]:
-    return [
-        (name, before.get(name, "nothing"), now.get(name, "nothing"))
-        for name in sorted({*before, *now})
-        if before.get(name) != now.get(name)
-    ]
+        Processes share the work, which for a large state takes as long as to read it.
+        """
+        with together(InputError, DamagedError):
+            for item in items:
+                verify_checksums(self.directory / str(step) / item, jax.process_index(), jax.process_count())
 
 
 # Items with checksums
 
 
 class _Checksummed:
-    """Mix-in of a handler: adds checksums when the item's files are complete and not yet renamed into place.
+    """Mix-in of a handler: adds checksums when the item's files are complete and not yet declared to be.
 
-    Orbax calls `finalize` in one process, from the thread that writes, so the training step does not wait for it.
+    Orbax calls `finalize` in the first process, when all have written their part and it has put these together, and
+    from the thread that writes, so the training step does not wait for it.
     """
 
     def finalize(self, directory: PathLike) -> None:
         super().finalize(directory)
-        _write_checksums(Path(directory))
+        write_checksums(to_path(directory))
 
 
 class _TreeHandler(_Checksummed, ocp.handlers.StandardCheckpointHandler):
@@ -367,77 +450,58 @@ class _JsonHandler(_Checksummed, ocp.handlers.JsonCheckpointHandler):
     pass
 
 
-class _IteratorHandler(_Checksummed, grain.checkpoint.CheckpointHandler):
-    pass
-
-
 def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     for item, handler, arguments in (
         ("ema", _TreeHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
         ("state", _TreeHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
-        ("data", _IteratorHandler(), (grain.checkpoint.CheckpointSave, grain.checkpoint.CheckpointRestore)),
-        ("arrays", _JsonHandler(), (ocp.args.JsonSave, ocp.args.JsonRestore)),
+        ("description", _JsonHandler(_DESCRIPTION_NAME), (ocp.args.JsonSave, ocp.args.JsonRestore)),
     ):
         for argument in arguments:
             registry.add(item, argument, handler)
     return registry
 
 
-def _write_checksums(folder: Path) -> None:
-    files = {str(path.relative_to(folder)): _crc32(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    text = json.dumps(files)
-    (folder / CHECKSUMS_NAME).write_text(json.dumps({"crc32": zlib.crc32(text.encode()), "files": files}, indent=1))
-
-
-def _verify_checksums(folder: Path) -> None:
-    text = _read(folder / CHECKSUMS_NAME, Path.read_bytes)
-    try:
-        table = json.loads(text)
-        whole = table["crc32"] == zlib.crc32(json.dumps(table["files"]).encode())
-    except (ValueError, TypeError, KeyError):
-        whole = False
-    if not whole:
-        raise _DamagedError(f"{folder / CHECKSUMS_NAME} has not the bytes that were saved")
-    for name, checksum in table["files"].items():
-        if _read(folder / name, _crc32) != checksum:
-            raise _DamagedError(f"{folder / name} has not the bytes that were saved")
-
-
-def _read(path: Path, read: Callable[[Path], Result]) -> Result:
-    try:
-        return read(path)
-    except PermissionError as error:
-        raise InputError(f"{path} may not be read; mend its permissions.") from error
-    except OSError as error:
-        raise _DamagedError(f"{path} cannot be read ({error.strerror})") from error
-
-
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            checksum = zlib.crc32(chunk, checksum)
-    return checksum
-
-
 # Failures
 
 
-def _os_error_text(error: Exception) -> str | None:
-    """Returns what the operating system refused, or None. TensorStore quotes its error number in a ValueError."""
+@contextlib.contextmanager
+def _writing(directory: AnyPath) -> Iterator[None]:
+    """Turns a failure to write into _UnwrittenError or _LateError; other exceptions are defects."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise _LateError(
+            f"a process did not write its part within {_TIMEOUT_SECS} seconds, or failed: its own messages tell more"
+        ) from error
+    except Exception as error:
+        reason = _reason(error, directory)
+        if reason is None:
+            raise
+        raise _UnwrittenError(reason) from error
+
+
+def _reason(error: Exception, directory: AnyPath) -> str | None:
+    """Returns what the operating system or the bucket refused, or None. TensorStore quotes it in a ValueError."""
     if isinstance(error, OSError):
         return str(error)
     quoted = re.search(r"os_error_code='(\d+)'", str(error))
-    return os.strerror(int(quoted[1])) if quoted else None
+    if quoted:
+        return os.strerror(int(quoted[1]))
+    return str(error).partition("\n")[0] if is_bucket(directory) else None
 
 
-def _require_writable(directory: Path) -> None:
+def _require_writable(directory: AnyPath) -> None:
     probe = directory / f".probe-{jax.process_index()}"
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe.mkdir(exist_ok=True)
-        shutil.rmtree(probe)
+        with bucket_errors(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            if is_bucket(directory):  # which has no folders
+                probe.write_bytes(b"")
+                probe.unlink()
+            else:
+                probe.mkdir(exist_ok=True)
+                probe.rmdir()
     except OSError as error:
         raise InputError(
             f"The folder {directory} cannot be written ({error}); mend its permissions or choose another --workdir."

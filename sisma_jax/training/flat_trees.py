@@ -1,0 +1,57 @@
+"""Trees of arrays as flat dictionaries, under the path of each leaf: "blocks.mixer.in_proj.kernel"."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def flatten(tree: PyTree) -> dict[str, jax.Array]:
+    """Returns {path: array}; NumPy arrays and numbers are copied."""
+    return {path: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf) for path, leaf in _named_leaves(tree)}
+
+
+def flatten_abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns {path: shape, dtype and sharding}; a leaf without sharding gets the default device."""
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+        leaf = leaf if hasattr(leaf, "dtype") else jnp.array(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or default)
+
+    return {path: abstract(leaf) for path, leaf in _named_leaves(tree)}
+
+
+def unflatten(abstract: PyTree, arrays: Mapping[str, jax.Array]) -> PyTree:
+    """Returns the arrays in the structure of `abstract`."""
+    return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path, _ in _named_leaves(abstract)])
+
+
+def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    named = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf) for path, leaf in leaves]
+    assert len(dict(named)) == len(named), "two leaves have the same path"
+    return named
+
+
+def forms(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """Returns {path: "float32[64, 48]"}."""
+    return {path: f"{array.dtype}{list(array.shape)}" for path, array in arrays.items()}
+
+
+def list_differences(theirs: Mapping[str, str], ours: Mapping[str, str], owner: str, prefix: str = "") -> list[str]:
+    """Returns a line for each path whose form is not the same in both, "nothing" where there is none."""
+    return [
+        f"{prefix}{name}: {owner} has {theirs.get(name, 'nothing')}, this run {ours.get(name, 'nothing')}"
+        for name in sorted({*theirs, *ours})
+        if theirs.get(name) != ours.get(name)
+    ]
+
+
+def shorten(lines: list[str]) -> str:
+    """Returns the first lines of a long list, indented."""
+    more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
+    return "\n  ".join(["", *lines[:5], *more])

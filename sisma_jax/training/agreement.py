@@ -37,13 +37,13 @@ def gather(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together(*kinds: type[Exception]) -> Iterator[None]:
-    """Raises in every process what the block raises in the first process where it fails.
+    """Raises in every process what the block raises in one; of several the most telling, of equals the first.
 
     The block must not wait for other processes, as the one that fails does not come that far.
 
     Args:
-      kinds: exceptions with one text that are raised as they are; by default InputError. Others are defects of the
-        program: the process that has one raises it, the others an InputError that names this process.
+      kinds: exceptions with one text that are raised as they are, the most telling first; by default InputError. Others
+        are defects of the program: the process that has one raises it, the others an InputError that names it.
     """
     kinds = kinds or (InputError,)
     error = None
@@ -55,13 +55,13 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
             raise
     kind = next((i for i, kind in enumerate(kinds) if isinstance(error, kind)), -1)
     outcomes = gather("" if error is None else json.dumps([kind, str(error) if kind >= 0 else repr(error)]))
-    failed = [i for i, outcome in enumerate(outcomes) if outcome]
+    failed = [(*json.loads(outcome), process) for process, outcome in enumerate(outcomes) if outcome]
     if not failed:
         return
-    if failed[0] == jax.process_index() or (error is not None and kind < 0):
+    first, text, process = min(failed, key=lambda failure: (failure[0], failure[2]))
+    if process == jax.process_index() or (error is not None and kind < 0):
         raise error
-    kind, text = json.loads(outcomes[failed[0]])
-    raise kinds[kind](text) if kind >= 0 else InputError(f"Process {failed[0]} failed: {text}")
+    raise kinds[first](text) if first >= 0 else InputError(f"Process {process} failed: {text}")
 
 
 def from_primary(make: Callable[[], Value]) -> Value:

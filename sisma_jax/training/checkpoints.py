@@ -253,11 +253,11 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete checkpoint, readable or not, in rising order."""
-        return sorted(self._manager.all_steps())
+        return sorted(map(int, self._manager.all_steps()))  # of NumPy where they were broadcast
 
     def latest_step(self) -> int | None:
         """Returns the newest step that has a complete checkpoint, readable or not."""
-        return self._manager.latest_step()
+        return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
         """Returns the step of the best checkpoint; None if no checkpoint has the metric."""
@@ -470,25 +470,36 @@ def _writing(directory: AnyPath) -> Iterator[None]:
     """Turns a failure to write into _UnwrittenError or _LateError; other exceptions are defects."""
     try:
         yield
-    except TimeoutError as error:
-        raise _LateError(
-            f"a process did not write its part within {_TIMEOUT_SECS} seconds, or failed: its own messages tell more"
-        ) from error
     except Exception as error:
-        reason = _reason(error, directory)
-        if reason is None:
-            raise
-        raise _UnwrittenError(reason) from error
+        # A process whose own write failed waits for the others all the same, and reports that they did not come.
+        is_late = isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error)
+        causes = [cause for cause in _chain(error) if not isinstance(cause, TimeoutError)] if is_late else [error]
+        reason = next(filter(None, (_reason(cause, directory) for cause in causes)), None)
+        if reason is not None:
+            raise _UnwrittenError(reason) from error
+        if is_late:
+            raise _LateError(
+                f"a process failed, or did not write its part within {_TIMEOUT_SECS} seconds: see its messages"
+            ) from error
+        raise
 
 
-def _reason(error: Exception, directory: AnyPath) -> str | None:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields the exception and those that led to it."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _reason(error: BaseException, directory: AnyPath) -> str | None:
     """Returns what the operating system or the bucket refused, or None. TensorStore quotes it in a ValueError."""
     if isinstance(error, OSError):
         return str(error)
     quoted = re.search(r"os_error_code='(\d+)'", str(error))
     if quoted:
         return os.strerror(int(quoted[1]))
-    return str(error).partition("\n")[0] if is_bucket(directory) else None
+    is_late = "DEADLINE_EXCEEDED" in str(error)
+    return str(error).partition("\n")[0] if is_bucket(directory) and not is_late else None
 
 
 def _require_writable(directory: AnyPath) -> None:

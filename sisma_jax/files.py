@@ -33,11 +33,15 @@ def to_path(path: str | os.PathLike) -> AnyPath:
     head, _, rest = str(path).partition("/")
     if head != _SCHEME:
         return Path(path)
-    if not any(map(importlib.util.find_spec, ("gcsfs", "tensorflow"))):
+    if not _reaches_buckets():
         raise InputError(f"{path}: buckets need the package gcsfs; pip install gcsfs.")
     # TensorStore writes past gcsfs, which would go on listing what it has seen before.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return epath.Path(f"{_SCHEME}//{rest.lstrip('/')}")  # pathlib takes gs://bucket for gs:/bucket
+
+
+def _reaches_buckets() -> bool:
+    return any(map(importlib.util.find_spec, ("gcsfs", "tensorflow")))
 
 
 def is_bucket(path: AnyPath) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import math
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,8 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from sisma_jax.errors import InputError
-from sisma_jax.files import write_atomically
+from sisma_jax.files import AnyPath, bucket_errors, is_bucket, write_atomically
+from sisma_jax.training.agreement import is_primary, together
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +30,12 @@ class MetricWriter:
 
     A line reads {"step": 50, "loss": 0.5, ...}. JSON has no numbers that are not finite: they are the strings "nan",
     "inf" and "-inf", which `read_metrics` turns into floats again.
+
+    All processes of a job make one; that of the first process writes, the others do nothing. Nothing can be appended to
+    what is in a bucket: the files grow on the disk, and `sync` and `close` copy them there.
     """
 
-    def __init__(self, workdir: Path, *, resume_step: int | None = None):
+    def __init__(self, workdir: AnyPath, *, resume_step: int | None = None):
         """Opens the files at the point from which training goes on.
 
         Args:
@@ -43,15 +48,32 @@ class MetricWriter:
           InputError: the files cannot be read or written.
         """
         self._path = workdir / METRICS_NAME
-        first_step = 0 if resume_step is None else resume_step + 1
-        try:
-            if self._path.exists():
-                kept = [line for line in _parse(self._path) if line["step"] < first_step]
-                write_atomically(self._path, "".join(map(_to_line, kept)))
-            self._file = self._path.open("a", encoding="utf-8")
-            self._events = _open_events(workdir / TENSORBOARD_NAME, first_step)
-        except OSError as error:
-            raise self._failure(error) from error
+        self._workdir = workdir
+        self._resources = contextlib.ExitStack()
+        self._is_open = False
+        with together():
+            if is_primary():
+                try:
+                    self._open(0 if resume_step is None else resume_step + 1)
+                except OSError as error:
+                    raise self._failure(error) from error
+
+    def _open(self, first_step: int) -> None:
+        with contextlib.ExitStack() as resources:
+            folder = self._workdir
+            if is_bucket(folder):
+                folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
+            kept = []
+            with bucket_errors(self._path):
+                if self._path.exists():
+                    kept = [line for line in _parse(self._path) if line["step"] < first_step]
+            write_atomically(folder / METRICS_NAME, "".join(map(_to_line, kept)))
+            self._file = resources.enter_context((folder / METRICS_NAME).open("a", encoding="utf-8"))
+            self._events_path, self._events = _open_events(folder / TENSORBOARD_NAME, first_step)
+            resources.callback(self._events.close)
+            self._folder = folder
+            self._resources = resources.pop_all()
+            self._is_open = True
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Appends the values of one step; the line is on its way to the disk when this returns.
@@ -59,6 +81,8 @@ class MetricWriter:
         Raises:
           InputError: the file cannot be written.
         """
+        if not is_primary():
+            return
         numbers = {key: float(value) for key, value in values.items()}
         try:
             self._file.write(_to_line({"step": step} | numbers))
@@ -69,19 +93,37 @@ class MetricWriter:
         except OSError as error:
             raise self._failure(error) from error
 
+    def sync(self) -> None:
+        """Copies what was written to the bucket, if the run is in one.
+
+        To be called before each checkpoint: a run that resumes from it has lost what was not copied.
+
+        Raises:
+          InputError: the bucket cannot be written.
+        """
+        if not self._is_open or self._folder == self._workdir:
+            return
+        try:
+            for path in (self._folder / METRICS_NAME, self._events_path):
+                write_atomically(self._workdir / path.relative_to(self._folder), path.read_bytes())
+        except OSError as error:
+            raise self._failure(error) from error
+
     def close(self) -> None:
         """Closes both files, once.
 
         Raises:
-          InputError: what was written last does not fit on the disk.
+          InputError: what was written last does not fit on the disk, or the bucket cannot be written.
         """
-        if self._file.closed:
+        if not self._is_open:
             return
         try:
-            with contextlib.closing(self._events), contextlib.closing(self._file):
-                pass
+            with self._resources:
+                self.sync()
         except OSError as error:
             raise self._failure(error) from error
+        finally:
+            self._is_open = False
 
     def _failure(self, error: OSError) -> InputError:
         return InputError(f"Metrics cannot be written to {self._path} ({error}); free disk space or mend the folder.")
@@ -97,19 +139,20 @@ class MetricWriter:
             self.close()
 
 
-def _open_events(folder: Path, first_step: int) -> EventsWriter:
+def _open_events(folder: Path, first_step: int) -> tuple[Path, EventsWriter]:
     """Opens a new file of events and tells TensorBoard to hide earlier ones at or after `first_step`.
 
     Not tensorboardX's `SummaryWriter`: its thread dies when the disk is full, and the tenth value after that waits for
     it for ever, and with it the training.
     """
     folder.mkdir(exist_ok=True)
-    events = EventsWriter(str(folder / "events"), filename_suffix=f".{time.time_ns()}")
+    suffix = f".{time.time_ns()}"
+    events = EventsWriter(str(folder / "events"), filename_suffix=suffix)
     events.write_event(Event(wall_time=time.time(), step=first_step, session_log=SessionLog(status=SessionLog.START)))
-    return events
+    return next(folder.glob(f"*{suffix}")), events
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
+def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
     """Returns the lines of a `metrics.jsonl` in the order written; "step" is an int, every other value a float.
 
     A last line without its end is what a killed or still running process leaves, and is left out. Any other line that
@@ -119,13 +162,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
       InputError: there is no such file.
     """
     try:
-        return _parse(path)
+        with bucket_errors(path):
+            return _parse(path)
     except OSError as error:
         raise InputError(f"{path} cannot be read ({error}).") from error
 
 
-def _parse(path: Path) -> list[dict[str, Any]]:
-    *lines, _torn = path.read_text(encoding="utf-8", errors="replace").split("\n")
+def _parse(path: AnyPath) -> list[dict[str, Any]]:
+    *lines, _torn = path.read_bytes().decode(errors="replace").split("\n")
     parsed = []
     for number, line in enumerate(lines, start=1):
         try:

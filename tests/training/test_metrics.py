@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sisma_jax.errors import InputError
 from sisma_jax.training.metrics import MetricWriter, read_metrics
+from tests.bucket import make_bucket
 
 
 def steps(workdir: Path) -> list[int]:
@@ -29,15 +31,16 @@ def write_steps(workdir: Path, numbers: range, resume_step: int | None = None) -
 
 
 def events(workdir: Path) -> list[Event]:
-    """Reads TensorBoard's files: records of length (8 bytes), its checksum (4), data, their checksum (4)."""
-    found = []
-    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime_ns):
-        content = path.read_bytes()
-        while content:
-            length = int.from_bytes(content[:8], "little")
-            found.append(Event.FromString(content[12 : 12 + length]))
-            content = content[16 + length :]
-    return found
+    """Reads TensorBoard's files, which are named by their time."""
+    return [event for path in sorted((workdir / "tensorboard").iterdir()) for event in events_of(path.read_bytes())]
+
+
+def events_of(content: bytes) -> Iterator[Event]:
+    """Yields what is in records of length (8 bytes), its checksum (4), data, their checksum (4)."""
+    while content:
+        length = int.from_bytes(content[:8], "little")
+        yield Event.FromString(content[12 : 12 + length])
+        content = content[16 + length :]
 
 
 def test_values_of_every_type_are_read_back(tmp_path):
@@ -130,18 +133,52 @@ def test_killed_writer_leaves_a_file_that_resumes(tmp_path):
     assert steps(tmp_path) == list(range(1, 60))
 
 
-def test_tensorboard_gets_the_values_and_is_told_what_to_hide(tmp_path):
-    write_steps(tmp_path, range(1, 8))
-    write_steps(tmp_path, range(6, 8), resume_step=5)
+def shown_by_tensorboard(workdir: Path) -> dict[int, float]:
     shown: dict[int, float] = {}
-    for event in events(tmp_path):
+    for event in events(workdir):
         if event.session_log.status == SessionLog.START:
             shown = {step: value for step, value in shown.items() if step < event.step}
         for value in event.summary.value:
             assert value.tag == "loss"
             assert event.step not in shown
             shown[event.step] = value.simple_value
-    assert shown == {step: step / 2 for step in range(1, 8)}
+    return shown
+
+
+def test_tensorboard_gets_the_values_and_is_told_what_to_hide(tmp_path):
+    write_steps(tmp_path, range(1, 8))
+    write_steps(tmp_path, range(6, 8), resume_step=5)
+    assert shown_by_tensorboard(tmp_path) == {step: step / 2 for step in range(1, 8)}
+
+
+def test_metrics_in_a_bucket_are_whole_at_each_checkpoint_and_when_resumed(monkeypatch):
+    workdir = make_bucket(monkeypatch) / "run"
+    killed = MetricWriter(workdir)
+    for step in range(1, 8):
+        killed.write(step, {"loss": step / 2})
+        if step == 5:
+            killed.sync()
+            assert steps(workdir) == [1, 2, 3, 4, 5]
+    assert steps(workdir) == [1, 2, 3, 4, 5]
+    write_steps(workdir, range(6, 10), resume_step=5)
+    assert steps(workdir) == list(range(1, 10))
+    assert shown_by_tensorboard(workdir) == {step: step / 2 for step in range(1, 10)}
+    assert sorted(path.name for path in workdir.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_bucket_that_cannot_be_written_is_named(monkeypatch):
+    workdir = make_bucket(monkeypatch) / "run"
+
+    def fail(*_):
+        raise RuntimeError("503")
+
+    with MetricWriter(workdir) as writer:
+        writer.write(1, {"loss": 1.0})
+        with monkeypatch.context() as patch:
+            patch.setattr(type(workdir), "write_bytes", fail)
+            with pytest.raises(InputError, match=r"cannot be written to gs://bucket/run/metrics.jsonl .*503"):
+                writer.sync()
+    assert steps(workdir) == [1]
 
 
 def test_unwritable_place_is_named(tmp_path):

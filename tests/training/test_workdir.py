@@ -9,6 +9,7 @@ import pytest
 from sisma_jax.config import Config, ModelConfig, TrainConfig, to_json
 from sisma_jax.errors import InputError
 from sisma_jax.training.workdir import open_workdir, read_config
+from tests.bucket import make_bucket
 
 CONFIG = Config(model=ModelConfig(depth=2, d_model=32), train=TrainConfig(num_steps=10, batch_size=4))
 
@@ -54,6 +55,19 @@ def test_another_configuration_is_refused_with_every_difference(tmp_path):
     assert "--workdir" in message
     assert str(tmp_path) in message
     assert read_config(tmp_path) == CONFIG
+
+
+def test_run_in_a_bucket(monkeypatch):
+    workdir = make_bucket(monkeypatch) / "runs" / "first"
+    with pytest.raises(InputError, match="gs://bucket/runs/first holds no run"):
+        read_config(workdir)
+    for _ in range(2):
+        open_workdir(workdir, CONFIG)
+        assert read_config(workdir) == CONFIG
+    assert names(workdir) == ["config.json"]
+    other = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, depth=3))
+    with pytest.raises(InputError, match=r"--model.depth: the run has 2, given 3"):
+        open_workdir(workdir, other)
 
 
 def test_folder_without_a_run_is_named(tmp_path):

@@ -1,5 +1,6 @@
 """States to save, and what the tests of checkpoints do with them."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from sisma_jax import sharding
+from sisma_jax.config import MeshConfig
 from sisma_jax.training.checkpoints import Checkpoints
 
 
-def make_iterator() -> grain.DatasetIterator:
-    dataset = grain.MapDataset.source(range(100)).seed(0).shuffle().repeat().batch(4)
+def make_iterator(process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:
+    """Returns an iterator over a process's part of batches of four."""
+    dataset = grain.MapDataset.source(range(100)).seed(0).shuffle().repeat()
+    dataset = dataset[process_index::process_count].batch(4 // process_count)
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2)))
 
 
@@ -45,6 +50,32 @@ def save(checkpoints: Checkpoints, step: int, iterator: grain.DatasetIterator | 
 
 def abstract() -> tuple[Any, Any]:
     return jax.eval_shape(make_state), jax.eval_shape(make_ema)
+
+
+def make_large_state() -> dict[str, Any]:
+    """A state with an array that is large enough to be split over `fsdp`, and small ones."""
+    kernel = jax.random.normal(jax.random.key(0), (sharding.MIN_SPLIT_ENTRIES // 64, 64))
+    return {"params": {"kernel": kernel, "bias": kernel[0]}, "step": jnp.int32(7), "key": jax.random.key(1)}
+
+
+def placed_large_state(devices: Sequence[jax.Device]) -> dict[str, Any]:
+    """Returns the shapes of `make_large_state` with their shardings on a mesh of these devices."""
+    mesh = sharding.make_mesh(MeshConfig(fsdp=len(devices)), devices)
+    abstract_state = jax.eval_shape(make_large_state)
+    return sharding.place(abstract_state, sharding.of_state(abstract_state, mesh))
+
+
+def place_large_state(placed: dict[str, Any]) -> dict[str, Any]:
+    return jax.jit(make_large_state, out_shardings=jax.tree.map(lambda x: x.sharding, placed))()
+
+
+def assert_same_parts(actual: Any, expected: Any) -> None:
+    """Compares what this process holds of global arrays with arrays that it has whole."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        for shard in a.addressable_shards:
+            np.testing.assert_array_equal(np.asarray(shard.data), np.asarray(b)[shard.index])
 
 
 def bits(tree: Any) -> list[np.ndarray]:

@@ -1,13 +1,23 @@
 """Checkpoints: saved on some devices and processes, restored on others."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from sisma_jax import sharding
-from sisma_jax.config import MeshConfig
 from sisma_jax.training.checkpoints import Checkpoints
-from tests.training.checkpoint_cases import assert_same, bits
+from tests.processes import run_processes
+from tests.training.checkpoint_cases import (
+    assert_same,
+    flip_a_bit,
+    make_iterator,
+    make_large_state,
+    place_large_state,
+    placed_large_state,
+    steps_on_disk,
+)
 
 P = jax.sharding.PartitionSpec
 
@@ -39,26 +49,14 @@ def test_shardings_of_the_abstract_tree_are_honoured(tmp_path):
     assert_same(on_one.state, state)
 
 
-def make_large_state() -> dict:
-    """Has arrays large enough to be split over `fsdp`, and small ones."""
-    kernel = jax.random.normal(jax.random.key(0), (sharding.MIN_SPLIT_ENTRIES // 64, 64))
-    return {"params": {"kernel": kernel, "bias": kernel[0]}, "step": jnp.int32(7), "key": jax.random.key(1)}
-
-
-def on_mesh(tree: dict, devices: int) -> dict:
-    mesh = sharding.make_mesh(MeshConfig(fsdp=devices), jax.devices()[:devices])
-    return sharding.place(jax.eval_shape(lambda: tree), sharding.of_state(tree, mesh))
-
-
 def test_state_split_over_eight_devices_goes_on_with_four_then_one_then_eight(tmp_path):
     expected = make_large_state()
-    placed = on_mesh(expected, 8)
-    state = jax.tree.map(lambda x, target: jax.device_put(x, target.sharding), expected, placed)
+    state = place_large_state(placed_large_state(jax.devices()))
     assert len(state["params"]["kernel"].addressable_shards[0].data) * 8 == len(expected["params"]["kernel"])
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for step, devices in enumerate((4, 1, 8), start=1):
             checkpoints.save(step, state=state, ema=state["params"], iterator=None)
-            target = on_mesh(expected, devices)
+            target = placed_large_state(jax.devices()[:devices])
             restored = checkpoints.restore(target, target["params"], None)
             assert restored is not None
             assert restored.step == step
@@ -68,5 +66,92 @@ def test_state_split_over_eight_devices_goes_on_with_four_then_one_then_eight(tm
                 assert kernel.sharding == target["params"]["kernel"].sharding
                 assert len(kernel.addressable_shards[0].data) * devices == len(kernel)
                 assert len(kernel.devices()) == devices
-            for a, b in zip(bits(state), bits(expected), strict=True):
-                np.testing.assert_array_equal(a, b)
+            assert_same(state, expected)
+
+
+PROGRAM = """
+import pathlib
+from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.training.ranking import BestMetric
+from tests.training.checkpoint_cases import *
+
+folder, expected = pathlib.Path(arguments[0]), make_large_state()
+placed = placed_large_state(jax.devices())
+iterator = make_iterator(process, count)
+with Checkpoints(folder / "one", read_only=True) as checkpoints:
+    restored = checkpoints.restore(placed, placed["params"], iterator)
+    assert restored.step == 3
+    assert_same_parts(restored.state, expected)
+    step, ema = checkpoints.restore_ema(jax.eval_shape(make_large_state)["params"])  # whole in each process
+    assert_same(ema, expected["params"])
+batch = next(iterator)
+with Checkpoints(folder / "two", keep=1, best=BestMetric("loss", "min")) as checkpoints:
+    for step, loss in ((4, 1.0), (5, 2.0), (6, 3.0)):
+        checkpoints.save(
+            step, state=restored.state, ema=restored.ema, iterator=iterator, metrics={"loss": loss}
+        )
+with Checkpoints(folder / "damaged", keep=2) as checkpoints:
+    restored = checkpoints.restore(placed, placed["params"], None)
+    print(restored.step, checkpoints.steps(), batch.tolist())
+"""
+
+
+def test_two_processes_go_on_with_the_state_of_one_and_one_with_theirs(tmp_path):
+    expected = make_large_state()
+    state = place_large_state(placed_large_state(jax.devices()))
+    iterator = make_iterator()
+    for _ in range(3):
+        next(iterator)
+    with Checkpoints(tmp_path / "one") as checkpoints:
+        checkpoints.save(3, state=state, ema=state["params"], iterator=iterator)
+    with Checkpoints(tmp_path / "damaged", keep=2) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state=state, ema=state["params"], iterator=None)
+    damaged = tmp_path / "damaged" / "2" / "state"
+    flip_a_bit(damaged / list(json.loads((damaged / "checksums.json").read_text())["files"])[1])  # process 1 reads it
+
+    results = run_processes(PROGRAM, tmp_path)
+    assert [status for status, *_ in results] == [0, 0], results
+    # Both fall back to the same step, and each has its half of the next batch.
+    printed = [output.splitlines()[-1] for _, output, _ in results]
+    batch = next(iterator).tolist()
+    assert printed == [f"1 [1] {batch[process::2]}" for process in (0, 1)]
+    assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["1", "damaged-2"]
+
+    assert steps_on_disk(tmp_path / "two") == [4, 6]
+    target, resumed = placed_large_state(jax.devices()), make_iterator()
+    with Checkpoints(tmp_path / "two", read_only=True) as checkpoints:
+        restored = checkpoints.restore(target, target["params"], resumed)
+    assert restored is not None
+    assert restored.step == 6
+    assert_same(restored.state, expected)
+    assert_same(restored.ema, expected["params"])
+    np.testing.assert_array_equal(next(resumed), next(iterator))
+
+
+FULL_DISK = """
+import pathlib, resource
+from sisma_jax.errors import InputError
+from sisma_jax.training import checkpoints as module
+from tests.training.checkpoint_cases import make_large_state, place_large_state, placed_large_state
+
+module._TIMEOUT_SECS = 3
+state = place_large_state(placed_large_state(jax.devices()))
+with module.Checkpoints(pathlib.Path(arguments[0])) as checkpoints:
+    checkpoints.save(1, state=state, ema=state["params"], iterator=None)
+    checkpoints.wait()
+    if process == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    checkpoints.save(2, state=state, ema=state["params"], iterator=None)
+    try:
+        checkpoints.save(3, state=state, ema=state["params"], iterator=None)
+    except InputError as error:
+        print(error)
+"""
+
+
+@pytest.mark.slow
+def test_all_processes_tell_why_one_could_not_write(tmp_path):
+    for status, output, errors in run_processes(FULL_DISK, tmp_path):
+        assert status == 0, errors
+        assert "(File too large). The last good checkpoint is step 1." in output

@@ -406,7 +406,7 @@ class Checkpoints:
         different = [
             line
             for item, target in targets.items()
-            for line in flat_trees.list_differences(saved[item], flat_trees.forms(target), "the checkpoint", f"{item}/")
+            for line in flat_trees.list_differences(saved[item], flat_trees.forms(target), f"{item}/")
         ]
         if different:
             raise InputError(

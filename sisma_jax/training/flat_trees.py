@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 PyTree = Any
 
+_OWNERS = ("the checkpoint", "this run")
+
 
 def flatten(tree: PyTree) -> dict[str, jax.Array]:
     """Returns {path: array}; NumPy arrays and numbers are copied."""
@@ -42,13 +44,16 @@ def forms(arrays: Mapping[str, Any]) -> dict[str, str]:
     return {path: f"{array.dtype}{list(array.shape)}" for path, array in arrays.items()}
 
 
-def list_differences(theirs: Mapping[str, str], ours: Mapping[str, str], owner: str, prefix: str = "") -> list[str]:
-    """Returns a line for each path whose form is not the same in both, "nothing" where there is none."""
-    return [
-        f"{prefix}{name}: {owner} has {theirs.get(name, 'nothing')}, this run {ours.get(name, 'nothing')}"
-        for name in sorted({*theirs, *ours})
-        if theirs.get(name) != ours.get(name)
-    ]
+def list_differences(
+    before: Mapping[str, str], now: Mapping[str, str], prefix: str = "", owners: tuple[str, str] = _OWNERS
+) -> list[str]:
+    """Returns a line for each path whose form is not the same in both."""
+    lines = []
+    for name in sorted({*before, *now}):
+        theirs, ours = before.get(name, "nothing"), now.get(name, "nothing")
+        if theirs != ours:
+            lines.append(f"{prefix}{name}: {owners[0]} has {theirs}, {owners[1]} {ours}")
+    return lines
 
 
 def shorten(lines: list[str]) -> str:

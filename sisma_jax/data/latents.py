@@ -212,7 +212,7 @@ def _as_it_is(number: int) -> tuple[int, bool]:
 
 
 def train_iterator(
-    config: DataConfig, fingerprint: str, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    config: DataConfig, fingerprint: str, *, batch_size: int, seed: int, share: loading.Share = loading.Share()
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over cached latents, otherwise as `loading.train_iterator`.
 
@@ -222,7 +222,7 @@ def train_iterator(
     load = _open(config, fingerprint, "train")
     dataset = loading.shuffled(range(len(load.records)), seed)
     dataset = dataset.random_map(_MirrorHalf()) if config.flip else dataset.map(_as_it_is)
-    batches = loading.dealt(dataset, batch_size, process_index, process_count).map(load)
+    batches = loading.dealt(dataset, batch_size, share).map(load)
     return iter(batches.to_iter_dataset(loading.read_options(config)))
 
 

@@ -6,6 +6,7 @@ record out.
 """
 
 import contextlib
+import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Sequence
@@ -25,6 +26,19 @@ _DATA_SETS = {"synthetic_faces": synthetic_faces.dataset, "celebamask_hq": celeb
 
 # ArrayRecord reports a full disk as a RuntimeError: "write() failed: No space left on device; writing ...".
 _ARRAY_RECORD_FAILURE = re.compile(r"[a-z]+\(\) failed: ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The rows of every batch that one process reads: some of its equal parts.
+
+    Attributes:
+      parts: numbers of the parts, rising.
+      of: number of parts of a batch.
+    """
+
+    parts: tuple[int, ...] = (0,)
+    of: int = 1
 
 
 class Decode(grain.transforms.Map):
@@ -145,30 +159,29 @@ def splits(config: DataConfig) -> tuple[str, ...]:
 
 
 def train_iterator(
-    config: DataConfig, *, batch_size: int, seed: int, process_index: int = 0, process_count: int = 1
+    config: DataConfig, *, batch_size: int, seed: int, share: Share = Share()
 ) -> grain.DatasetIterator:
-    """Returns an endless iterator over this process's part of the training batches.
+    """Returns an endless iterator over a share of the training batches, by default all of each.
 
     Every epoch goes through all examples in a new order. The order and the flips belong to the place in the global
-    sequence, which the processes deal out in turn: the k-th global batch is the same set for any `process_count`, and
-    an iterator's state (`get_state`, `set_state`: one counter) means the same batch for each. A batch may straddle
-    two epochs, so a data set smaller than a batch is no obstacle.
+    sequence: row i of the k-th global batch is the same example whatever the share that reads it, and an iterator's
+    state (`get_state`, `set_state`: one counter) means the same batch for each. A batch may straddle two epochs, so a
+    data set smaller than a batch is no obstacle.
 
     Args:
       config: what to read; `prepare` must have built it.
-      batch_size: examples in a global batch; b = batch_size // process_count.
+      batch_size: examples in a global batch.
       seed: of the order and the flips, 0 to 2**32 - 1.
-      process_index: 0 to process_count - 1.
-      process_count: number of processes that share a global batch.
+      share: of each batch, with b = batch_size * len(share.parts) // share.of.
 
     Raises:
-      InputError: the data set is not prepared, or the batch does not divide among the processes.
+      InputError: the data set is not prepared, or the batch does not divide into the parts.
     """
     dataset = shuffled(source(config, "train"), seed)
     dataset = dataset.map(Decode(config.image_size)).map(Resize(config.image_size))
     if config.flip:
         dataset = dataset.random_map(RandomFlip())
-    batches = dealt(dataset, batch_size, process_index, process_count)
+    batches = dealt(dataset, batch_size, share)
     return iter(batches.to_iter_dataset(read_options(config)))
 
 
@@ -183,21 +196,35 @@ def shuffled(records: Sequence[Record], seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(records).seed(seed).shuffle().repeat()
 
 
-def dealt(dataset: grain.MapDataset, batch_size: int, process_index: int, process_count: int) -> grain.MapDataset:
-    """Returns this process's part of the global batches of `dataset`.
+def dealt(dataset: grain.MapDataset, batch_size: int, share: Share) -> grain.MapDataset:
+    """Returns a share of the global batches of an endless `dataset`.
 
     Raises:
-      InputError: the batch does not divide among the processes.
+      InputError: the batch does not divide into the parts.
     """
-    if batch_size % process_count:
-        raise InputError(
-            f"--train.batch_size {batch_size} is not a multiple of the number of processes, {process_count}."
-        )
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index {process_index} is not in 0..process_count - 1 = {process_count - 1}")
-    # Access is random, so what comes before the slice is computed for this process's examples only, yet keyed by
-    # their global index.
-    return dataset[process_index::process_count].batch(batch_size // process_count, drop_remainder=True)
+    if batch_size % share.of:
+        raise InputError(f"--train.batch_size {batch_size} is not a multiple of the {share.of} parts that share it.")
+    share = _widest(share)
+    parts = dataset.batch(batch_size // share.of, drop_remainder=True)
+    # Access is random, so what comes before the slice is computed for this share's examples only, yet keyed by their
+    # global index. All slices have one length.
+    parts = parts[: len(parts) - len(parts) % share.of]
+    own = [parts[part :: share.of] for part in share.parts]
+    return own[0] if len(own) == 1 else grain.experimental.ZipMapDataset(own).map(_joined)
+
+
+def _widest(share: Share) -> Share:
+    """Returns the same rows as one part where they are one: parts 2 and 3 of 4 are part 1 of 2."""
+    first, count = share.parts[0], len(share.parts)
+    is_one = share.parts == tuple(range(first, first + count)) and first % count == 0 and share.of % count == 0
+    return Share((first // count,), share.of // count) if is_one else share
+
+
+def _joined(parts: tuple[Record | tuple[np.ndarray, ...], ...]) -> Record | tuple[np.ndarray, ...]:
+    """Returns the rows of all parts."""
+    if isinstance(parts[0], dict):
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    return tuple(map(np.concatenate, zip(*parts, strict=True)))
 
 
 def eval_batches(

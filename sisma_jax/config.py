@@ -252,6 +252,12 @@ class OptimConfig(_Section):
     """AdamW with clipping by global norm, linear warm-up and an optional cosine decay."""
 
     learning_rate: float = 1e-4
+    """The rate after warm-up, at batches of base_batch_size if there is a scaling rule."""
+    scaling_rule: Literal["none", "linear", "sqrt"] = "none"
+    """How the rate grows with train.batch_size / base_batch_size: not, in proportion (arXiv 1706.02677), or with its
+    square root, as suits Adam (arXiv 2205.10287)."""
+    base_batch_size: int = 256
+    """Batch for which learning_rate is meant; counts only with a scaling rule."""
     warmup_steps: int = 0
     decay_steps: int = 0
     """Step at which a cosine decay reaches zero; 0 keeps the rate constant after warm-up."""
@@ -264,6 +270,7 @@ class OptimConfig(_Section):
 
     def _check_ranges(self) -> None:
         self._require(self.learning_rate > 0, "learning_rate", "positive")
+        self._require(self.base_batch_size > 0, "base_batch_size", "positive")
         self._require(self.warmup_steps >= 0, "warmup_steps", "non-negative")
         self._require(
             self.decay_steps == 0 or self.decay_steps > self.warmup_steps,
@@ -299,17 +306,44 @@ class TrainConfig(_Section):
     num_steps: int = 400_000
     batch_size: int = 64
     """Examples a step, over all devices and processes."""
+    accumulate_steps: int = 1
+    """Parts of a batch whose gradients are computed one after the other and summed: less memory, the same update."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and activations; parameters, norms and scan carries stay float32."""
     seed: int = 0
     log_every_steps: int = 50
     checkpoint_every_steps: int = 5_000
     keep_checkpoints: int = 3
+    """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints with the lowest held-out loss that are kept besides."""
+    max_skipped_steps: int = 10
+    """Updates in a row that may be skipped because loss or gradient is not finite; one more stops the run."""
+    profile_steps: str = ""
+    """Steps of which a trace is written to WORKDIR/profile, such as 10-15, for TensorBoard or XProf."""
 
     def _check_ranges(self) -> None:
-        for name in ("num_steps", "batch_size", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+        names = ("num_steps", "batch_size", "accumulate_steps", "log_every_steps", "checkpoint_every_steps")
+        for name in (*names, "keep_checkpoints"):
             self._require(getattr(self, name) > 0, name, "positive")
+        self._require(
+            self.batch_size % self.accumulate_steps == 0,
+            "batch_size",
+            f"a multiple of train.accumulate_steps, {self.accumulate_steps}",
+        )
+        for name in ("keep_best", "max_skipped_steps"):
+            self._require(getattr(self, name) >= 0, name, "non-negative")
+        self._require(self.profiled is not None, "profile_steps", "empty, or a first and a last step such as 10-15")
         self._require(0 <= self.seed < 2**32, "seed", "in 0..2**32 - 1")
+
+    @property
+    def profiled(self) -> range | None:
+        """Steps whose trace is wanted; None if `profile_steps` cannot be read."""
+        if not self.profile_steps:
+            return range(0)
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.profile_steps)
+        steps = match and range(int(match[1]), int(match[2] or match[1]) + 1)
+        return steps if steps and steps[0] > 0 else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -392,6 +426,12 @@ class Config:
             )
 
     @property
+    def learning_rate(self) -> float:
+        """The learning rate after warm-up, by the scaling rule."""
+        ratio = self.train.batch_size / self.optim.base_batch_size
+        return self.optim.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.optim.scaling_rule]
+
+    @property
     def token_rows(self) -> int:
         """Rows of the grid of tokens, in a U of its coarsest."""
         levels = len(self.model.level_depths)
@@ -456,6 +496,9 @@ MAY_CHANGE_ON_RESUME = (
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",
+    "train.keep_best",
+    "train.max_skipped_steps",
+    "train.profile_steps",
     "sample",
     "evaluate",
 )

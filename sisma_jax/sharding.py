@@ -52,19 +52,27 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def require_fit(config: Config, mesh: Mesh, batch_size: int, name: str = "--train.batch_size") -> None:
+def require_fit(
+    config: Config, mesh: Mesh, batch_size: int, accumulate_steps: int = 1, name: str = "--train.batch_size"
+) -> None:
     """Raises InputError unless the devices can share a batch, and the rows of an image, equally."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    if batch_size % shards:
+    shards = num_batch_shards(mesh)
+    if batch_size % (shards * accumulate_steps):
+        parts = f" times --train.accumulate_steps {accumulate_steps}" if accumulate_steps > 1 else ""
         raise InputError(
             f"{name} {batch_size} is not a multiple of the {shards} devices (--mesh.data times --mesh.fsdp) that "
-            "share it."
+            f"share it{parts}."
         )
     rows, parts = config.token_rows, mesh.shape[SEQUENCE_AXIS]
     if rows % parts:
         raise InputError(
             f"--mesh.{SEQUENCE_AXIS} {parts} does not divide the {rows} rows of the (coarsest) grid of tokens."
         )
+
+
+def num_batch_shards(mesh: Mesh) -> int:
+    """Returns in how many equal parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -91,7 +99,9 @@ def of_state(abstract: PyTree, mesh: Mesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _state_spec(path, x, mesh)), abstract)
 
 
-def _state_spec(path: tuple[Any, ...], x: Array | jax.ShapeDtypeStruct, mesh: Mesh) -> PartitionSpec:
+def _state_spec(
+    path: tuple[Any, ...], x: Array | jax.ShapeDtypeStruct, mesh: Mesh | jax.sharding.AbstractMesh
+) -> PartitionSpec:
     parts = mesh.shape["fsdp"]
     axes = [i for i in range(is_stacked(path), len(x.shape)) if x.shape[i] % parts == 0]
     if parts == 1 or not axes or math.prod(x.shape) < MIN_SPLIT_ENTRIES:
@@ -105,9 +115,26 @@ def is_stacked(path: tuple[Any, ...]) -> bool:
     return any(str(getattr(part, "key", "")).endswith("blocks") for part in path)
 
 
+def constrain_state(tree: PyTree) -> PyTree:
+    """Returns gradients, inside of `jax.jit`, placed as the parameters are whose shapes they have.
+
+    For the mesh in context; without one the tree itself.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return tree
+    specs = jax.tree_util.tree_map_with_path(lambda path, x: _state_spec(path, x, mesh), tree)
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, specs)
+
+
 def place(abstract: PyTree, shardings: PyTree) -> PyTree:
     """Returns abstract arrays with their shardings, for `lower` and for restoring."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
+    """Returns arrays as this process's own, whole, as NumPy arrays; every process has to call this."""
+    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
 
 
 def constrain(x: Array) -> Array:
@@ -133,14 +160,16 @@ def batch_shards(mesh: Mesh, process_index: int) -> list[int]:
 
 
 def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, Array]:
-    """Returns the global batch of which this process holds rows: those of its `batch_shards`, in order.
+    """Returns the global batch of which this process holds rows: all, or those of its `batch_shards`, in order.
 
     Args:
       rows: arrays (rows, H, W, ...).
       batch_size: of the global batch.
     """
-    shards = batch_shards(mesh, jax.process_index())
-    size = batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+    count = num_batch_shards(mesh)
+    has_all = all(len(x) == batch_size for x in rows.values())
+    shards = range(count) if has_all else batch_shards(mesh, jax.process_index())
+    size = batch_size // count
     first_row = {shard * size: i * size for i, shard in enumerate(shards)}
     sharding = over_batch(mesh)
 

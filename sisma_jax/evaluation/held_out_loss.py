@@ -4,28 +4,36 @@ from collections.abc import Callable, Iterable
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from sisma_jax import sharding
 from sisma_jax.models.factory import Params
 
 
 def held_out_loss(
-    losses: Callable[..., jax.Array], params: Params, batches: Iterable[dict[str, np.ndarray]], batch_size: int
+    losses: Callable[[Params, dict[str, jax.Array], int], jax.Array],
+    params: Params,
+    batches: Iterable[dict[str, np.ndarray]],
+    batch_size: int,
+    mesh: Mesh,
 ) -> float:
     """Returns the mean loss over batches of the test split.
 
     Times and noise are the same in every call, so two models, or one model at two steps, are compared on equal terms.
 
     Args:
-      losses: (params, batch, key) -> loss of each example.
+      losses: (params, batch, number of the batch) -> loss of each example; see `training.step.make_held_out_loss`.
       params: the denoiser's.
-      batches: of examples as in training, but for their ids; the last may be smaller.
+      batches: of examples as in training, but for their ids; the last may be smaller. Every process has all of them.
       batch_size: examples a call; the last batch is filled up with copies that do not count.
+      mesh: of the devices that share a batch; in context for `losses`.
     """
     total, count = 0.0, 0
-    for index, batch in enumerate(batches):
-        size = len(batch["mask"])
-        filled = {name: np.resize(x, (batch_size, *x.shape[1:])) for name, x in batch.items() if name != "id"}
-        loss = np.asarray(losses(params, filled, jax.random.fold_in(jax.random.key(0), index)))
-        total += float(loss[:size].sum(dtype=np.float64))
-        count += size
+    with jax.set_mesh(mesh):
+        for index, batch in enumerate(batches):
+            size = len(batch["mask"])
+            filled = {name: np.resize(x, (batch_size, *x.shape[1:])) for name, x in batch.items() if name != "id"}
+            loss = np.asarray(losses(params, sharding.to_devices(filled, mesh, batch_size), index))
+            total += float(loss[:size].sum(dtype=np.float64))
+            count += size
     return total / count

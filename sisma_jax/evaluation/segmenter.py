@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from sisma_jax.data import labels
 from sisma_jax.errors import InputError
-from sisma_jax.files import write_atomically
+from sisma_jax.files import bucket_errors, to_path, write_atomically
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 
 Params = dict[str, Any]
@@ -265,9 +265,11 @@ def load(path: str | os.PathLike) -> Params:
     Raises:
       InputError: the file is missing, damaged, or holds another network's parameters.
     """
-    path = os.fspath(path)
+    path = to_path(path)
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with bucket_errors(path):
+            content = path.read_bytes()
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
             damaged = file.zip.testzip()  # NumPy itself does not look at the checksums.
             if damaged is not None:
                 raise ValueError(f"wrong checksum of {damaged}")

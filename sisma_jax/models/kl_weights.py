@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sisma_jax.errors import InputError
+from sisma_jax.files import AnyPath, bucket_errors, is_bucket, on_disk, to_path, write_atomically
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
 
 Weights = Mapping[str, jax.Array | np.ndarray]
@@ -46,7 +46,16 @@ _IMPLEMENTED = {
 }
 
 
-def load(path: str | Path, *, decode_tile: int | None = None) -> KlAutoencoder:
+def exist(folder: AnyPath) -> bool:
+    """Whether `save` has written a whole autoencoder to the folder."""
+    try:
+        with bucket_errors(folder):
+            return (folder / CONFIG_NAME).exists()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error}).") from error
+
+
+def load(path: str | os.PathLike, *, decode_tile: int | None = None) -> KlAutoencoder:
     """Returns the autoencoder of a folder or file, its parameters in float32.
 
     Without config.json beside them, the weights are taken for those of Stable Diffusion 1 or 2.
@@ -58,9 +67,9 @@ def load(path: str | Path, *, decode_tile: int | None = None) -> KlAutoencoder:
       InputError: there is no such file, it is damaged or of another model, or has latents of other than 4 channels and
         no config.json, which alone tells their scale.
     """
-    path = Path(path)
+    path = to_path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise InputError(f"the autoencoder's weights {file} do not exist. {_OBTAIN}")
     weights = _read(file)
     config = _config(weights, file.parent / CONFIG_NAME, file)
@@ -70,8 +79,10 @@ def load(path: str | Path, *, decode_tile: int | None = None) -> KlAutoencoder:
     return nnx.merge(graph, convert(weights, nnx.to_pure_dict(abstract), str(file)))
 
 
-def save(autoencoder: KlAutoencoder, folder: Path) -> None:
+def save(autoencoder: KlAutoencoder, folder: AnyPath) -> None:
     """Writes the autoencoder as diffusers does, float32, into a folder that appears when it is complete.
+
+    In a bucket, which has no folders, config.json appears last.
 
     Raises:
       OSError: the folder exists, or cannot be written.
@@ -98,11 +109,16 @@ def save(autoencoder: KlAutoencoder, folder: Path) -> None:
         "use_quant_conv": config.has_quant_conv,
         "use_post_quant_conv": config.has_quant_conv,
     }
+    text = json.dumps(description, indent=2) + "\n"
+    if is_bucket(folder):
+        write_atomically(folder / WEIGHTS_NAME, safetensors.numpy.save(weights))
+        write_atomically(folder / CONFIG_NAME, text)
+        return
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         partial.mkdir(parents=True)
         safetensors.numpy.save_file(weights, partial / WEIGHTS_NAME)
-        (partial / CONFIG_NAME).write_text(json.dumps(description, indent=2) + "\n")
+        (partial / CONFIG_NAME).write_text(text)
         partial.rename(folder)
     except safetensors.SafetensorError as error:
         raise OSError(errno.EIO, str(error), str(folder)) from error
@@ -145,18 +161,18 @@ def convert(weights: Weights, params: dict, source: str) -> dict:
     return unflatten_dict(values)
 
 
-def _read(file: Path) -> dict[str, jax.Array]:
+def _read(file: AnyPath) -> dict[str, jax.Array]:
     try:
-        with safetensors.safe_open(file, framework="flax") as content:
+        with on_disk(file) as path, safetensors.safe_open(path, framework="flax") as content:
             return {name: content.get_tensor(name) for name in content.keys()}
     except (safetensors.SafetensorError, OSError) as error:
         raise InputError(f"{file} cannot be read as safetensors ({error}); copy or download it again.") from error
 
 
-def _config(weights: Weights, config_file: Path, source: Path) -> KlConfig:
+def _config(weights: Weights, config_file: AnyPath, source: AnyPath) -> KlConfig:
     """Sizes are those of the weights; what these do not tell comes from config.json."""
     given = {}
-    if config_file.is_file():
+    if config_file.exists():
         try:
             given = json.loads(config_file.read_text())
         except (json.JSONDecodeError, UnicodeDecodeError) as error:

@@ -7,7 +7,6 @@ workdir/
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,17 +15,20 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from sisma_jax import sharding
 from sisma_jax.config import AutoencoderConfig, Config
 from sisma_jax.data import latents, loading
 from sisma_jax.diffusion.sampling import from_uint8, to_uint8
 from sisma_jax.errors import InputError
+from sisma_jax.files import AnyPath, to_path
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig, draw
 from sisma_jax.models.factory import Params
 from sisma_jax.training import loop
+from sisma_jax.training.agreement import from_primary, is_primary, together
 from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.state import init_state_of
-from sisma_jax.training.step import Batch, Metrics, make_update_of
+from sisma_jax.training.step import Batch, Examples, Metrics, make_update_of
 from sisma_jax.training.workdir import autoencoder_folder
 
 TRAINING_NAME = "autoencoder_training"
@@ -38,7 +40,7 @@ _CLIP_NORM = 1.0
 _EXAMPLES_MEASURED = 512
 
 
-def load(config: Config, workdir: Path) -> IdentityAutoencoder | KlAutoencoder:
+def load(config: Config, workdir: AnyPath) -> IdentityAutoencoder | KlAutoencoder:
     """Returns the autoencoder of a run.
 
     Raises:
@@ -47,13 +49,15 @@ def load(config: Config, workdir: Path) -> IdentityAutoencoder | KlAutoencoder:
     if config.autoencoder.kind == "identity":
         return IdentityAutoencoder()
     folder = autoencoder_folder(workdir)
-    if not folder.exists():
+    if not kl_weights.exist(folder):
         raise InputError(f"{workdir} has no autoencoder yet; run the `autoencoder` command, or `train`.")
     return kl_weights.load(folder, decode_tile=config.autoencoder.decode_tile)
 
 
-def prepare(config: Config, workdir: Path) -> None:
+def prepare(config: Config, workdir: AnyPath) -> None:
     """Puts the autoencoder that the configuration wants into the run's folder, unless it is there.
+
+    Every process of a job calls this; the first one writes.
 
     Raises:
       InputError: the weights do not exist, are damaged, of other sizes than configured or not those that the run began
@@ -61,15 +65,28 @@ def prepare(config: Config, workdir: Path) -> None:
     """
     folder = autoencoder_folder(workdir)
     if config.autoencoder.weights:
-        _copy(config.autoencoder, folder)
-    elif not folder.exists():
-        kl_weights.save(train(config, workdir), folder)
+        with together():
+            if is_primary():
+                _copy(config.autoencoder, folder)
+    elif not from_primary(lambda: kl_weights.exist(folder)):
+        autoencoder = train(config, workdir)
+        with together():
+            if is_primary():
+                _save(autoencoder, folder)
 
 
-def _copy(config: AutoencoderConfig, folder: Path) -> None:
-    if folder.exists() and not Path(config.weights).exists():
+def _save(autoencoder: KlAutoencoder, folder: AnyPath) -> None:
+    try:
+        kl_weights.save(autoencoder, folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error}); free disk space or mend the folder.") from error
+
+
+def _copy(config: AutoencoderConfig, folder: AnyPath) -> None:
+    weights = to_path(config.weights).expanduser()
+    if kl_weights.exist(folder) and not weights.exists():
         return  # the run has what it began with
-    given = kl_weights.load(Path(config.weights).expanduser())
+    given = kl_weights.load(weights)
     sizes = given.config
     if sizes.latent_channels != config.latent_channels or sizes.downsampling != config.downsampling:
         raise InputError(
@@ -77,8 +94,8 @@ def _copy(config: AutoencoderConfig, folder: Path) -> None:
             f"--autoencoder.latent_channels={sizes.latent_channels} and {len(sizes.block_channels)} "
             "--autoencoder.block_channels."
         )
-    if not folder.exists():
-        kl_weights.save(given, folder)
+    if not kl_weights.exist(folder):
+        _save(given, folder)
         return
     ours, theirs = kl_weights.fingerprint(kl_weights.load(folder)), kl_weights.fingerprint(given)
     if ours != theirs:
@@ -145,20 +162,26 @@ def _make(config: AutoencoderConfig, key: Key[Array, ""]) -> KlAutoencoder:
     return KlAutoencoder(_trained_sizes(config), rngs=nnx.Rngs(key))
 
 
-def train(config: Config, workdir: Path) -> KlAutoencoder:
+def train(config: Config, workdir: AnyPath) -> KlAutoencoder:
     """Returns an autoencoder trained on the prepared data set, its latents scaled to a deviation of one.
 
     Raises:
-      InputError: the data are not prepared, or as `loop.run`.
+      InputError: the data are not prepared, the devices cannot share a batch, or as `loop.run`.
+      Preempted: as `loop.run`.
     """
     settings = config.autoencoder
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.require_fit(config, mesh, settings.batch_size, name="--autoencoder.batch_size")
     graph, abstract = nnx.split(nnx.eval_shape(lambda: _make(settings, jax.random.key(0))))
 
-    def loss(params: Params, batch: Batch, key: Key[Array, ""]) -> tuple[Float[Array, ""], Metrics]:
+    def draw_keys(batch: Batch, key: Key[Array, ""]) -> Examples:
+        return batch | {"key": jax.random.split(key, len(batch["image"]))}
+
+    def loss(params: Params, examples: Examples) -> tuple[Float[Array, ""], Metrics]:
         autoencoder = nnx.merge(graph, params)
-        image = from_uint8(batch["image"])
+        image = from_uint8(examples["image"])
         mean, log_variance = autoencoder.moments(image)
-        painted = autoencoder.decode(draw(key, mean, log_variance))
+        painted = autoencoder.decode(jax.vmap(draw)(examples["key"], mean, log_variance))
         pixels, kl = jnp.abs(painted - image).mean(), divergence(mean, log_variance)
         total = pixels + settings.perceptual_weight * pyramid_difference(painted, image) + settings.kl_weight * kl
         return total, {"pixels": pixels, "kl": kl}
@@ -167,18 +190,19 @@ def train(config: Config, workdir: Path) -> KlAutoencoder:
         0.0, settings.learning_rate, _WARMUP_STEPS, max(settings.num_steps, _WARMUP_STEPS + 1)
     )
     transformation = optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adam(schedule))
+
+    def held_out(params: Params) -> dict[str, float]:
+        return {"psnr": psnr(nnx.merge(graph, sharding.fetch(params, mesh)), config)}
+
     job = loop.Job(
+        mesh=mesh,
         initialize=lambda: init_state_of(
             lambda key: nnx.to_pure_dict(nnx.split(_make(settings, key))[1]), transformation, config.train.seed
         ),
-        update=make_update_of(loss, transformation, settings.ema_decay),
-        held_out=lambda params: {"psnr": psnr(nnx.merge(graph, params), config)},
+        update=make_update_of(draw_keys, loss, transformation, settings.ema_decay),
+        held_out=held_out,
         iterator=loading.train_iterator(
-            config.data,
-            batch_size=settings.batch_size,
-            seed=config.train.seed,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            config.data, batch_size=settings.batch_size, seed=config.train.seed, share=loop.share_of(mesh)
         ),
         keys=("image",),
         batch_size=settings.batch_size,
@@ -186,12 +210,15 @@ def train(config: Config, workdir: Path) -> KlAutoencoder:
         log_every_steps=config.train.log_every_steps,
         checkpoint_every_steps=settings.checkpoint_every_steps,
         keep_checkpoints=1,
+        max_skipped_steps=config.train.max_skipped_steps,
     )
     folder = workdir / TRAINING_NAME
     loop.run(job, folder)
+    whole = nnx.to_pure_dict(abstract)
+    whole = sharding.place(whole, jax.tree.map(lambda _: sharding.replicated(mesh), whole))
     with Checkpoints(folder / loop.CHECKPOINTS_NAME, read_only=True) as checkpoints:
-        _, params = checkpoints.restore_ema(nnx.to_pure_dict(abstract))
-    return _scaled(nnx.merge(graph, params), config)
+        _, params = checkpoints.restore_ema(whole)
+    return _scaled(nnx.merge(graph, sharding.fetch(params, mesh)), config)
 
 
 def _scaled(autoencoder: KlAutoencoder, config: Config) -> KlAutoencoder:

@@ -2,14 +2,13 @@
 
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 
 import grain
-import jax
 import numpy as np
 
 from sisma_jax.config import Config, DataConfig
 from sisma_jax.data import latents, loading
+from sisma_jax.files import AnyPath
 from sisma_jax.models import kl_weights
 from sisma_jax.training.workdir import autoencoder_folder
 
@@ -25,12 +24,11 @@ class Examples:
     def key(self) -> str:
         return "image" if self.fingerprint is None else "moments"
 
-    def train_iterator(self, batch_size: int, seed: int) -> grain.DatasetIterator:
-        """Returns this process's part of the endless training batches."""
-        share = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+    def train_iterator(self, batch_size: int, seed: int, share: loading.Share) -> grain.DatasetIterator:
+        """Returns a share of the endless training batches."""
         if self.fingerprint is None:
-            return loading.train_iterator(self.config, batch_size=batch_size, seed=seed, **share)
-        return latents.train_iterator(self.config, self.fingerprint, batch_size=batch_size, seed=seed, **share)
+            return loading.train_iterator(self.config, batch_size=batch_size, seed=seed, share=share)
+        return latents.train_iterator(self.config, self.fingerprint, batch_size=batch_size, seed=seed, share=share)
 
     def eval_batches(self, split: str, batch_size: int, limit: int) -> Iterator[dict[str, np.ndarray]]:
         """Returns one pass over the first examples of a split."""
@@ -39,7 +37,7 @@ class Examples:
         return latents.eval_batches(self.config, self.fingerprint, split, batch_size=batch_size, limit=limit)
 
 
-def examples_of(config: Config, workdir: Path) -> Examples:
+def examples_of(config: Config, workdir: AnyPath) -> Examples:
     """Returns the examples of a run.
 
     Raises:

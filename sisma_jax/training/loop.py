@@ -4,32 +4,38 @@ import collections
 import dataclasses
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grain
 import jax
-from jax.sharding import Mesh, NamedSharding
+import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sisma_jax import sharding
 from sisma_jax.config import Config
-from sisma_jax.errors import InputError
+from sisma_jax.data.loading import Share
+from sisma_jax.errors import InputError, Preempted
 from sisma_jax.evaluation.held_out_loss import held_out_loss
+from sisma_jax.files import AnyPath
 from sisma_jax.models.factory import Params
+from sisma_jax.training.agreement import is_primary
 from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.examples import examples_of
 from sisma_jax.training.metrics import MetricWriter
+from sisma_jax.training.preemption import Preemption
+from sisma_jax.training.profiling import PROFILE_NAME, Profile
+from sisma_jax.training.ranking import BestMetric
 from sisma_jax.training.state import TrainState, init_state
-from sisma_jax.training.step import Batch, Metrics, make_held_out_loss, make_update
+from sisma_jax.training.step import Metrics, Update, jit_update, make_held_out_loss, make_update
 from sisma_jax.training.workdir import open_workdir
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTS_NAME = "checkpoints"
+BEST = BestMetric("held_out_loss", "min")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,15 +43,20 @@ class Job:
     """What is trained, on what, and how often it is saved.
 
     Attributes:
+      mesh: of the devices that train.
       initialize: makes the state before the first step.
-      update: pure; (state, batch) -> (next state, metrics).
+      update: pure; (state, batch) -> (next state, metrics), among these "loss" and "skipped".
       held_out: averaged parameters to measurements on data that no update has seen, made at every checkpoint.
-      iterator: over batches, whose arrays of these `keys` go to the devices.
+      iterator: over this process's share of the batches (`share_of`), whose arrays of these `keys` go to the devices.
       batch_size: over all devices and processes.
+      best: by which measurement `keep_best` checkpoints are kept besides the newest `keep_checkpoints`.
+      max_skipped_steps: in a row, before the run stops.
+      profiled: steps that are traced.
     """
 
+    mesh: Mesh
     initialize: Callable[[], TrainState]
-    update: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    update: Update
     held_out: Callable[[Params], dict[str, float]]
     iterator: grain.DatasetIterator
     keys: tuple[str, ...]
@@ -54,162 +65,206 @@ class Job:
     log_every_steps: int
     checkpoint_every_steps: int
     keep_checkpoints: int
+    max_skipped_steps: int
+    keep_best: int = 0
+    best: BestMetric | None = None
+    profiled: range = range(0)
 
 
-def train(config: Config, workdir: Path) -> None:
+def share_of(mesh: Mesh) -> Share:
+    """Returns which part of every batch this process reads for its devices."""
+    parts = sharding.batch_shards(mesh, jax.process_index())
+    return Share(tuple(parts), sharding.num_batch_shards(mesh))
+
+
+def train(config: Config, workdir: AnyPath) -> None:
     """Trains to `config.train.num_steps`, from the newest good checkpoint in `workdir` if there is one.
 
+    Every process of a job calls this. SIGTERM to one of them makes all save after the same step and raise `Preempted`.
+
     Raises:
-      InputError: the folder holds another run, the data are not prepared (with an autoencoder: its latents), a
-        checkpoint cannot be read or written, or the loss is no longer finite.
+      InputError: the folder holds another run, the data are not prepared (with an autoencoder: its latents), the mesh
+        does not fit the devices or the batch the mesh, a checkpoint cannot be read or written, or loss or gradients
+        are not finite again and again.
+      Preempted: see above.
     """
-    open_workdir(workdir, config)
     settings = config.train
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.require_fit(config, mesh, settings.batch_size, settings.accumulate_steps)
+    open_workdir(workdir, config)
     examples = examples_of(config, workdir)
-    losses = jax.jit(make_held_out_loss(config))
+    losses = make_held_out_loss(config, mesh)
 
     def held_out(params: Params) -> dict[str, float]:
         batches = examples.eval_batches("test", settings.batch_size, config.evaluate.num_samples)
-        return {"held_out_loss": held_out_loss(losses, params, batches, settings.batch_size)}
+        return {BEST.name: held_out_loss(losses, params, batches, settings.batch_size, mesh)}
 
     job = Job(
+        mesh=mesh,
         initialize=functools.partial(init_state, config),
         update=make_update(config),
         held_out=held_out,
-        iterator=examples.train_iterator(settings.batch_size, settings.seed),
+        iterator=examples.train_iterator(settings.batch_size, settings.seed, share_of(mesh)),
         keys=(examples.key, "mask"),
         batch_size=settings.batch_size,
         num_steps=settings.num_steps,
         log_every_steps=settings.log_every_steps,
         checkpoint_every_steps=settings.checkpoint_every_steps,
         keep_checkpoints=settings.keep_checkpoints,
+        max_skipped_steps=settings.max_skipped_steps,
+        keep_best=settings.keep_best,
+        best=BEST,
+        profiled=settings.profiled,
     )
     run(job, workdir)
 
 
-def run(job: Job, workdir: Path) -> None:
+def run(job: Job, workdir: AnyPath) -> None:
     """Does a job, from the newest good checkpoint in `workdir` if there is one.
 
     Raises:
-      InputError: as `train`.
+      InputError, Preempted: as `train`.
     """
-    mesh = sharding.make_mesh()
-    sharding.require_divisible(job.batch_size, mesh)
-    replicated = sharding.replicated(mesh)
-    initialize = jax.jit(job.initialize, out_shardings=replicated)
-    with Checkpoints(workdir / CHECKPOINTS_NAME, keep=job.keep_checkpoints) as checkpoints:
-        state = _restore(checkpoints, jax.eval_shape(initialize), replicated, job.iterator)
+    abstract = jax.eval_shape(job.initialize)
+    shardings = sharding.of_state(abstract, job.mesh)
+    kept = {"keep": job.keep_checkpoints, "best": job.best, "keep_best": job.keep_best}
+    with Checkpoints(workdir / CHECKPOINTS_NAME, **kept) as checkpoints:
+        state = _restore(checkpoints, sharding.place(abstract, shardings), job.iterator)
         first_step = None if state is None else int(state.step)
-        state = initialize() if state is None else state
-        # The mesh in context: kernels, which XLA cannot split, split their batch over it.
-        with MetricWriter(workdir, resume_step=first_step) as writer, jax.set_mesh(mesh):
-            _run(job, mesh, state, checkpoints, writer)
+        if state is None:
+            with jax.set_mesh(job.mesh):
+                state = jax.jit(job.initialize, out_shardings=shardings)()
+        profile = Profile(job.profiled, workdir / PROFILE_NAME)
+        with MetricWriter(workdir, resume_step=first_step) as writer, Preemption() as preemption, profile:
+            _run(job, state, checkpoints, writer, preemption, profile)
 
 
-def _restore(
-    checkpoints: Checkpoints, abstract: TrainState, placement: NamedSharding, iterator: grain.DatasetIterator
-) -> TrainState | None:
+def _restore(checkpoints: Checkpoints, placed: TrainState, iterator: grain.DatasetIterator) -> TrainState | None:
     """Returns the state of the newest good checkpoint with the iterator set to match, or None to start anew."""
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement), abstract)
     restored = checkpoints.restore(_without_ema(placed), placed.ema, iterator)
     if restored is None:
         return None
-    logger.info("Resuming from the checkpoint of step %d.", restored.step)
+    if is_primary():
+        logger.info("Resuming from the checkpoint of step %d.", restored.step)
     return TrainState(ema=restored.ema, **restored.state)
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "key": state.key}
+    return {name: value for name, value in state.items() if name != "ema"}
 
 
-def _run(job: Job, mesh: Mesh, state: TrainState, checkpoints: Checkpoints, writer: MetricWriter) -> None:
-    update = jax.jit(job.update, donate_argnums=0)
+def _run(
+    job: Job,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    writer: MetricWriter,
+    preemption: Preemption,
+    profile: Profile,
+) -> None:
+    update = jit_update(job.update, state, job.mesh)
     window = _Window()
     first_step = int(state.step)
     with tqdm(
-        total=job.num_steps, initial=first_step, desc="training", unit="step", disable=None, smoothing=0.05
+        total=job.num_steps,
+        initial=first_step,
+        desc="training",
+        unit="step",
+        disable=None if is_primary() else True,
+        smoothing=0.05,
     ) as progress:
         for step in range(first_step + 1, job.num_steps + 1):
+            profile.before(step)
             batch = next(job.iterator)
-            state, metrics = update(state, sharding.to_devices({key: batch[key] for key in job.keys}, mesh))
+            batch = sharding.to_devices({key: batch[key] for key in job.keys}, job.mesh, job.batch_size)
+            # The mesh in context: kernels, which XLA cannot split, split their batch over it.
+            with jax.set_mesh(job.mesh):
+                state, metrics = update(state, batch)
+            profile.after(step, metrics)
             window.add(step, metrics)
+            is_preempted = preemption.is_due(step)
             is_checkpoint = step == job.num_steps or step % job.checkpoint_every_steps == 0
-            is_log = is_checkpoint or step % job.log_every_steps == 0
-            try:
-                # Otherwise one step late, so that the device computes while the host looks at the numbers; what is
-                # saved must be known to be good.
-                window.read(late=not is_log)
-            except _NotFiniteError as error:
-                raise InputError(_divergence_message(error, checkpoints)) from None
+            is_log = is_checkpoint or is_preempted or step % job.log_every_steps == 0
+            # Otherwise one step late, so that the device computes while the host looks at the numbers.
+            window.read(late=not is_log)
+            if window.skipped_in_a_row > job.max_skipped_steps:
+                raise InputError(_divergence_message(window, checkpoints))
             progress.update()
             if not is_log:
                 continue
             values = window.summary(job.batch_size)
-            if is_checkpoint:
+            if is_checkpoint and not is_preempted:
                 values |= job.held_out(state.ema)
             # Before the checkpoint: a run killed between the two resumes from an earlier step and writes the line
             # again, where the other order would lose it.
             writer.write(step, values)
-            if is_checkpoint:
-                checkpoints.save(step, state=_without_ema(state), ema=state.ema, iterator=job.iterator)
+            if is_checkpoint or is_preempted:
+                writer.sync()
+                checkpoints.save(step, state=_without_ema(state), ema=state.ema, iterator=job.iterator, metrics=values)
             _report(progress, step, job.num_steps, values)
-            window = _Window()
-
-
-class _NotFiniteError(Exception):
-    """A metric of a step is NaN or infinite."""
-
-    def __init__(self, step: int, name: str, value: float):
-        super().__init__(step, name, value)
-        self.step, self.name, self.value = step, name, value
+            if is_preempted:
+                checkpoints.wait()
+                raise Preempted(f"Told to stop: step {step} is saved, and the same command goes on from there.")
+            window = _Window(window.skipped_in_a_row)
 
 
 class _Window:
-    """The metrics of the steps since the last report."""
+    """The metrics of the steps since the last report.
 
-    def __init__(self) -> None:
+    Attributes:
+      skipped_in_a_row: the last steps, also from before, that were skipped because a value was not finite.
+      last_step, last: number and metrics of the newest step that was read.
+    """
+
+    def __init__(self, skipped_in_a_row: int = 0) -> None:
+        self.skipped_in_a_row = skipped_in_a_row
+        self.last_step, self.last = 0, {}
         self._start = time.monotonic()
-        self._pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
-        self._read: list[dict[str, float]] = []
+        self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self._read: list[dict[str, np.ndarray]] = []
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    def add(self, step: int, metrics: Metrics) -> None:
         self._pending.append((step, metrics))
 
     def read(self, *, late: bool) -> None:
-        """Fetches metrics from the device: all, or all but the newest step's.
-
-        Raises:
-          _NotFiniteError: one is NaN or infinite.
-        """
+        """Fetches metrics from the device: all, or all but the newest step's."""
         while len(self._pending) > (1 if late else 0):
-            step, metrics = self._pending.popleft()
-            values = {name: float(value) for name, value in metrics.items()}
-            for name, value in values.items():
-                if not math.isfinite(value):
-                    raise _NotFiniteError(step, name, value)
-            self._read.append(values)
+            self.last_step, metrics = self._pending.popleft()
+            self.last = jax.device_get(metrics)
+            self._read.append(self.last)
+            self.skipped_in_a_row = int(self.last["skipped"])
 
     def summary(self, batch_size: int) -> dict[str, float]:
-        """Returns the mean of every metric, and the examples per second."""
-        means = {name: sum(v[name] for v in self._read) / len(self._read) for name in self._read[0]}
-        return means | {"examples_per_sec": len(self._read) * batch_size / (time.monotonic() - self._start)}
+        """Returns the mean of every metric over the steps that were not skipped, the number of those that were, and
+        the examples per second."""
+        counted = [values for values in self._read if not values["skipped"]]
+        names = [name for name in self._read[0] if name != "skipped"] if counted else []
+        means = {name: float(np.mean([values[name] for values in counted])) for name in names}
+        return means | {
+            "skipped_steps": float(len(self._read) - len(counted)),
+            "examples_per_sec": len(self._read) * batch_size / (time.monotonic() - self._start),
+        }
 
 
-def _divergence_message(error: _NotFiniteError, checkpoints: Checkpoints) -> str:
+def _divergence_message(window: _Window, checkpoints: Checkpoints) -> str:
     checkpoints.wait()
-    last = checkpoints.latest_step()
+    last, count = checkpoints.latest_step(), window.skipped_in_a_row
     kept = f"The last good checkpoint, step {last}, is kept." if last is not None else "There was no checkpoint yet."
+    name = "loss" if not np.isfinite(window.last["loss"]) else "grad_norm"
+    skipped = f" The {count} updates up to it were skipped." if count > 1 else ""
     return (
-        f"{error.name} is {error.value} at step {error.step}; the run stops. {kept} "
-        "Lower --optim.learning_rate or --optim.clip_norm, or train in float32, with another --workdir."
+        f"{name} is {float(window.last[name])} at step {window.last_step}; the run stops.{skipped} {kept} "
+        "Lower --optim.learning_rate or --optim.clip_norm, or train in float32, with another --workdir; or bear with "
+        "more of them in a row by --train.max_skipped_steps."
     )
 
 
 def _report(progress: tqdm, step: int, num_steps: int, values: dict[str, float]) -> None:
     """Shows a summary on the progress bar, or as a line in the log where there is no terminal."""
     shown = {name: f"{values[name]:.4g}" for name in ("loss", "held_out_loss", "psnr") if name in values}
+    if values["skipped_steps"]:
+        shown["skipped"] = f"{values['skipped_steps']:.0f}"
     shown["examples/s"] = f"{values['examples_per_sec']:.1f}"
-    if progress.disable:
-        logger.info("step %d of %d: %s", step, num_steps, ", ".join(f"{k} {v}" for k, v in shown.items()))
-    else:
+    if not progress.disable:
         progress.set_postfix(shown)
+    elif is_primary():
+        logger.info("step %d of %d: %s", step, num_steps, ", ".join(f"{k} {v}" for k, v in shown.items()))

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
 
-from sisma_jax.config import Config, OptimConfig
+from sisma_jax.config import Config
 from sisma_jax.models.factory import Params, init_params
 from sisma_jax.sharding import is_stacked
 
@@ -28,6 +28,7 @@ class TrainState:
       params, ema: nested dictionaries of float32 arrays; `ema` is what samples are drawn from.
       opt_state: optax's.
       key: the run's key; a step uses `fold_in(key, step)`, so it never changes.
+      skipped: int32 scalar, the last steps in a row whose gradients were not finite and changed nothing.
     """
 
     step: Int[Array, ""]
@@ -35,6 +36,7 @@ class TrainState:
     ema: Params
     opt_state: optax.OptState
     key: Key[Array, ""]
+    skipped: Int[Array, ""]
 
 
 def _is_decayed(params: Params) -> Params:
@@ -45,25 +47,27 @@ def _is_decayed(params: Params) -> Params:
     return jax.tree_util.tree_map_with_path(is_decayed, params)
 
 
-def learning_rate(config: OptimConfig) -> optax.Schedule:
+def learning_rate(config: Config) -> optax.Schedule:
     """Returns the schedule: linear warm-up, then a constant rate or a cosine to zero at `decay_steps`."""
-    if config.decay_steps:
-        after = optax.cosine_decay_schedule(config.learning_rate, config.decay_steps - config.warmup_steps)
+    optim, rate = config.optim, config.learning_rate
+    if optim.decay_steps:
+        after = optax.cosine_decay_schedule(rate, optim.decay_steps - optim.warmup_steps)
     else:
-        after = optax.constant_schedule(config.learning_rate)
-    warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup_steps, 1))
-    return optax.join_schedules([warmup, after], [config.warmup_steps])
+        after = optax.constant_schedule(rate)
+    warmup = optax.linear_schedule(0.0, rate, max(optim.warmup_steps, 1))
+    return optax.join_schedules([warmup, after], [optim.warmup_steps])
 
 
-def optimizer(config: OptimConfig) -> optax.GradientTransformation:
+def optimizer(config: Config) -> optax.GradientTransformation:
     """Returns AdamW behind clipping by global norm; weight decay touches matrices only."""
-    adamw = optax.adamw(learning_rate(config), config.b1, config.b2, weight_decay=config.weight_decay, mask=_is_decayed)
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), adamw)
+    optim = config.optim
+    adamw = optax.adamw(learning_rate(config), optim.b1, optim.b2, weight_decay=optim.weight_decay, mask=_is_decayed)
+    return optax.chain(optax.clip_by_global_norm(optim.clip_norm), adamw)
 
 
 def init_state(config: Config) -> TrainState:
     """Returns the state before the first step, a function of the configuration alone."""
-    return init_state_of(functools.partial(init_params, config), optimizer(config.optim), config.train.seed)
+    return init_state_of(functools.partial(init_params, config), optimizer(config), config.train.seed)
 
 
 def init_state_of(
@@ -78,4 +82,5 @@ def init_state_of(
         ema=jax.tree.map(jnp.copy, params),
         opt_state=transformation.init(params),
         key=run_key,
+        skipped=jnp.zeros((), jnp.int32),
     )

@@ -6,14 +6,16 @@ import sys
 import time
 from pathlib import Path
 
+import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sisma_jax import config as config_lib
+from sisma_jax.config import Config, OptimConfig, TrainConfig
 from sisma_jax.data import loading
 from sisma_jax.errors import InputError
-from sisma_jax.training import loop
+from sisma_jax.training import loop, step
 from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.metrics import read_metrics
 from sisma_jax.training.state import init_state, learning_rate, optimizer
@@ -129,26 +131,53 @@ def test_metrics_are_logged(tmp_path, cache_dir):
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["examples_per_sec"] > 0 for line in lines)
+    assert all(line["skipped_steps"] == 0 for line in lines)
     assert ["held_out_loss" in line for line in lines] == [False, True, False, True]
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, cache_dir, monkeypatch):
-    monkeypatch.setattr(loop, "make_update", lambda config: poisoned(make_update(config), bad_step=4))
-    config = tiny_config(cache_dir, num_steps=6)
-    with pytest.raises(InputError, match=r"loss is nan at step 4; .*last good checkpoint, step 2, is kept"):
+def poison(monkeypatch, bad_steps):
+    """Makes the loss of some steps NaN, and with it the gradient."""
+
+    def make(draw, *arguments):
+        def poisoned(batch, key):
+            examples = draw(batch, key)
+            return examples | {"x1": jnp.where(batch["is_bad"], jnp.nan, examples["x1"])}
+
+        update = make_update_of(poisoned, *arguments)
+        return lambda state, batch: update(state, batch | {"is_bad": jnp.isin(state.step + 1, jnp.array(bad_steps))})
+
+    make_update_of = step.make_update_of
+    monkeypatch.setattr(step, "make_update_of", make)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, cache_dir, monkeypatch):
+    config = tiny_config(cache_dir, num_steps=6, log_every_steps=3, checkpoint_every_steps=6)
+    poison(monkeypatch, [2, 3, 5])
+    loop.train(config, tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [2, 1]
+    assert all(np.isfinite(list(line.values())).all() for line in lines)
+    _, (state, ema), _ = final_state(tmp_path, config)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((state["params"], state["opt_state"], ema)))
+    assert state["skipped"] == 0
+    counts = [x for path, x in jax.tree_util.tree_leaves_with_path(state["opt_state"]) if "count" in str(path)]
+    assert counts
+    assert all(count == 3 for count in counts)
+
+
+@pytest.mark.parametrize("limit", [0, 2])
+def test_too_many_of_them_in_a_row_stop_the_run_and_the_last_good_checkpoint_stays(
+    tmp_path, cache_dir, monkeypatch, limit
+):
+    poison(monkeypatch, [4, 5, 6, 7])
+    config = tiny_config(cache_dir, num_steps=8, max_skipped_steps=limit)
+    last = 4 if limit else 2  # a state whose last update was skipped is a good one
+    with pytest.raises(InputError, match=rf"loss is nan at step {4 + limit}; .*last good checkpoint, step {last}, is"):
         loop.train(config, tmp_path)
-    step, (state, ema), _ = final_state(tmp_path, config)
-    assert step == 2
+    saved, (state, ema), _ = final_state(tmp_path, config)
+    assert saved == last
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state["params"], ema)))
-
-
-def poisoned(update, bad_step):
-    def poisoned_update(state, batch):
-        state, metrics = update(state, batch)
-        return state, metrics | {"loss": jax.numpy.where(state.step == bad_step, jax.numpy.nan, metrics["loss"])}
-
-    return poisoned_update
 
 
 def test_another_configuration_is_refused_and_harms_nothing(tmp_path, cache_dir):
@@ -178,19 +207,39 @@ def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, cache_dir):
 
 
 def test_learning_rate_warms_up_and_decays():
-    optim = config_lib.OptimConfig(learning_rate=1.0, warmup_steps=10, decay_steps=110)
-    schedule = learning_rate(optim)
+    optim = OptimConfig(learning_rate=1.0, warmup_steps=10, decay_steps=110)
+    schedule = learning_rate(Config(optim=optim))
     assert [float(schedule(step)) for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
-    constant = learning_rate(config_lib.OptimConfig(learning_rate=0.3))
+    constant = learning_rate(Config(optim=OptimConfig(learning_rate=0.3)))
     assert [float(constant(step)) for step in (0, 1, 1000)] == pytest.approx([0.3] * 3)
+
+
+@pytest.mark.parametrize(("rule", "rate"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
+def test_a_scaling_rule_raises_the_rate_with_the_batch(rule, rate):
+    optim = OptimConfig(learning_rate=0.1, scaling_rule=rule, base_batch_size=32)
+    config = Config(optim=optim, train=TrainConfig(batch_size=128))
+    assert float(learning_rate(config)(0)) == pytest.approx(rate)
+
+
+def test_gradients_in_parts_make_the_update_of_the_whole_batch(cache_dir):
+    config = tiny_config(cache_dir)
+    state = jax.jit(lambda: init_state(config))()
+    batch = next(loading.train_iterator(config.data, batch_size=8, seed=0))
+    del batch["id"]
+    whole, metrics = jax.jit(make_update(config))(state, batch)
+    train = dataclasses.replace(config.train, accumulate_steps=4)
+    in_parts, metrics_of_parts = jax.jit(make_update(dataclasses.replace(config, train=train)))(state, batch)
+    chex.assert_trees_all_close(metrics_of_parts, metrics, rtol=1e-5)
+    # Adam's first step divides by the gradient's own size, so what is compared is the gradient: the first moment.
+    chex.assert_trees_all_close(in_parts.opt_state[1][0].mu, whole.opt_state[1][0].mu, rtol=1e-4, atol=1e-7)
 
 
 def test_weight_decay_leaves_norms_biases_and_the_scan_alone(cache_dir):
     config = tiny_config(cache_dir)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=10.0))
     state = jax.jit(lambda: init_state(config))()
-    zeros = jax.tree.map(jax.numpy.zeros_like, state.params)
-    updates, _ = optimizer(config.optim).update(zeros, state.opt_state, state.params)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    updates, _ = optimizer(config).update(zeros, state.opt_state, state.params)
     mixer = updates["blocks"]["mixer"]
     scan = mixer["scans"][0]
     assert all(np.all(np.asarray(scan[name]) == 0) for name in ("A_log", "D", "dt_bias"))

@@ -30,7 +30,7 @@ class DistributedOptions:
     """Number of this process, from 0; or JAX_PROCESS_ID."""
 
 
-def initialize(options: DistributedOptions = DistributedOptions(), *, devices: Path = Path("/dev")) -> None:
+def initialize(options: DistributedOptions, *, devices: Path = Path("/dev")) -> int:
     """Joins this process to its job, if there is one; to be called before JAX is asked for anything.
 
     By flags or environment if they name a coordinator; by JAX's own detection on a TPU VM and under a launcher of
@@ -39,18 +39,22 @@ def initialize(options: DistributedOptions = DistributedOptions(), *, devices: P
     Args:
       devices: folder of device files, where a TPU VM shows its chips.
 
+    Returns:
+      Number of processes.
+
     Raises:
       InputError: flags and environment are contradictory or not complete, or the other processes do not come.
     """
     given = _given(options, os.environ)
     if given is None and not (_has_chips(devices) or _is_launched(os.environ)):
-        return
+        return 1
     try:
         if given is not None:
             jax.distributed.initialize(*given, cluster_detection_method="deactivate")
-            return
+            return given[1]
         with contextlib.suppress(ValueError):  # chips, but none of the services by which JAX finds other hosts
             jax.distributed.initialize()
+        return jax.process_count()
     except RuntimeError as error:
         where = f" with --coordinator {given[0]}" if given else ""
         raise InputError(

@@ -2,24 +2,28 @@
 
 import dataclasses
 import functools
-from pathlib import Path
-from typing import TypedDict, Unpack
+import os
+from collections.abc import Callable
+from typing import Literal, TypedDict, Unpack
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Integer, Key, UInt8, UInt32
 
-from sisma_jax.config import Config, Solver
+from sisma_jax import sharding
+from sisma_jax.config import Config, MeshConfig, Solver
 from sisma_jax.data import images, labels
 from sisma_jax.diffusion import editing, sampling
 from sisma_jax.errors import InputError
+from sisma_jax.files import to_path
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
 from sisma_jax.models.factory import Params, graph_of, init_params
 from sisma_jax.training import autoencoder as autoencoders
 from sisma_jax.training.checkpoints import Checkpoints
-from sisma_jax.training.loop import CHECKPOINTS_NAME
+from sisma_jax.training.export import EXPORT_SUFFIX, load_exported
+from sisma_jax.training.loop import BEST, CHECKPOINTS_NAME
 from sisma_jax.training.workdir import read_config
 
 TRACED_SETTINGS = ("shift", "guidance", "guidance_low", "guidance_high", "guidance_rescale")
@@ -38,28 +42,41 @@ class Settings(TypedDict, total=False):
 
 
 class Pipeline:
-    """Paints faces into masks with trained parameters.
+    """Paints faces into masks with trained parameters, on all devices of a mesh.
+
+    In a job of several processes each makes the same calls, and each gets all faces.
 
     Attributes:
       config: of the run.
       params: averaged parameters of the denoiser.
       step: training step they are from.
       autoencoder: between images and latents.
+      mesh: of the devices that paint.
     """
 
     def __init__(
-        self, config: Config, params: Params, step: int, autoencoder: IdentityAutoencoder | KlAutoencoder | None = None
+        self,
+        config: Config,
+        params: Params,
+        step: int,
+        autoencoder: IdentityAutoencoder | KlAutoencoder | None = None,
+        mesh: Mesh | None = None,
     ):
-        """Args: autoencoder: none is needed by a denoiser of pixels."""
+        """Makes the pipeline.
+
+        Args:
+          autoencoder: none is needed by a denoiser of pixels.
+          mesh: by default every device has all parameters and a part of each batch.
+        """
         self.config = config
-        self.params = params
         self.step = step
         self.autoencoder = autoencoder or IdentityAutoencoder()
-        autoencoder_graph, self._autoencoder_params = nnx.split(self.autoencoder)
-        self._sample = jax.jit(
-            functools.partial(_sample, graph_of(config), autoencoder_graph, config.flow.prediction),
-            static_argnames=("steps", "solver", "is_guided"),
-        )
+        self.mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
+        self.params = sharding.distribute(params, sharding.of_state(params, self.mesh))
+        autoencoder_graph, autoencoder_params = nnx.split(self.autoencoder)
+        whole = jax.tree.map(lambda _: sharding.replicated(self.mesh), autoencoder_params)
+        self._autoencoder_params = sharding.distribute(autoencoder_params, whole)
+        self._sample = jit_sampler(config, autoencoder_graph, self.mesh)
 
     def __call__(
         self,
@@ -161,26 +178,30 @@ class Pipeline:
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(total)) if key.ndim == 0 else key
         if keys.shape != (total,):
             raise InputError(f"key has shape {key.shape}, want one key or {total}, one a face.")
-        batch_size = min(total, settings.batch_size)
+        key_data = np.asarray(jax.random.key_data(keys))
+        batch_size = sharding.round_up(min(total, settings.batch_size), self.mesh)
         painted = []
         for start in range(0, total, batch_size):
             # The last batch is filled up, so that one shape compiles; what fills it is thrown away.
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-            painted.append(
-                self._sample(
+            batch = {"mask": masks[rows // num_samples]}
+            if regions is not None:
+                batch["region"] = regions[rows // num_samples]
+            with jax.set_mesh(self.mesh):
+                faces = self._sample(
                     self.params,
                     self._autoencoder_params,
-                    keys[rows],
-                    masks[rows // num_samples],
+                    key_data[rows],
+                    sharding.to_devices(batch, self.mesh, batch_size),
                     # Traced, so that other values need no other program.
-                    {name: jnp.float32(getattr(settings, name)) for name in TRACED_SETTINGS},
+                    {name: np.float32(getattr(settings, name)) for name in TRACED_SETTINGS},
                     image,
-                    None if regions is None else regions[rows // num_samples],
+                    key_impl=jax.random.key_impl(keys),
                     steps=settings.steps,
                     solver=settings.solver,
                     is_guided=settings.guidance != 1 and settings.guidance_low < settings.guidance_high,
                 )
-            )
+            painted.append(faces)
         return np.concatenate([np.asarray(batch) for batch in painted])[:total]
 
     def _resized(self, masks: UInt8[np.ndarray, "B H W"]) -> UInt8[np.ndarray, "B S S"]:
@@ -201,26 +222,38 @@ def _changed(masks: UInt8[np.ndarray, "B H W"], image_mask: np.ndarray) -> Bool[
     return masks != before
 
 
+def jit_sampler(config: Config, autoencoder_graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., UInt8[Array, "B S S 3"]]:
+    """Returns the compiled function from parameters, keys and masks to faces, which are whole on every device.
+
+    Takes the arguments of `_sample` after `prediction`; the mesh has to be in context.
+    """
+    return jax.jit(
+        functools.partial(_sample, graph_of(config), autoencoder_graph, config.flow.prediction),
+        static_argnames=("key_impl", "steps", "solver", "is_guided"),
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
 def _sample(
     graph: nnx.GraphDef,
     autoencoder_graph: nnx.GraphDef,
     prediction: str,
     params: Params,
     autoencoder_params: nnx.State,
-    keys: Key[Array, " B"],
-    mask: UInt8[Array, "B S S"],
+    key_data: UInt32[Array, "B words"],
+    batch: dict[str, Array],
     traced: dict[str, Float[Array, ""]],
     image: UInt8[Array, "1 S S 3"] | None,
-    region: Bool[Array, "B S S"] | None,
     *,
+    key_impl: str,
     steps: int,
     solver: str,
     is_guided: bool,
 ) -> UInt8[Array, "B S S 3"]:
     return sampling.sample(
         nnx.merge(graph, params),
-        keys,
-        mask,
+        jax.random.wrap_key_data(key_data, impl=key_impl),
+        batch["mask"],
         autoencoder=nnx.merge(autoencoder_graph, autoencoder_params),
         prediction=prediction,
         steps=steps,
@@ -230,19 +263,33 @@ def _sample(
         guidance_interval=(traced["guidance_low"], traced["guidance_high"]),
         guidance_rescale=traced["guidance_rescale"],
         image=image,
-        region=region,
+        region=batch.get("region"),
     )
 
 
-def load(workdir: str | Path) -> Pipeline:
-    """Returns the pipeline of a run, with the averaged parameters of its newest good checkpoint.
+def load(
+    path: str | os.PathLike, *, checkpoint: int | Literal["newest", "best"] = "newest", mesh: Mesh | None = None
+) -> Pipeline:
+    """Returns the pipeline of a run's folder, or of a file that the command `export` wrote.
+
+    Args:
+      path: on the disk, or in a bucket (gs://...).
+      checkpoint: of the folder, whose averaged parameters to take: the newest that is whole, that of the lowest
+        held-out loss, or that of a step.
+      mesh: see `Pipeline`.
 
     Raises:
-      InputError: the folder holds no run, or no checkpoint or autoencoder that can be read.
+      InputError: the folder holds no run, or no such checkpoint or no autoencoder that can be read; or the file is
+        damaged or of another program.
     """
-    workdir = Path(workdir)
-    config = read_config(workdir)
+    path = to_path(path)
+    mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
+    if path.suffix == EXPORT_SUFFIX:
+        exported = load_exported(path)
+        return Pipeline(exported.config, exported.params, exported.step, exported.autoencoder, mesh)
+    config = read_config(path)
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    with Checkpoints(workdir / CHECKPOINTS_NAME, read_only=True) as checkpoints:
-        step, params = checkpoints.restore_ema(abstract)
-    return Pipeline(config, params, step, autoencoders.load(config, workdir))
+    placed = sharding.place(abstract, sharding.of_state(abstract, mesh))
+    with Checkpoints(path / CHECKPOINTS_NAME, best=BEST, read_only=True) as checkpoints:
+        step, params = checkpoints.restore_ema(placed, None if checkpoint == "newest" else checkpoint)
+    return Pipeline(config, params, step, autoencoders.load(config, path), mesh)

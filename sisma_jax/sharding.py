@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -75,6 +76,12 @@ def num_batch_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def round_up(batch_size: int, mesh: Mesh) -> int:
+    """Returns the next batch size that the devices can share."""
+    shards = num_batch_shards(mesh)
+    return -(-batch_size // shards) * shards
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
@@ -132,9 +139,20 @@ def place(abstract: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
+def distribute(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns arrays placed so, of which this process has all, or has its part already."""
+
+    def one(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
+        is_whole = not isinstance(x, jax.Array) or x.is_fully_addressable
+        return jax.device_put(np.asarray(x) if is_whole and jax.process_count() > 1 else x, sharding)
+
+    return jax.tree.map(one, tree, shardings)
+
+
 def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns arrays as this process's own, whole, as NumPy arrays; every process has to call this."""
-    return jax.device_get(jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree))
+    """Returns the whole arrays on this process's first device; every process has to call this."""
+    whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(jnp.asarray, jax.device_get(whole))
 
 
 def constrain(x: Array) -> Array:

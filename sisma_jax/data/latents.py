@@ -212,7 +212,7 @@ def _as_it_is(number: int) -> tuple[int, bool]:
 
 
 def train_iterator(
-    config: DataConfig, fingerprint: str, *, batch_size: int, seed: int, share: loading.Share = loading.Share()
+    config: DataConfig, fingerprint: str, *, batch_size: int, seed: int, share: loading.Share = loading.WHOLE
 ) -> grain.DatasetIterator:
     """Returns an endless iterator over cached latents, otherwise as `loading.train_iterator`.
 

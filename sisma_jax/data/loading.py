@@ -37,8 +37,11 @@ class Share:
       of: number of parts of a batch.
     """
 
-    parts: tuple[int, ...] = (0,)
-    of: int = 1
+    parts: tuple[int, ...]
+    of: int
+
+
+WHOLE = Share((0,), 1)
 
 
 class Decode(grain.transforms.Map):
@@ -158,9 +161,7 @@ def splits(config: DataConfig) -> tuple[str, ...]:
     return tuple(_prepared(config).info.splits)
 
 
-def train_iterator(
-    config: DataConfig, *, batch_size: int, seed: int, share: Share = Share()
-) -> grain.DatasetIterator:
+def train_iterator(config: DataConfig, *, batch_size: int, seed: int, share: Share = WHOLE) -> grain.DatasetIterator:
     """Returns an endless iterator over a share of the training batches, by default all of each.
 
     Every epoch goes through all examples in a new order. The order and the flips belong to the place in the global

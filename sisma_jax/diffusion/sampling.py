@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
 
+from sisma_jax import sharding
 from sisma_jax.diffusion import editing
 from sisma_jax.diffusion.flow import MIN_REMAINING, to_velocity
 from sisma_jax.diffusion.solvers import Latent, Velocity, integrate, time_grid
@@ -41,11 +42,12 @@ def guided(
     """
     if isinstance(scale, int | float) and scale == 1:
         return lambda x, t: denoise(x, t, features)
-    both_features = jnp.concatenate([features, null_features])
+    both_features = _in_turn(features, null_features)
 
     def velocity(x: Latent, t: Float[Array, " B"]) -> Latent:
-        both = denoise(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both_features)
-        with_mask, without_mask = jnp.split(both, 2)
+        both = denoise(_in_turn(x, x), _in_turn(t, t), both_features)
+        pairs = both.reshape(-1, 2, *x.shape[1:])
+        with_mask, without_mask = pairs[:, 0], pairs[:, 1]
         extrapolated = without_mask + scale * (with_mask - without_mask)
         low, high = interval
         is_guided = (low <= t) & (t < high)
@@ -53,6 +55,11 @@ def guided(
         return jnp.where(is_guided[:, None, None, None], _rescaled(extrapolated, with_mask, x, t, rescale), with_mask)
 
     return velocity
+
+
+def _in_turn(x: Array, y: Array) -> Array:
+    """Returns rows of x and y in turn, so that a device that has some of both has their pairs, and none has to move."""
+    return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
 
 
 def _rescaled(
@@ -108,7 +115,7 @@ def sample(
     """
     side = autoencoder.downsampling
     shape = (mask.shape[1] // side, mask.shape[2] // side, autoencoder.channels)
-    x0 = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    x0 = sharding.constrain(jax.vmap(lambda key: jax.random.normal(key, shape))(keys))
     features = model.encode_mask(mask)
 
     def denoise(x: Latent, t: Array, features: Array) -> Latent:

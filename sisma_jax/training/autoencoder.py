@@ -22,7 +22,7 @@ from sisma_jax.diffusion.sampling import from_uint8, to_uint8
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, to_path
 from sisma_jax.models import kl_weights
-from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig, draw
+from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.factory import Params
 from sisma_jax.training import loop
 from sisma_jax.training.agreement import from_primary, is_primary, together
@@ -174,14 +174,17 @@ def train(config: Config, workdir: AnyPath) -> KlAutoencoder:
     sharding.require_fit(config, mesh, settings.batch_size, name="--autoencoder.batch_size")
     graph, abstract = nnx.split(nnx.eval_shape(lambda: _make(settings, jax.random.key(0))))
 
-    def draw_keys(batch: Batch, key: Key[Array, ""]) -> Examples:
-        return batch | {"key": jax.random.split(key, len(batch["image"]))}
+    def draw(batch: Batch, key: Key[Array, ""]) -> Examples:
+        batch_size, height, width, _ = batch["image"].shape
+        side = settings.downsampling
+        shape = (batch_size, height // side, width // side, settings.latent_channels)
+        return batch | {"noise": jax.random.normal(key, shape)}
 
     def loss(params: Params, examples: Examples) -> tuple[Float[Array, ""], Metrics]:
         autoencoder = nnx.merge(graph, params)
         image = from_uint8(examples["image"])
         mean, log_variance = autoencoder.moments(image)
-        painted = autoencoder.decode(jax.vmap(draw)(examples["key"], mean, log_variance))
+        painted = autoencoder.decode(mean + jnp.exp(log_variance / 2) * examples["noise"])
         pixels, kl = jnp.abs(painted - image).mean(), divergence(mean, log_variance)
         total = pixels + settings.perceptual_weight * pyramid_difference(painted, image) + settings.kl_weight * kl
         return total, {"pixels": pixels, "kl": kl}
@@ -199,7 +202,7 @@ def train(config: Config, workdir: AnyPath) -> KlAutoencoder:
         initialize=lambda: init_state_of(
             lambda key: nnx.to_pure_dict(nnx.split(_make(settings, key))[1]), transformation, config.train.seed
         ),
-        update=make_update_of(draw_keys, loss, transformation, settings.ema_decay),
+        update=make_update_of(draw, loss, transformation, settings.ema_decay),
         held_out=held_out,
         iterator=loading.train_iterator(
             config.data, batch_size=settings.batch_size, seed=config.train.seed, share=loop.share_of(mesh)

@@ -32,6 +32,8 @@ from sisma_jax.models.factory import Params, init_params
 from sisma_jax.training import flat_trees
 from sisma_jax.training.agreement import is_primary, together
 
+EXPORT_SUFFIX = ".safetensors"
+
 _FORMAT = "sisma_jax"
 _VERSION = 1
 _AUTOENCODER = "autoencoder"

@@ -1,12 +1,30 @@
 """When a training has to stop because its machine is wanted back: SIGTERM, to any one of its processes."""
 
+import contextlib
 import signal
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from sisma_jax.errors import Preempted
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[None]:
+    """Makes SIGTERM raise `Preempted` in the block: for a single process, whose work may be cut off anywhere."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Preempted("Told to stop; the same command goes on from what is saved.")
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 class Preemption:

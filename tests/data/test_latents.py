@@ -14,7 +14,7 @@ from sisma_jax.errors import InputError
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
 from sisma_jax.training.autoencoder import encoder_of
-from tests.data import interrupted
+from tests import interrupted
 from tests.data.raw_layout import write_label_maps
 from tests.data.test_shards import contents
 
@@ -171,15 +171,24 @@ def whole_way(folder: Path) -> None:
     latents.prepare(data, encoder_of(kl_weights.load(folder.parent / "autoencoder"), batch_size=4))
 
 
+def count_files(folder: Path) -> int:
+    """Shards of the data set and of its latents, that being written included."""
+    return sum(1 for _ in folder.glob("cache/**/*array_record*"))
+
+
+def has_files(folder: Path, count: int, elapsed: float) -> bool:
+    return count_files(folder) >= count
+
+
 @pytest.mark.slow
 def test_killed_at_twenty_moments_the_whole_way_ends_with_the_bytes_of_an_unbroken_one(tmp_path):
     write_label_maps(tmp_path / "unbroken" / "raw", range(60), 96)
     shutil.copytree(tmp_path / "unbroken" / "raw", tmp_path / "broken" / "raw")
     sizes = KlConfig(block_channels=(4, 8), layers_per_block=1, norm_groups=4)
     kl_weights.save(KlAutoencoder(sizes, rngs=nnx.Rngs(0)), tmp_path / "autoencoder")
-    interrupted.run(functools.partial(whole_way, tmp_path / "unbroken"), [])
-    hits = interrupted.run(
-        functools.partial(whole_way, tmp_path / "broken"), np.random.default_rng(0).uniform(0.0, 2.0, 20)
-    )
-    assert hits >= 10
+    interrupted.run(functools.partial(whole_way, tmp_path / "unbroken"))
+    # A little further each time, from before anything is written to the last shard, however fast the machine is.
+    counts = np.linspace(0, count_files(tmp_path / "unbroken") - 1, 20).astype(int)
+    conditions = [functools.partial(has_files, tmp_path / "broken", count) for count in counts]
+    assert interrupted.run(functools.partial(whole_way, tmp_path / "broken"), conditions) >= 15
     assert contents(tmp_path / "broken" / "cache") == contents(tmp_path / "unbroken" / "cache")

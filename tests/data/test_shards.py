@@ -9,7 +9,7 @@ import tensorflow_datasets as tfds
 
 from sisma_jax.data import shards
 from sisma_jax.errors import InputError
-from tests.data import interrupted
+from tests import interrupted
 
 LENGTHS = {"train": (5, 5, 0, 4, 5, 3), "test": (4, 2)}
 
@@ -71,8 +71,8 @@ def test_a_build_killed_at_any_moment_ends_with_the_bytes_of_an_unbroken_one(tmp
     build(tmp_path / "unbroken", 0)
     # All of it takes a second or so, the start of processes included: the later kills find ever less to do.
     moments = np.random.default_rng(num_processes).uniform(0.0, 0.4, 10)
-    hits = interrupted.run(functools.partial(build, tmp_path / "broken", num_processes, 0.02), moments)
-    assert hits >= 4
+    job = functools.partial(build, tmp_path / "broken", num_processes, 0.02)
+    assert interrupted.run(job, list(map(interrupted.after, moments))) >= 4
     assert contents(tmp_path / "broken") == contents(tmp_path / "unbroken")
 
 

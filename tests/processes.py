@@ -18,6 +18,12 @@ arguments = sys.argv[4:]
 """
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
 def run_processes(program: str, *arguments: object, count: int = 2, devices: int = 2) -> list[tuple[int, str, str]]:
     """Returns exit status, output and errors of each process that runs the program.
 
@@ -26,9 +32,7 @@ def run_processes(program: str, *arguments: object, count: int = 2, devices: int
       count: number of processes.
       devices: of each process.
     """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",

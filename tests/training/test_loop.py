@@ -1,10 +1,4 @@
 import dataclasses
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import chex
 import jax
@@ -16,13 +10,11 @@ from sisma_jax.config import Config, OptimConfig, TrainConfig
 from sisma_jax.data import loading
 from sisma_jax.errors import InputError
 from sisma_jax.training import loop, step
-from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.metrics import read_metrics
 from sisma_jax.training.state import init_state, learning_rate, optimizer
 from sisma_jax.training.step import make_update
 from tests.tiny import tiny_config
-
-ROOT = Path(__file__).parents[2]
+from tests.training.runs import assert_same, final_state
 
 
 @pytest.fixture(scope="module")
@@ -30,21 +22,6 @@ def cache_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
     loading.prepare(tiny_config(path).data)
     return path
-
-
-def final_state(workdir, config):
-    """Every number of the newest checkpoint, the position in the data included."""
-    abstract = jax.eval_shape(lambda: init_state(config))
-    iterator = loading.train_iterator(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    with Checkpoints(workdir / loop.CHECKPOINTS_NAME, read_only=True) as checkpoints:
-        restored = checkpoints.restore(loop._without_ema(abstract), abstract.ema, iterator)
-    state = dict(restored.state) | {"key": jax.random.key_data(restored.state["key"])}
-    return restored.step, jax.device_get((state, restored.ema)), next(iterator)
-
-
-def assert_same(one, other):
-    assert one[0] == other[0]
-    jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
@@ -73,49 +50,6 @@ def test_bfloat16_computes_with_float32_state_and_losses_close_to_those_of_float
         assert kinds == {np.dtype("float32")}
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.01)
     assert losses["bfloat16"] != losses["float32"]
-
-
-def complete_checkpoints(workdir):
-    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
-
-
-@pytest.mark.slow
-def test_a_killed_run_resumes_to_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
-    settings = {"num_steps": 120, "checkpoint_every_steps": 20}
-    config = tiny_config(cache_dir, **settings)
-    file = tmp_path / "tiny_experiment.py"
-    file.write_text(
-        "from pathlib import Path\nfrom tests.tiny import tiny_config\n\n\n"
-        f"def get_config():\n    return tiny_config(Path({str(cache_dir)!r}), **{settings})\n"
-    )
-
-    def start(workdir):
-        command = [sys.executable, "run.py", "--config", str(file), "train", "--workdir", str(workdir)]
-        environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
-            "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        }
-        return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
-
-    workdir = tmp_path / "killed"
-    process = start(workdir)
-    deadline = time.monotonic() + 240
-    while not complete_checkpoints(workdir):
-        assert process.poll() is None, process.stderr.read().decode()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert max(complete_checkpoints(workdir)) < 120
-
-    process = start(workdir)
-    _, errors = process.communicate(timeout=400)
-    assert process.returncode == 0, errors.decode()
-    assert "Resuming from the checkpoint of step" in errors.decode()
-    loop.train(config, tmp_path / "unbroken")
-    assert_same(final_state(workdir, config), final_state(tmp_path / "unbroken", config))
-    steps = [line["step"] for line in read_metrics(workdir / "metrics.jsonl")]
-    assert steps == list(range(1, 121))
 
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, cache_dir):

@@ -1,0 +1,104 @@
+"""Bytes a device: of the training state, exactly, and of a compiled program, as its compiler counts them."""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from sisma_jax.topology import read_shortage
+from sisma_jax.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StateBytes:
+    """The training state on each device.
+
+    Attributes:
+      optimizer: Adam's two moments.
+    """
+
+    parameters: int
+    average: int
+    optimizer: int
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.average + self.optimizer
+
+
+def state_bytes(state: TrainState) -> StateBytes:
+    """Returns the bytes on a device, of arrays or of shapes with shardings."""
+    return StateBytes(*(bytes_per_device(part) for part in (state.params, state.ema, state.opt_state)))
+
+
+def bytes_per_device(tree: Any) -> int:
+    """Returns the bytes of the arrays' shards on one device."""
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on each device while a program runs.
+
+    Attributes:
+      arguments: among them the state, and what of the results takes its place.
+      outputs: results that do not take the place of arguments.
+      temporaries: all that lives in between, activations foremost.
+      code: the program itself; on TPUs it lies in the same memory.
+    """
+
+    arguments: int
+    outputs: int
+    temporaries: int
+    code: int
+
+    @property
+    def total(self) -> int:
+        return self.arguments + self.outputs + self.temporaries + self.code
+
+
+def memory_of(compiled: jax.stages.Compiled) -> Memory:
+    """Returns what the compiler says of a program."""
+    stats = compiled.memory_analysis()
+    return Memory(
+        arguments=stats.argument_size_in_bytes,
+        outputs=stats.output_size_in_bytes - stats.alias_size_in_bytes,
+        temporaries=stats.temp_size_in_bytes,
+        code=stats.generated_code_size_in_bytes,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Shortage:
+    """A program that the compiler refuses, because the device's memory cannot hold it.
+
+    Attributes:
+      needed: bytes that it would take at least, if the compiler says so.
+    """
+
+    needed: int | None
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """The cache would keep programs for absent chips, and cannot read them."""
+    was_enabled = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was_enabled)
+
+
+def compile_or_shortage(traced: jax.stages.Traced) -> jax.stages.Compiled | Shortage:
+    """Returns the compiled program, or that there is not the memory for it."""
+    try:
+        with _no_compilation_cache():
+            return traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Shortage(read_shortage(str(error))[0])

@@ -1,16 +1,19 @@
 import dataclasses
+import signal
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from sisma_jax.config import Config, OptimConfig, TrainConfig
 from sisma_jax.data import loading
-from sisma_jax.errors import InputError
+from sisma_jax.errors import InputError, Preempted
 from sisma_jax.training import loop, step
-from sisma_jax.training.metrics import read_metrics
+from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.training.metrics import MetricWriter, read_metrics
 from sisma_jax.training.state import init_state, learning_rate, optimizer
 from sisma_jax.training.step import make_update
 from tests.tiny import tiny_config
@@ -112,6 +115,49 @@ def test_too_many_of_them_in_a_row_stop_the_run_and_the_last_good_checkpoint_sta
     saved, (state, ema), _ = final_state(tmp_path, config)
     assert saved == last
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state["params"], ema)))
+
+
+def test_some_steps_are_traced(tmp_path, cache_dir):
+    loop.train(tiny_config(cache_dir, num_steps=3, profile_steps="2-3"), tmp_path)
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    events = {
+        event.name
+        for plane in ProfileData.from_file(str(trace)).planes
+        for line in plane.lines
+        for event in line.events
+    }
+    assert any("update" in name for name in events)
+
+
+def test_sigterm_in_a_program_of_ones_own_saves_and_raises(tmp_path, cache_dir, monkeypatch):
+    config = tiny_config(cache_dir, num_steps=8, checkpoint_every_steps=8)
+    write = MetricWriter.write
+
+    def signalled(self, step, values):
+        write(self, step, values)
+        if step == 3:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(MetricWriter, "write", signalled)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Preempted, match="step 4 is saved") as stopped:
+        loop.train(config, tmp_path)
+    assert stopped.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert final_state(tmp_path, config)[0] == 4
+    monkeypatch.undo()
+    loop.train(config, tmp_path)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+
+
+def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, cache_dir, monkeypatch):
+    measured = iter([3.0, 1.0, 2.0, 4.0])
+    monkeypatch.setattr(loop, "held_out_loss", lambda *arguments: next(measured))
+    config = tiny_config(cache_dir, num_steps=4, checkpoint_every_steps=1, keep_checkpoints=1)
+    loop.train(config, tmp_path)
+    with Checkpoints(tmp_path / loop.CHECKPOINTS_NAME, best=loop.BEST, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 4]
+        assert checkpoints.best_step() == 2
 
 
 def test_another_configuration_is_refused_and_harms_nothing(tmp_path, cache_dir):

@@ -15,6 +15,7 @@ import sisma_jax
 from sisma_jax.data import images
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.models.factory import init_params
+from sisma_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -252,6 +253,31 @@ def test_the_pipeline_refuses_nonsense(finished, arguments, message):
     pipeline = sisma_jax.load(finished[1])
     with pytest.raises(sisma_jax.InputError, match=message):
         pipeline(**({"mask": np.zeros((16, 16), int), "key": jax.random.key(0)} | arguments))
+
+
+def test_an_exported_file_paints_what_the_run_paints(finished, mask_file, tmp_path, capsys):
+    file = tmp_path / "model.safetensors"
+    command(finished, "export", "--out", file)
+    assert f"Parameters of step 4: {file}" in capsys.readouterr().out
+    sample = ("sample", "--mask", mask_file, "--num", 1)
+    command(finished, *sample, "--out", tmp_path / "run")
+    command(finished, *sample, "--out", tmp_path / "file", "--weights", file, workdir=tmp_path / "absent")
+    names = [tmp_path / name / "mask_0.png" for name in ("run", "file")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    assert not (tmp_path / "absent").exists()
+    assert "must end in .safetensors" in refused(capsys, finished, "export", "--out", tmp_path / "model.bin")
+    edit = (*sample, "--image", mask_file, "--weights", file)
+    assert "needs --image_mask or --region" in refused(capsys, finished, *edit)
+
+
+def test_a_checkpoint_is_named_by_its_step_or_as_the_best(finished, mask_file, tmp_path, capsys):
+    command(finished, "export", "--checkpoint", 2, "--out", tmp_path / "two.safetensors")
+    assert sisma_jax.load(tmp_path / "two.safetensors").step == 2
+    held_out = {line["step"]: line["held_out_loss"] for line in read_metrics(finished[1] / "metrics.jsonl")[1::2]}
+    assert sisma_jax.load(finished[1], checkpoint="best").step == min(held_out, key=held_out.get)
+    message = refused(capsys, finished, "sample", "--mask", mask_file, "--checkpoint", 3)
+    assert "no checkpoint of step 3" in message
+    assert "it has the steps 2, 4" in message
 
 
 def test_an_unknown_key_is_refused_with_the_nearest(capsys, finished):

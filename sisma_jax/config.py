@@ -310,6 +310,8 @@ class TrainConfig(_Section):
     """Parts of a batch whose gradients are computed one after the other and summed: less memory, the same update."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and activations; parameters, norms and scan carries stay float32."""
+    init_from: str = ""
+    """A file that the command `export` wrote, whose parameters a new run of the same model begins with."""
     seed: int = 0
     log_every_steps: int = 50
     checkpoint_every_steps: int = 5_000
@@ -493,6 +495,7 @@ MAY_CHANGE_ON_RESUME = (
     "model.scan_implementation",
     "mesh",
     "train.num_steps",
+    "train.init_from",
     "train.log_every_steps",
     "train.checkpoint_every_steps",
     "train.keep_checkpoints",

@@ -10,6 +10,7 @@ from typing import Any
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -20,10 +21,12 @@ from sisma_jax.data.loading import Share
 from sisma_jax.errors import InputError, Preempted
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.files import AnyPath
-from sisma_jax.models.factory import Params
+from sisma_jax.models.factory import Params, init_params
+from sisma_jax.training import flat_trees
 from sisma_jax.training.agreement import is_primary
 from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.examples import examples_of
+from sisma_jax.training.export import load_exported
 from sisma_jax.training.metrics import MetricWriter
 from sisma_jax.training.preemption import Preemption
 from sisma_jax.training.profiling import PROFILE_NAME, Profile
@@ -45,6 +48,7 @@ class Job:
     Attributes:
       mesh: of the devices that train.
       initialize: makes the state before the first step.
+      initial_params: in place of those that `initialize` makes; called if training starts from nothing.
       update: pure; (state, batch) -> (next state, metrics), among these "loss" and "skipped".
       held_out: averaged parameters to measurements on data that no update has seen, made at every checkpoint.
       iterator: over this process's share of the batches (`share_of`), whose arrays of these `keys` go to the devices.
@@ -66,6 +70,7 @@ class Job:
     checkpoint_every_steps: int
     keep_checkpoints: int
     max_skipped_steps: int
+    initial_params: Callable[[], Params] | None = None
     keep_best: int = 0
     best: BestMetric | None = None
     profiled: range = range(0)
@@ -112,6 +117,7 @@ def train(config: Config, workdir: AnyPath) -> None:
         checkpoint_every_steps=settings.checkpoint_every_steps,
         keep_checkpoints=settings.keep_checkpoints,
         max_skipped_steps=settings.max_skipped_steps,
+        initial_params=functools.partial(_exported_params, config) if settings.init_from else None,
         keep_best=settings.keep_best,
         best=BEST,
         profiled=settings.profiled,
@@ -132,11 +138,36 @@ def run(job: Job, workdir: AnyPath) -> None:
         state = _restore(checkpoints, sharding.place(abstract, shardings), job.iterator)
         first_step = None if state is None else int(state.step)
         if state is None:
-            with jax.set_mesh(job.mesh):
-                state = jax.jit(job.initialize, out_shardings=shardings)()
+            state = _new_state(job, shardings)
         profile = Profile(job.profiled, workdir / PROFILE_NAME)
         with MetricWriter(workdir, resume_step=first_step) as writer, Preemption() as preemption, profile:
             _run(job, state, checkpoints, writer, preemption, profile)
+
+
+def _new_state(job: Job, shardings: TrainState) -> TrainState:
+    with jax.set_mesh(job.mesh):
+        state = jax.jit(job.initialize, out_shardings=shardings)()
+    if job.initial_params is None:
+        return state
+    params = sharding.distribute(job.initial_params(), shardings.params)
+
+    def copies(params: Params) -> tuple[Params, Params]:
+        return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params)
+
+    # Apart in memory, as an update takes the place of its state.
+    params, ema = jax.jit(copies, out_shardings=(shardings.params, shardings.ema))(params)
+    return state.replace(params=params, ema=ema)
+
+
+def _exported_params(config: Config) -> Params:
+    """Returns the parameters in the file that a new run begins with."""
+    path = config.train.init_from
+    exported = load_exported(path)
+    own = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    forms = [flat_trees.forms(flat_trees.flatten_abstract(tree)) for tree in (exported.params, own)]
+    if lines := flat_trees.list_differences(*forms, owners=("the file", "this configuration")):
+        raise InputError(f"--train.init_from {path} is of another model:{flat_trees.shorten(lines)}")
+    return exported.params
 
 
 def _restore(checkpoints: Checkpoints, placed: TrainState, iterator: grain.DatasetIterator) -> TrainState | None:

@@ -13,6 +13,7 @@ from sisma_jax.data import loading
 from sisma_jax.errors import InputError, Preempted
 from sisma_jax.training import loop, step
 from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.training.export import export_params
 from sisma_jax.training.metrics import MetricWriter, read_metrics
 from sisma_jax.training.state import init_state, learning_rate, optimizer
 from sisma_jax.training.step import make_update
@@ -158,6 +159,25 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, cache_dir, mon
     with Checkpoints(tmp_path / loop.CHECKPOINTS_NAME, best=loop.BEST, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4]
         assert checkpoints.best_step() == 2
+
+
+def test_a_run_begins_with_exported_parameters(tmp_path, cache_dir):
+    config = tiny_config(cache_dir, num_steps=1)
+    params = jax.tree.map(lambda x: x + 0.5, jax.jit(lambda: init_state(config))().params)
+    export_params(tmp_path / "model.safetensors", config, 7, params)
+
+    def begun(**model):
+        changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **model))
+        train = dataclasses.replace(config.train, init_from=str(tmp_path / "model.safetensors"))
+        return dataclasses.replace(changed, train=train, optim=OptimConfig(learning_rate=1e-12))
+
+    loop.train(begun(), tmp_path / "run")
+    _, (state, ema), _ = final_state(tmp_path / "run", config)
+    for tree in (state["params"], ema):
+        chex.assert_trees_all_close(tree, params, rtol=1e-6)
+    with pytest.raises(InputError, match=r"(?s)--train.init_from .*safetensors is of another model:.*A_log"):
+        loop.train(begun(d_state=8), tmp_path / "other")
+    assert not (tmp_path / "other" / "checkpoints").exists() or not list((tmp_path / "other/checkpoints").iterdir())
 
 
 def test_another_configuration_is_refused_and_harms_nothing(tmp_path, cache_dir):

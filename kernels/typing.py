@@ -10,6 +10,6 @@
 linters take "D" for a forward reference.
 """
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-__all__ = ["Array", "Float"]
+__all__ = ["Array", "Bool", "Float"]

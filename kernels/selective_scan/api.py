@@ -90,7 +90,7 @@ def selective_scan(
       ValueError: a shape does not fit, or there is no implementation of that name.
       NotImplementedError: the named implementation does not take such arguments, float64 for example.
     """
-    _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     arguments = {
         "u": u,
         "delta": delta,
@@ -132,7 +132,8 @@ def _log_once(message):
     logger.warning(message)
 
 
-def _check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state):
+def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
+    """Raises ValueError for a shape that does not fit the others, or a type that is not floating-point."""
     if u.ndim != 3:
         raise ValueError(f"u: got shape {u.shape}, want (batch, length, d_inner)")
     batch, length, d_inner = u.shape

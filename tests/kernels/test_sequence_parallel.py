@@ -1,0 +1,114 @@
+"""The selective scan and the convolution of a sequence, or an image, whose parts lie on several devices."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels.selective_scan import api, sequence_parallel_scan
+from kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
+from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, Case, assert_close, expected_results
+
+# What is asked of the parts: that they are the whole within 1e-5 of its largest entry.
+CLOSE = dict(value_tolerance=1e-5, gradient_tolerance=1e-5)
+BY_TOKEN = ("u", "delta", "B", "C", "z")
+
+
+def mesh_of(parts, axis_type=jax.sharding.AxisType.Auto):
+    return jax.make_mesh((parts,), ("seq",), (axis_type,), devices=jax.devices()[:parts])
+
+
+def specs(inputs):
+    return {name: jax.P(None, "seq") if name in BY_TOKEN else jax.P() for name in inputs}
+
+
+def in_parts(parts, implementation="xla", **options):
+    """Returns the scan of whole arrays, whose inside is that of parts, and the state after the sequence's last one."""
+    mesh = mesh_of(parts)
+
+    def scan(*, delta_softplus, reverse, **inputs):
+        part = functools.partial(
+            sequence_parallel_scan, delta_softplus=delta_softplus, reverse=reverse, implementation=implementation
+        )
+        mapped = jax.shard_map(
+            lambda inputs: part(**inputs),
+            mesh=mesh,
+            in_specs=(specs(inputs),),
+            out_specs=(jax.P(None, "seq"), jax.P("seq")),
+            **options,
+        )
+        y, final_states = mapped(inputs)
+        batch = inputs["u"].shape[0]
+        return y, final_states[:batch] if reverse else final_states[-batch:]
+
+    return scan
+
+
+@pytest.mark.parametrize(
+    ("parts", "case"),
+    [
+        (2, Case(2, 70, 24, 5)),
+        (4, Case(2, 28, 24, 5, reverse=True)),
+        (8, Case(2, 24, 6, 3)),
+        (8, Case(1, 8, 6, 3, optional=(), delta_softplus=False, reverse=True)),
+    ],
+    ids=["two", "four, reversed", "eight", "eight of one token, bare, reversed"],
+)
+def test_the_parts_values_and_gradients_are_the_wholes(parts, case):
+    assert_close(case.computed(in_parts(parts)), expected_results(case), **CLOSE)
+
+
+def test_parts_in_bfloat16():
+    case = Case(2, 20, 24, 5, dtype="bfloat16")
+    computed = case.computed(in_parts(4))
+    assert {name: computed[f"d {name}"].dtype.name for name in ARGUMENTS} == {n: case.dtype_of(n) for n in ARGUMENTS}
+    assert_close(computed, expected_results(case), **BFLOAT16)
+
+
+@hypothesis.settings(max_examples=3)
+@hypothesis.given(
+    parts=st.integers(1, 8),
+    part_length=st.integers(1, 40),
+    sizes=st.tuples(st.integers(1, 3), st.integers(1, 20), st.integers(1, 6)),
+    optional=st.lists(st.sampled_from(ARGUMENTS[5:]), unique=True).map(tuple),
+    reverse=st.booleans(),
+)
+def test_parts_of_any_size_and_number(parts, part_length, sizes, optional, reverse):
+    batch, d_inner, d_state = sizes
+    case = Case(batch, parts * part_length, d_inner, d_state, optional=optional, reverse=reverse)
+    assert_close(case.computed(in_parts(parts)), expected_results(case), **CLOSE)
+
+
+def test_the_last_part_may_come_first():
+    """By a traced value, since layers of both directions are one program; here without JAX's check of what varies."""
+    case = Case(2, 20, 6, 3)
+
+    def flip_parts(x):
+        return jnp.concatenate(jnp.split(x, 4, axis=1)[::-1], axis=1)
+
+    def scan(*, delta_softplus, reverse, **inputs):
+        def part(inputs, parts_reversed):
+            return sequence_parallel_scan(**inputs, delta_softplus=delta_softplus, parts_reversed=parts_reversed)
+
+        flipped = {name: flip_parts(x) if name in BY_TOKEN else x for name, x in inputs.items()}
+        options = dict(mesh=mesh_of(4), out_specs=(jax.P(None, "seq"), jax.P("seq")), check_vma=False)
+        y, final_states = jax.shard_map(part, in_specs=(specs(inputs), jax.P()), **options)(flipped, jnp.array(True))
+        return flip_parts(y), final_states[:2]
+
+    assert_close(case.computed(scan), expected_results(case), **CLOSE)
+
+
+@pytest.mark.slow
+def test_a_kernel_scans_the_parts(monkeypatch):
+    kernel = functools.partial(selective_scan_pallas_tpu, interpret=True)
+    monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS | {"pallas_tpu": kernel})
+    case = Case(2, 10, 8, 2)
+    jax.config.update("jax_disable_most_optimizations", True)  # Interpreted kernels compile for seconds.
+    try:
+        computed = case.computed(in_parts(2, "pallas_tpu", check_vma=False))
+    finally:
+        jax.config.update("jax_disable_most_optimizations", False)
+    assert_close(computed, expected_results(case), **CLOSE)

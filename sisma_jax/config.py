@@ -51,9 +51,9 @@ class DataConfig(_Section):
 
     name: Literal["synthetic_faces", "celebamask_hq"] = "synthetic_faces"
     root: str = ""
-    """Folder of the raw download (celebamask_hq only)."""
+    """Folder of the raw download (celebamask_hq only); a host that has a copy of the shards can do without it."""
     cache_dir: str = "data"
-    """Folder of the prepared array_record shards."""
+    """Folder of the prepared array_record shards, or gs://BUCKET/... with a copy of one."""
     stored_size: int = 0
     """Side in pixels at which shards hold larger faces, re-encoded; 0: as their files are (celebamask_hq only)."""
     skip_damaged: bool = False

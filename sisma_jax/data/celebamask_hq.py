@@ -29,6 +29,7 @@ import tensorflow_datasets as tfds
 from sisma_jax.config import DataConfig
 from sisma_jax.data import images, labels, shards
 from sisma_jax.errors import InputError
+from sisma_jax.files import AnyPath, bucket_errors
 
 MAPPING_FILE = "CelebA-HQ-to-CelebA-mapping.txt"
 
@@ -37,6 +38,7 @@ CELEBA_FIRST_VAL = 162771
 CELEBA_FIRST_TEST = 182638
 
 # About 60 MB of full-size faces: what an interruption loses at most, for each process that writes.
+NAME = "celebamask_hq"
 FACES_PER_SHARD = 512
 
 _OBTAIN = (
@@ -311,6 +313,34 @@ def read_faces(faces: Sequence[Face], stored_size: int) -> Iterator[dict[str, by
             yield error
 
 
+def copied(config: DataConfig, cache_dir: AnyPath) -> AnyPath | None:
+    """Returns the prepared data set of a host that has no raw folder, and so cannot tell its fingerprint: a copy.
+
+    None if the raw folder is there, or there is no copy.
+
+    Raises:
+      InputError: there are copies of several raw folders.
+    """
+    if Path(config.root).expanduser().exists():
+        return None
+    pattern = re.compile(_variant(config, "[0-9a-f]{10}"))
+    with bucket_errors(cache_dir):
+        folder = cache_dir / NAME
+        variants = [path for path in folder.iterdir() if pattern.fullmatch(path.name)] if folder.exists() else []
+    found = [path / shards.VERSION for path in variants if shards.exist(path / shards.VERSION)]
+    if len(found) > 1:
+        raise InputError(
+            f"{folder} holds shards of several raw folders ({', '.join(sorted(path.parent.name for path in found))}), "
+            f"and --data.root {config.root} is not there to tell which are meant; delete the others."
+        )
+    return found[0] if found else None
+
+
+def _variant(config: DataConfig, fingerprint: str) -> str:
+    selection = "celeba" if config.split == "celeba" else f"by_id-{config.num_test}"
+    return f"{selection}-{fingerprint}" + (f"-{config.stored_size}px" if config.stored_size else "")
+
+
 def dataset(config: DataConfig) -> shards.DataSet:
     """Returns the data set that stands for the raw files in `config.root`.
 
@@ -324,18 +354,18 @@ def dataset(config: DataConfig) -> shards.DataSet:
     raw = list_raw_folder(root, skip_damaged=config.skip_damaged)
     if config.split == "celeba":
         splits = split_by_celeba(raw.faces, root / MAPPING_FILE)
-        selection = f"celeba-{raw.fingerprint(root, root / MAPPING_FILE)}"
+        fingerprint = raw.fingerprint(root, root / MAPPING_FILE)
     else:
         splits = split_by_id(raw.faces, config.num_test)
-        selection = f"by_id-{config.num_test}-{raw.fingerprint(root)}"
+        fingerprint = raw.fingerprint(root)
     features = {
         "image": tfds.features.Image(shape=(None, None, 3)),
         "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
         "id": np.int64,
     }
     return shards.DataSet(
-        name="celebamask_hq",
-        variant=selection + (f"-{config.stored_size}px" if config.stored_size else ""),
+        name=NAME,
+        variant=_variant(config, fingerprint),
         features=tfds.features.FeaturesDict(features),
         jobs={
             name: [

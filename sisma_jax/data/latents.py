@@ -26,7 +26,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 from sisma_jax.config import DataConfig
 from sisma_jax.data import labels, loading, shards
 from sisma_jax.errors import InputError
-from sisma_jax.files import write_atomically
+from sisma_jax.files import AnyPath, write_atomically
 
 NAME = "latents"
 STATISTICS_NAME = "latents.json"
@@ -56,7 +56,7 @@ class Encoder:
     shift: float
 
 
-def prepare(config: DataConfig, encoder: Encoder) -> Path:
+def prepare(config: DataConfig, encoder: Encoder) -> AnyPath:
     """Encodes the prepared data set, unless this autoencoder has done so; an interrupted call is taken up.
 
     Returns:
@@ -138,7 +138,7 @@ def _describe(config: DataConfig, encoder: Encoder, features: tfds.features.Feat
 
 def _open(config: DataConfig, fingerprint: str, split: str) -> "_Load":
     path = loading.cache_dir_of(config) / NAME / _variant(config, fingerprint) / shards.VERSION
-    if not path.exists():
+    if not shards.exist(path):
         raise InputError(
             f"There are no latents of {config.name} by this run's autoencoder ({fingerprint}) in {path.parent.parent}; "
             "run the `latents` command first."
@@ -156,7 +156,7 @@ def _open(config: DataConfig, fingerprint: str, split: str) -> "_Load":
     )
 
 
-def read_statistics(path: Path) -> dict[str, Any]:
+def read_statistics(path: AnyPath) -> dict[str, Any]:
     """Returns what `latents.json` of a cache says.
 
     Raises:

@@ -10,7 +10,6 @@ import dataclasses
 import functools
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import grain
 import numpy as np
@@ -19,10 +18,11 @@ import tensorflow_datasets as tfds
 from sisma_jax.config import DataConfig
 from sisma_jax.data import celebamask_hq, images, labels, shards, synthetic_faces
 from sisma_jax.errors import InputError
+from sisma_jax.files import AnyPath, to_path
 
 Record = dict
 
-_DATA_SETS = {"synthetic_faces": synthetic_faces.dataset, "celebamask_hq": celebamask_hq.dataset}
+_DATA_SETS = {"synthetic_faces": synthetic_faces.dataset, celebamask_hq.NAME: celebamask_hq.dataset}
 
 # ArrayRecord reports a full disk as a RuntimeError: "write() failed: No space left on device; writing ...".
 _ARRAY_RECORD_FAILURE = re.compile(r"[a-z]+\(\) failed: ")
@@ -87,13 +87,15 @@ def prepare(config: DataConfig) -> None:
       InputError: the raw files are missing or damaged, or the cache folder cannot be written.
     """
     _prepared.cache_clear()
+    if _copied(config):
+        return
     with naming_cache_dir(config):
         shards.build(_DATA_SETS[config.name](config), cache_dir_of(config), skip_damaged=config.skip_damaged)
 
 
-def cache_dir_of(config: DataConfig) -> Path:
+def cache_dir_of(config: DataConfig) -> AnyPath:
     """Returns the folder that holds prepared data sets."""
-    return Path(config.cache_dir).expanduser()
+    return to_path(config.cache_dir).expanduser()
 
 
 @contextlib.contextmanager
@@ -109,18 +111,22 @@ def naming_cache_dir(config: DataConfig) -> Iterator[None]:
         ) from error
 
 
-def location(config: DataConfig) -> Path:
-    """Returns the folder of the prepared data set.
+def location(config: DataConfig) -> AnyPath:
+    """Returns the folder of the prepared data set, which may be a copy from a host that had the raw files.
 
     Raises:
       InputError: it is not prepared, or the raw files cannot be listed.
     """
-    path = _DATA_SETS[config.name](config).path(cache_dir_of(config))
-    if not path.exists():
+    path = _copied(config) or _DATA_SETS[config.name](config).path(cache_dir_of(config))
+    if not shards.exist(path):
         raise InputError(
             f"{config.name} is not prepared in --data.cache_dir {config.cache_dir}; run the `prepare` command first."
         )
     return path
+
+
+def _copied(config: DataConfig) -> AnyPath | None:
+    return celebamask_hq.copied(config, cache_dir_of(config)) if config.name == celebamask_hq.NAME else None
 
 
 # The listing of a large raw folder takes seconds.

@@ -36,7 +36,7 @@ from array_record.python import array_record_module
 from tensorflow_datasets.core import example_serializer
 
 from sisma_jax.errors import InputError
-from sisma_jax.files import write_atomically
+from sisma_jax.files import AnyPath, bucket_errors, is_bucket, write_atomically
 
 Record = dict[str, Any]
 Job = Callable[[], Iterable[Record | InputError]]
@@ -80,7 +80,7 @@ class DataSet:
     finish: Callable[[Path], None] | None = None
     in_process: bool = False
 
-    def path(self, cache_dir: Path) -> Path:
+    def path(self, cache_dir: AnyPath) -> AnyPath:
         """Returns the folder of the complete data set, which may not exist yet."""
         return cache_dir / self.name / self.variant / VERSION
 
@@ -95,25 +95,41 @@ class _Outcome:
     """Why records are not in it."""
 
 
-def read(path: Path) -> tfds.core.DatasetBuilder:
+def read(path: AnyPath) -> tfds.core.DatasetBuilder:
     """Returns the reader of a complete data set."""
     return tfds.builder_from_directory(path)
 
 
-def build(dataset: DataSet, cache_dir: Path, *, skip_damaged: bool = False, num_processes: int | None = None) -> None:
+def exist(path: AnyPath) -> bool:
+    """Whether the folder of a data set is there, whole but for what an interrupted copy to a bucket leaves out."""
+    with bucket_errors(path):
+        return path.exists()
+
+
+def build(
+    dataset: DataSet, cache_dir: AnyPath, *, skip_damaged: bool = False, num_processes: int | None = None
+) -> None:
     """Writes the shards of a data set, unless it is complete. Callers at the same time wait for each other.
 
     Args:
-      cache_dir: created if need be.
+      cache_dir: created if need be. One in a bucket is read and not written: locks and renaming need a disk.
       skip_damaged: leave out records that cannot be made; `skipped.txt` beside the shards names them.
       num_processes: that make shards; 0 makes them in this one. By default as many as there are cores, if it is worth
         it.
 
     Raises:
-      InputError: records cannot be made, and are not to be skipped; or a process was killed. Finished shards stay.
+      InputError: records cannot be made, and are not to be skipped; or a process was killed. Finished shards stay. Or
+        the bucket does not hold the data set.
       OSError, RuntimeError: the folder cannot be written.
     """
     final = dataset.path(cache_dir)
+    if is_bucket(cache_dir):
+        if exist(final):
+            return
+        raise InputError(
+            f"{cache_dir} does not hold {final.relative_to(cache_dir)}, and nothing is prepared in a bucket: do so in "
+            f"a --data.cache_dir on a disk, then copy what is in that folder: gcloud storage cp -r DIR/* {cache_dir}"
+        )
     incomplete = final.with_name(f"{VERSION}.incomplete")
     if final.exists() and not incomplete.exists():
         return

@@ -1,14 +1,17 @@
 import concurrent.futures
+import dataclasses
 import itertools
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from array_record.python import array_record_data_source
 
 from sisma_jax.config import DataConfig
 from sisma_jax.data import images, labels, loading
 from sisma_jax.errors import InputError
+from tests.bucket import make_bucket
 from tests.data.raw_layout import write_label_maps
 
 NUM_TRAIN = 23
@@ -201,6 +204,43 @@ def test_eval_batches_pass_once_in_order_unflipped(config):
 def test_eval_batches_stop_at_the_limit(config, limit, sizes):
     batches = loading.eval_batches(config, "test", batch_size=2, limit=limit)
     assert [len(batch["id"]) for batch in batches] == sizes
+
+
+def test_shards_in_a_bucket_are_read_there_and_not_made(config, monkeypatch):
+    """ArrayRecord, which is no Python, reads gs:// by itself: what it is given are the right paths."""
+    bucket = make_bucket(monkeypatch)
+    remote = DataConfig(**(vars(config) | {"cache_dir": str(bucket / "data")}))
+    with pytest.raises(InputError, match=r"gs://bucket/data does not hold celebamask_hq/.*gcloud storage cp -r DIR/\*"):
+        loading.prepare(remote)
+    with pytest.raises(InputError, match=r"is not prepared in --data.cache_dir gs://bucket/data"):
+        loading.train_iterator(remote, batch_size=2, seed=0)
+    local = loading.location(config)
+    target = bucket / "data" / local.relative_to(config.cache_dir)
+    for file in local.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    loading.prepare(remote)
+    assert loading.location(remote) == target
+    assert loading.num_examples(remote, "train") == NUM_TRAIN
+    # A host of a pod has no raw folder.
+    without_root = DataConfig(**(vars(remote) | {"root": "absent"}))
+    loading.prepare(without_root)
+    assert loading.location(without_root) == target
+    (target.parent.with_name("by_id-5-0123456789") / target.name / "shard").write_bytes(b"")
+    with pytest.raises(InputError, match=r"of several raw folders .*by_id-5-0123456789.* --data.root absent is not"):
+        loading.location(without_root)
+    opened = []
+
+    def open_records(instructions):
+        opened.extend(one.filename for one in instructions)
+        return local_source(
+            [dataclasses.replace(one, filename=str(local / Path(one.filename).name)) for one in instructions]
+        )
+
+    local_source = array_record_data_source.ArrayRecordDataSource
+    monkeypatch.setattr(array_record_data_source, "ArrayRecordDataSource", open_records)
+    assert loading.source(remote, "train")[0]["id"] == loading.source(config, "train")[0]["id"]
+    assert all(str(path).startswith("gs://bucket/data/celebamask_hq/") for path in opened[:1])
+    assert len(opened) == 2
 
 
 def test_images_and_masks_are_resized_to_image_size(config):

@@ -31,6 +31,7 @@ from sisma_jax.data import images, labels, shards
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors
 
+NAME = "celebamask_hq"
 MAPPING_FILE = "CelebA-HQ-to-CelebA-mapping.txt"
 
 # CelebA's own partition by original index (list_eval_partition.txt): train, then val, then test.
@@ -38,7 +39,6 @@ CELEBA_FIRST_VAL = 162771
 CELEBA_FIRST_TEST = 182638
 
 # About 60 MB of full-size faces: what an interruption loses at most, for each process that writes.
-NAME = "celebamask_hq"
 FACES_PER_SHARD = 512
 
 _OBTAIN = (

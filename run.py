@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from sisma_jax import commands, compile_cache, config, distributed
-from sisma_jax.commands import EvaluateOptions, ExportOptions, SampleOptions
+from sisma_jax.commands import EvaluateOptions, ExportOptions, PlanOptions, SampleOptions
 from sisma_jax.config import Config
 from sisma_jax.distributed import DistributedOptions
 from sisma_jax.errors import InputError, Preempted
@@ -22,7 +22,7 @@ from sisma_jax.training.preemption import stopping
 # Failures of the disk or of its permissions, which the user can mend; any other OSError is a defect of the program.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
-Command = Literal["all", "prepare", "autoencoder", "latents", "train", "sample", "evaluate", "export"]
+Command = Literal["all", "prepare", "autoencoder", "latents", "train", "sample", "evaluate", "export", "plan"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +70,16 @@ class ExportArguments(Arguments):
     options: Annotated[ExportOptions, tyro.conf.arg(name="")] = dataclasses.field(default_factory=ExportOptions)
 
 
-_KINDS = {"sample": SampleArguments, "evaluate": EvaluateArguments, "export": ExportArguments}
+@dataclasses.dataclass(frozen=True)
+class PlanArguments(Arguments):
+    """Compiles the training step and the sampler for devices that need not be there, and says what they take."""
+
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=lambda: PlanOptions(topology=tyro.MISSING)
+    )
+
+
+_KINDS = {"sample": SampleArguments, "evaluate": EvaluateArguments, "export": ExportArguments, "plan": PlanArguments}
 
 
 def parse(arguments: list[str]) -> Arguments:
@@ -104,6 +113,8 @@ def do(parsed: Any) -> None:
             commands.evaluate(settings, workdir, parsed.options)
         case "export":
             commands.export(settings, workdir, parsed.options)
+        case "plan":
+            commands.plan(settings, workdir, parsed.options)
 
 
 def main(arguments: list[str]) -> None:

@@ -9,7 +9,7 @@ import cv2
 import jax
 import numpy as np
 
-from sisma_jax import sharding
+from sisma_jax import planning, sharding
 from sisma_jax.config import Config, Solver
 from sisma_jax.data import images, latents, loading
 from sisma_jax.errors import InputError
@@ -86,6 +86,18 @@ class EvaluateOptions:
 
     checkpoint: Checkpoint = "newest"
     """The newest, the best (lowest held-out loss), or that of a step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanOptions:
+    """For which devices `plan` compiles, which need not be there."""
+
+    topology: str
+    """As libtpu names it, such as v5e:4x4 or v5p:2x2x1; or cpu:8, virtual devices of a CPU."""
+    search: bool = True
+    """Search the largest batch that fits."""
+    memory_gib: float | None = None
+    """Memory of a device that the programs are to make do with; what its compiler allows if not given."""
 
 
 def _tell(text: str) -> None:
@@ -251,6 +263,16 @@ def export(config: Config, workdir: AnyPath, options: ExportOptions) -> None:
     _tell(f"From Python: sisma_jax.load({str(path)!r}); or: run.py ... sample --weights {path} --mask FILE")
 
 
+def plan(config: Config, workdir: AnyPath, options: PlanOptions) -> None:
+    """Says what training and sampling take on devices that need not be there."""
+    planned = planning.plan(config, options.topology, search=options.search, memory_gib=options.memory_gib)
+    path = workdir / f"plan_{options.topology.replace(':', '-')}.json"
+    _make_folder(workdir)
+    write_atomically(path, planning.to_json(planned))
+    _tell(planning.format_plan(planned))
+    _tell(f"Plan: {path}")
+
+
 def _guess_regions(image: np.ndarray, masks: np.ndarray, config: Config, workdir: AnyPath) -> np.ndarray:
     """Returns where edited masks (n, S, S) differ from what the run's segmenter reads in the image."""
     logger.warning(
@@ -303,4 +325,4 @@ def _make_folder(path: AnyPath) -> None:
         with bucket_errors(path):
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"The folder {path} cannot be created ({error}); name another with --out.") from error
+        raise InputError(f"The folder {path} cannot be created ({error}); name another.") from error

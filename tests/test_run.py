@@ -280,6 +280,18 @@ def test_a_checkpoint_is_named_by_its_step_or_as_the_best(finished, mask_file, t
     assert "it has the steps 2, 4" in message
 
 
+def test_a_plan_is_printed_and_written_and_needs_no_run(finished, tmp_path, capsys):
+    command(finished, "plan", "--topology", "cpu:8", "--memory_gib", 1, "--no-search", workdir=tmp_path / "plan")
+    printed = capsys.readouterr().out
+    assert f"Plan: {tmp_path / 'plan' / 'plan_cpu-8.json'}" in printed
+    report = json.loads((tmp_path / "plan" / "plan_cpu-8.json").read_text())
+    assert report["num_devices"] == 8
+    assert report["train"]["fits"]
+    assert f"{report['num_parameters']:,}" in printed
+    assert not (tmp_path / "plan" / "config.json").exists()
+    assert "pluto" in refused(capsys, finished, "plan", "--topology", "pluto:2x2", workdir=tmp_path / "plan")
+
+
 def test_an_unknown_key_is_refused_with_the_nearest(capsys, finished):
     assert "--model.d_state" in refused(capsys, finished, "--model.dstate=3")
 

@@ -1,37 +1,53 @@
-"""Splits kernel calls over devices, which XLA cannot do for a call whose inside it does not see."""
+"""Splits work over the devices of the mesh in context, `jax.set_mesh`, where XLA cannot: inside of `jax.shard_map`.
+
+XLA does not see into kernels, and would gather a sequence to scan it or to convolve its grid.
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
 from kernels.typing import Array, Float
 
-PARAMETERS = ("A", "D", "delta_bias")
-
 SEQUENCE_AXIS = "seq"
 """The axis of a mesh over which one image's tokens are split; batches are never split over it."""
 
+# Fewer channels do not fill the registers of a TPU, 128 lanes wide, and take as long.
+MIN_CHANNELS = 128
 
-def split_batch(
+
+def split_scan(
     scan: Callable[..., tuple[Float[Array, "B L D"], Float[Array, "B D N"]]], arguments: dict[str, Array | None]
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """Returns scan(**arguments), computed by each device of the mesh in context for its part of the batch.
+    """Returns scan(**arguments), computed by each device of the mesh in context for its part of batch and channels.
 
-    The mesh is that of `jax.set_mesh`; without one, and inside a `jax.shard_map` over all of its axes, this is a plain
-    call. A batch is split over the axes that split `u` if their type is explicit, and over all that divide it if their
-    type is automatic. Parameters are whole on every device.
+    Without a mesh, and inside a `jax.shard_map` over all of its axes, this is a plain call. See `batch_axes` and
+    `channel_axes` for what is split; sequences are whole on every device.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    axes = set(mesh.auto_axes) | set(mesh.explicit_axes)
-    if not axes:
+    if not _free_axes(mesh):
         return scan(**arguments)
     arguments = {name: x for name, x in arguments.items() if x is not None}
-    by_batch = jax.P(batch_axes(arguments["u"], mesh) or None)
-    specs = {name: jax.P() if name in PARAMETERS else by_batch for name in arguments}
+    batch = batch_axes(arguments["u"], mesh)
+    channels = channel_axes(arguments["u"], mesh, taken=batch)
+    sequence, state, parameter = jax.P(batch, None, channels), jax.P(batch, channels), jax.P(channels)
+    specs = dict(u=sequence, delta=sequence, z=sequence, initial_state=state, B=jax.P(batch), C=jax.P(batch))
+    specs |= dict.fromkeys(("A", "D", "delta_bias"), parameter)
+    in_specs = {name: specs[name] for name in arguments}
+    return map_parts(lambda x: scan(**x), (in_specs,), (sequence, state))(arguments)
+
+
+def map_parts(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """Returns `jax.shard_map` of the function over all axes of the mesh in context that are not manual yet."""
+    mesh = jax.sharding.get_abstract_mesh()
     # JAX's interpreter of kernels, which the tests use, does not follow which values vary over devices.
-    options = dict(axis_names=axes, check_vma=False)
-    mapped = jax.shard_map(lambda x: scan(**x), in_specs=(specs,), out_specs=(by_batch, by_batch), **options)
-    return mapped(arguments)
+    options = dict(axis_names=_free_axes(mesh), check_vma=False)
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **options)
+
+
+def _free_axes(mesh: jax.sharding.AbstractMesh) -> set[str]:
+    return set(mesh.auto_axes) | set(mesh.explicit_axes)
 
 
 def batch_axes(x: Array, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
@@ -49,3 +65,37 @@ def batch_axes(x: Array, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
             axes.append(name)
             parts *= mesh.shape[name]
     return tuple(axes)
+
+
+def channel_axes(x: Array, mesh: jax.sharding.AbstractMesh, taken: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the automatic axes, but for those taken, over which the last axis of x is split.
+
+    They are those that would have nothing else to do, as when a batch of one image is on several devices, and that
+    leave each device a multiple of 128 channels.
+    """
+    axes, parts = [], 1
+    for name in mesh.auto_axes:
+        if name not in taken and x.shape[-1] % (MIN_CHANNELS * parts * mesh.shape[name]) == 0:
+            axes.append(name)
+            parts *= mesh.shape[name]
+    return tuple(axes)
+
+
+def row_parts(*sides: int) -> int:
+    """Returns in how many parts the axis `seq` of the mesh in context, of type automatic, splits sides of these sizes.
+
+    One where there is no such axis, or where it does not divide them all.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    parts = mesh.shape[SEQUENCE_AXIS] if SEQUENCE_AXIS in mesh.auto_axes else 1
+    return 1 if any(side % parts for side in sides) else parts
+
+
+def vary_as(varying: Array, x: Array) -> Array:
+    """x, which inside a `jax.shard_map` varies over the devices over which `varying` does.
+
+    There each device has a part of a parameter's gradient. JAX sums the parts where a parameter that is the same on all
+    devices meets something that is not. It cannot see that inside a custom VJP, so the two meet here.
+    """
+    axes = jax.typeof(varying).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
+    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

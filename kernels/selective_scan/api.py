@@ -6,7 +6,7 @@ from types import MappingProxyType
 
 import jax
 
-from kernels.partition import split_batch
+from kernels.partition import split_scan
 from kernels.selective_scan.associative import selective_scan_associative
 from kernels.selective_scan.pallas_gpu import check_supported_by_pallas_gpu, selective_scan_pallas_gpu
 from kernels.selective_scan.pallas_tpu import check_supported_by_pallas_tpu, selective_scan_pallas_tpu
@@ -80,7 +80,8 @@ def selective_scan(
         of time for another platform.
 
     Kernels are opaque to XLA, which cannot split them over devices. Under `jax.jit` with a sharded batch they want the
-    mesh in context, `jax.set_mesh(mesh)`: then each device scans its part of the batch.
+    mesh in context, `jax.set_mesh(mesh)`: then each device scans its part of the batch, and of the channels where the
+    batch has too few examples. For a sequence that is split see `sequence_parallel_scan`.
 
     Returns:
       y, of u's shape and type; with return_final_state the pair (y, final_state), the state being
@@ -111,7 +112,7 @@ def selective_scan(
         )
     scan = functools.partial(IMPLEMENTATIONS[implementation], delta_softplus=delta_softplus, reverse=reverse)
     is_kernel = implementation in SUPPORT_CHECKS
-    y, final_state = split_batch(scan, arguments) if is_kernel else scan(**arguments)
+    y, final_state = split_scan(scan, arguments) if is_kernel else scan(**arguments)
     return (y, final_state) if return_final_state else y
 
 

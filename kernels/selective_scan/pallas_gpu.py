@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from kernels.partition import vary_as
 from kernels.selective_scan.pallas_gpu_kernels import (
     Program,
     backward,
@@ -33,7 +34,7 @@ from kernels.selective_scan.pallas_gpu_kernels import (
     summarize,
     summarize_adjoint,
 )
-from kernels.selective_scan.reference import first_state, skip_and_gate, vary_as
+from kernels.selective_scan.reference import first_state, skip_and_gate
 from kernels.typing import Array, Float
 
 # With more, a block has so few channels that sums over channels, whose parts are (blocks, batch, length, d_state), take

@@ -23,8 +23,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from kernels.partition import vary_as
 from kernels.selective_scan.pallas_tpu_kernels import LANES, SUBLANES, backward_kernel, forward_kernel
-from kernels.selective_scan.reference import first_state, skip_and_gate, vary_as
+from kernels.selective_scan.reference import first_state, skip_and_gate
 from kernels.typing import Array, Float
 
 LOG2_E = math.log2(math.e)

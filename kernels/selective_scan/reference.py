@@ -66,16 +66,6 @@ def batch_zeros(u: Float[Array, "B L D"], shape: tuple[int, ...], dtype: jnp.dty
     return jax.lax.broadcast_in_dim(zeros, shape, (batch_axis,))
 
 
-def vary_as(u: Float[Array, "B L D"], x: Array) -> Array:
-    """x, which inside a `jax.shard_map` varies over the devices over which u does.
-
-    There each device has a part of a parameter's gradient. JAX sums the parts where a parameter that is the same on all
-    devices meets something that is not. It cannot see that inside a custom VJP, so the two meet here.
-    """
-    axes = jax.typeof(u).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
-
-
 def skip_and_gate(
     y: Float[Array, "B L D"],
     u: Float[Array, "B L D"],

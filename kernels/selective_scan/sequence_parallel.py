@@ -12,14 +12,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.partition import SEQUENCE_AXIS
+from kernels.partition import SEQUENCE_AXIS, vary_as
 from kernels.selective_scan.api import check_arguments, selective_scan
 from kernels.selective_scan.reference import (
     batch_zeros,
     compute_dtype,
     discretization_step,
     first_state,
-    vary_as,
 )
 from kernels.typing import Array, Bool, Float
 

@@ -15,13 +15,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from kernels.partition import vary_as
 from kernels.selective_scan.reference import (
     batch_zeros,
     compute_dtype,
     discretization_step,
     first_state,
     skip_and_gate,
-    vary_as,
 )
 from kernels.typing import Array, Float
 

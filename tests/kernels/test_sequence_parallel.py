@@ -1,16 +1,23 @@
 """The selective scan and the convolution of a sequence, or an image, whose parts lie on several devices."""
 
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from kernels import depthwise_conv2d
+from kernels.depthwise_conv import depthwise_conv2d_of_rows
+from kernels.partition import split_scan
 from kernels.selective_scan import api, sequence_parallel_scan
 from kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
+from kernels.selective_scan.xla import selective_scan_xla
 from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, Case, assert_close, expected_results
+from tests.kernels.test_depthwise_conv import make_arrays, values_and_gradients, xla_convolution
 
 # What is asked of the parts: that they are the whole within 1e-5 of its largest entry.
 CLOSE = dict(value_tolerance=1e-5, gradient_tolerance=1e-5)
@@ -111,4 +118,70 @@ def test_a_kernel_scans_the_parts(monkeypatch):
         computed = case.computed(in_parts(2, "pallas_tpu", check_vma=False))
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
+    assert_close(computed, expected_results(case), **CLOSE)
+
+
+AUTO = jax.sharding.AxisType.Auto
+
+
+@pytest.mark.parametrize(
+    ("parts", "height", "sides"), [(2, 6, (3, 3)), (4, 4, (3, 5)), (8, 8, (5, 3)), (2, 2, (7, 1))], ids=str
+)
+def test_the_convolution_of_rows_is_that_of_the_image(parts, height, sides):
+    """Also where the kernel reaches past the next device, and past all of them."""
+    arrays = make_arrays(2, height, 5, 6, sides)
+    expected = values_and_gradients(xla_convolution, *arrays)
+    with jax.set_mesh(mesh_of(parts)):
+        compiled = jax.jit(lambda *a: values_and_gradients(depthwise_conv2d, *a)).lower(*arrays).compile()
+        computed = compiled(*arrays)
+    assert re.search(r"collective-permute(-start)?\(", compiled.as_text())
+    assert not re.search(r"(all-gather|all-to-all)(-start)?\(", compiled.as_text())
+    for got, wanted in zip(computed, expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_the_convolution_of_rows_in_a_map_of_ones_own():
+    arrays = make_arrays(2, 6, 5, 6)
+    by_row = jax.P(None, "seq")
+    mapped = jax.shard_map(depthwise_conv2d_of_rows, mesh=mesh_of(2), in_specs=(by_row, jax.P()), out_specs=by_row)
+    expected = values_and_gradients(xla_convolution, *arrays)
+    for got, wanted in zip(jax.jit(lambda *a: values_and_gradients(mapped, *a))(*arrays), expected, strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_convolution_of_rows_in_bfloat16_adds_its_kernels_gradient_in_float32():
+    arrays = tuple(x.astype(jnp.bfloat16) for x in make_arrays(2, 16, 8, 8))
+    with jax.set_mesh(mesh_of(8)):
+        computed = jax.jit(lambda *a: values_and_gradients(depthwise_conv2d, *a))(*arrays)
+    expected = values_and_gradients(xla_convolution, *(x.astype(jnp.float32) for x in arrays))
+    for got, wanted in zip(computed, expected, strict=True):
+        assert got.dtype == jnp.bfloat16
+        # The parts' roundings to 2^-9 of themselves, and that of their sum.
+        np.testing.assert_allclose(got.astype(jnp.float32), wanted, rtol=2**-7, atol=0.1)
+
+
+def test_rows_that_do_not_divide_stay_whole():
+    arrays = make_arrays(2, 5, 4, 3)
+    with jax.set_mesh(mesh_of(2)):
+        y = jax.jit(depthwise_conv2d)(*arrays[:2])
+    np.testing.assert_allclose(y, xla_convolution(*arrays[:2]), rtol=1e-5, atol=1e-5)
+
+
+def test_devices_without_an_example_of_their_own_take_channels():
+    """Two devices for two examples, and for each two for its channels, of whole sequences."""
+    case = Case(2, 12, 256, 3)
+    mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "seq"), (AUTO,) * 3, devices=jax.devices()[:4])
+    seen = []
+
+    def scan(**inputs):
+        seen.append(inputs["u"].shape)
+        return selective_scan_xla(**inputs)
+
+    with jax.set_mesh(mesh):
+        computed = case.computed(
+            lambda delta_softplus, reverse, **inputs: split_scan(
+                functools.partial(scan, delta_softplus=delta_softplus, reverse=reverse), inputs
+            )
+        )
+    assert seen[0] == (1, 12, 128)
     assert_close(computed, expected_results(case), **CLOSE)

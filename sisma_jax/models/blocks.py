@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from sisma_jax import sharding
 from sisma_jax.models.mamba import DepthwiseConv, Grid, Paths
 
 # What a block's forward pass keeps for its backward pass; the rest is computed again.
@@ -130,6 +131,8 @@ def run_stacked(
     def run(x: Grid, layer: tuple) -> tuple[Grid, Grid | None]:
         params, paths, skip = layer
         block = nnx.merge(graph, params)
+        # Else XLA may split activations as it does the parameters that they meet.
+        x = sharding.constrain(x)
         inputs = (x,) if skip is None else (x, skip)
         x = block(*inputs, condition, mask_features, paths)
         return x, x if keep else None

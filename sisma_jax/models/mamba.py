@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels import depthwise_conv2d, selective_scan
-from sisma_jax.models.scan_orders import Path
+from kernels import depthwise_conv2d, selective_scan, sequence_parallel_scan
+from kernels.partition import SEQUENCE_AXIS, batch_axes, channel_axes, map_parts
+from sisma_jax.models.scan_orders import Path, SplitPath
 
 # Mamba's range of initial step sizes: log-uniform in [DT_MIN, DT_MAX].
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
 Grid = Float[Array, "B H W D"]
-Paths = tuple[Path, ...]
+Paths = tuple[Path | SplitPath, ...]
 
 
 class DepthwiseConv(nnx.Module):
@@ -68,24 +69,61 @@ class OrderedScan(nnx.Module):
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=jnp.float32))[None], (d_inner, 1)))
         self.D = nnx.Param(jnp.ones((d_inner,)))
 
-    def __call__(self, u: Grid, drive: Grid, readout: Grid, path: Path) -> Grid:
-        height, width = u.shape[1:3]
+    def __call__(self, u: Grid, drive: Grid, readout: Grid, path: Path | SplitPath) -> Grid:
         # Projections act on each token alone, so they come before the path and the narrow results are reordered.
         dt, B = jnp.split(self.drive_proj(drive), [self.dt_rank], axis=-1)
         C = self.readout_proj(readout)
-        dt, B, C, u = (path.to_sequence(x) for x in (dt, B, C, u))
-        y = selective_scan(
-            u,
-            dt @ self.dt_proj[...].astype(dt.dtype),
-            -jnp.exp(self.A_log[...]),
-            B,
-            C,
-            self.D[...],
-            delta_bias=self.dt_bias[...],
-            delta_softplus=True,
-            implementation=self.implementation,
-        )
+        tokens = {"u": u, "dt": dt, "B": B, "C": C}
+        parameters = {
+            "dt_proj": self.dt_proj[...],
+            "A": -jnp.exp(self.A_log[...]),
+            "D": self.D[...],
+            "dt_bias": self.dt_bias[...],
+        }
+        scan = self._scan_in_parts if isinstance(path, SplitPath) else self._scan
+        return scan(tokens, parameters, path)
+
+    def _scan(self, tokens: dict[str, Array], parameters: dict[str, Array], path: Path) -> Grid:
+        height, width = tokens["u"].shape[1:3]
+        sequences = {name: path.to_sequence(x) for name, x in tokens.items()}
+        y = selective_scan(**_scan_arguments(sequences, parameters), implementation=self.implementation)
         return path.to_grid(y, height, width)
+
+    def _scan_in_parts(self, tokens: dict[str, Array], parameters: dict[str, Array], path: SplitPath) -> Grid:
+        """Each device scans its part of the sequence, from the state in which the parts before it left off."""
+
+        def scan(tokens: dict[str, Array], parameters: dict[str, Array], path: SplitPath) -> Grid:
+            sequences = {name: path.to_sequence(x) for name, x in tokens.items()}
+            y, _ = sequence_parallel_scan(
+                **_scan_arguments(sequences, parameters),
+                parts_reversed=path.parts_reversed,
+                implementation=self.implementation,
+            )
+            return path.to_rows(y, tokens["u"].shape[2])
+
+        u, mesh = tokens["u"], jax.sharding.get_abstract_mesh()
+        batch = batch_axes(u, mesh)
+        channels = channel_axes(u, mesh, taken=(*batch, SEQUENCE_AXIS))
+        rows = jax.P(batch, SEQUENCE_AXIS)
+        by_channel = jax.P(batch, SEQUENCE_AXIS, None, channels)
+        token_specs = {"u": by_channel, "dt": rows, "B": rows, "C": rows}
+        parameter_specs = {name: jax.P(channels) for name in parameters} | {"dt_proj": jax.P(None, channels)}
+        in_specs = (token_specs, parameter_specs, path.specs())
+        return map_parts(scan, in_specs, by_channel)(tokens, parameters, path)
+
+
+def _scan_arguments(sequences: dict[str, Array], parameters: dict[str, Array]) -> dict[str, Any]:
+    dt = sequences["dt"]
+    return {
+        "u": sequences["u"],
+        "delta": dt @ parameters["dt_proj"].astype(dt.dtype),
+        "A": parameters["A"],
+        "B": sequences["B"],
+        "C": sequences["C"],
+        "D": parameters["D"],
+        "delta_bias": parameters["dt_bias"],
+        "delta_softplus": True,
+    }
 
 
 class _Mixer(nnx.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
+from sisma_jax import sharding
 from sisma_jax.data.labels import NUM_CLASSES
 from sisma_jax.models.mamba import DepthwiseConv
 from sisma_jax.models.patches import space_to_depth
@@ -75,7 +76,7 @@ class MaskEncoder(nnx.Module):
         x = self.proj(x)
         for conv in self.context:
             x = x + conv(x)
-        x = self.norm(x).astype(self.dtype)
+        x = sharding.constrain(self.norm(x).astype(self.dtype))
         if is_dropped is None:
             return x
         return jnp.where(is_dropped[:, None, None, None], self.null_features(x.shape), x)

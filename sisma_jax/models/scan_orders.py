@@ -10,7 +10,9 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels.partition import SEQUENCE_AXIS
 
 Indices = Int[Array | np.ndarray, " L"]
 
@@ -39,6 +41,19 @@ class ScanOrder:
         tokens = tokens[::-1] if self.reverse else tokens
         return Path(tokens, np.argsort(tokens).astype(np.int32))
 
+    def split_path(self, height: int, width: int, parts: int) -> "SplitPath":
+        """Returns the path over a grid whose lines are on so many devices, which has to divide their number."""
+        by_part = self.path(height, width).tokens.reshape(parts, -1)
+        by_device = by_part[::-1] if self.reverse else by_part
+        rows, columns = np.divmod(by_device, width)
+        device = np.arange(parts, dtype=np.int32)[:, None]
+        if self.lines == "rows":
+            tokens = (rows - device * (height // parts)) * width + columns
+        else:
+            tokens = rows * (width // parts) + columns - device * (width // parts)
+        places = np.argsort(tokens, axis=1).astype(np.int32)
+        return SplitPath(tokens, places, np.array(self.lines == "columns"), np.array(self.reverse))
+
 
 class Path(NamedTuple):
     """Where the tokens of a sequence come from in a grid, and back; or several, along leading axes."""
@@ -56,6 +71,63 @@ class Path(NamedTuple):
         """Inverts `to_sequence`."""
         x = _permute(sequence, self.places, self.tokens)
         return x.reshape(x.shape[0], height, width, x.shape[2])
+
+
+class SplitPath(NamedTuple):
+    """A path over a grid whose rows are on several devices; or several, along leading axes.
+
+    A path along rows goes through a device's rows before those of the next. For one along columns the devices first
+    exchange tokens, until each has some of the columns and all their rows. Either way a device has one part of the
+    sequence. It is read along the path; of a path that is read from its end, the last device has the first part.
+    """
+
+    tokens: Int[Array | np.ndarray, "*layers parts L"]
+    """Row-major indices into each device's rows or columns."""
+    places: Int[Array | np.ndarray, "*layers parts L"]
+    """The inverse: each token's place in the part."""
+    along_columns: Bool[Array | np.ndarray, "*layers"]
+    parts_reversed: Bool[Array | np.ndarray, "*layers"]
+
+    def specs(self) -> "SplitPath":
+        """Returns how `jax.shard_map` is to split the arrays of one layer, for `to_sequence` and `to_rows`."""
+        return SplitPath(jax.P(SEQUENCE_AXIS), jax.P(SEQUENCE_AXIS), jax.P(), jax.P())
+
+    def to_sequence(self, x: Float[Array, "B h W D"]) -> Float[Array, "B L D"]:
+        """Returns this device's part of the sequence. For use inside `jax.shard_map`, as what follows.
+
+        Args:
+          x: the device's rows.
+        """
+        x = jax.lax.cond(self.along_columns, lambda x: _flat(_rows_to_columns(x)), _flat, x)
+        return _permute(x, self.tokens[0], self.places[0])
+
+    def to_rows(self, sequence: Float[Array, "B L D"], width: int) -> Float[Array, "B h W D"]:
+        """Inverts `to_sequence`.
+
+        Args:
+          width: the whole grid's.
+        """
+        x = _permute(sequence, self.places[0], self.tokens[0])
+        batch, _, channels = x.shape
+        columns = width // jax.lax.axis_size(SEQUENCE_AXIS)
+        return jax.lax.cond(
+            self.along_columns,
+            lambda x: _columns_to_rows(x.reshape(batch, -1, columns, channels)),
+            lambda x: x.reshape(batch, -1, width, channels),
+            x,
+        )
+
+
+def _flat(x: Float[Array, "B H W D"]) -> Float[Array, "B L D"]:
+    return x.reshape(x.shape[0], -1, x.shape[3])
+
+
+def _rows_to_columns(x: Float[Array, "B h W D"]) -> Float[Array, "B H w D"]:
+    return jax.lax.all_to_all(x, SEQUENCE_AXIS, split_axis=2, concat_axis=1, tiled=True)
+
+
+def _columns_to_rows(x: Float[Array, "B H w D"]) -> Float[Array, "B h W D"]:
+    return jax.lax.all_to_all(x, SEQUENCE_AXIS, split_axis=1, concat_axis=2, tiled=True)
 
 
 # Reshapes, flips and transposes do the same without indices. By benchmarks/scan_orders.py they take longer on a CPU
@@ -111,8 +183,16 @@ def orders_of_layer(layer: int, count: int, rotation: Rotation = "interleaved") 
 
 
 def paths_of_layers(
-    layers: Sequence[int], count: int, height: int, width: int, rotation: Rotation = "interleaved"
-) -> tuple[Path, ...]:
-    """Returns the `count` paths of each of the layers, stacked over the layers: arrays are (layers, L)."""
-    paths = [[order.path(height, width) for order in orders_of_layer(layer, count, rotation)] for layer in layers]
-    return tuple(Path(*(np.stack(arrays) for arrays in zip(*one, strict=True))) for one in zip(*paths, strict=True))
+    layers: Sequence[int], count: int, height: int, width: int, rotation: Rotation = "interleaved", parts: int = 1
+) -> tuple[Path | SplitPath, ...]:
+    """Returns the `count` paths of each of the layers, stacked over the layers.
+
+    Args:
+      parts: on how many devices the grid's rows are; a `SplitPath` if it is more than one.
+    """
+
+    def path(order: ScanOrder) -> Path | SplitPath:
+        return order.path(height, width) if parts == 1 else order.split_path(height, width, parts)
+
+    by_layer = ([path(order) for order in orders_of_layer(layer, count, rotation)] for layer in layers)
+    return tuple(jax.tree.map(lambda *arrays: np.stack(arrays), *paths) for paths in zip(*by_layer, strict=True))

@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
+from kernels.partition import row_parts
+from sisma_jax import sharding
 from sisma_jax.config import ModelConfig
 from sisma_jax.models.blocks import Block, FeedForward, Spade, layer_norm, modulate, run_stacked, stacked
 from sisma_jax.models.mamba import CrossMamba, Grid, SelfMamba
@@ -154,7 +156,7 @@ class Sisma(nnx.Module):
             raise ValueError(
                 f"xt is {xt.shape[1:3]}, want multiples of {multiple} (the patch size {self.patch_size}{halved})"
             )
-        x = self.embed(space_to_depth(xt.astype(self.dtype), self.patch_size))
+        x = self.embed(space_to_depth(sharding.constrain(xt).astype(self.dtype), self.patch_size))
         if mask_features.shape[:3] != x.shape[:3]:
             raise ValueError(f"mask_features are {mask_features.shape[:3]}, want the token grid {x.shape[:3]}")
         if self.mask_conditioning == "concat":
@@ -180,7 +182,10 @@ class Sisma(nnx.Module):
             nonlocal first_layer
             layers = range(first_layer, first_layer + depth)
             first_layer += depth
-            paths = paths_of_layers(layers, self.orders_per_layer, *x.shape[1:3], rotation=self.order_rotation)
+            sides = x.shape[1:3]
+            paths = paths_of_layers(
+                layers, self.orders_per_layer, *sides, rotation=self.order_rotation, parts=row_parts(*sides)
+            )
             return run_stacked(blocks, x, condition, mask_features, paths, remat=self.remat, **options)
 
         encoded = []

@@ -93,10 +93,10 @@ def _no_compilation_cache() -> Iterator[None]:
         jax.config.update("jax_enable_compilation_cache", was_enabled)
 
 
-def compile_or_shortage(traced: jax.stages.Traced) -> jax.stages.Compiled | Shortage:
-    """Returns the compiled program, or that there is not the memory for it."""
+def compile_or_shortage(traced: jax.stages.Traced, device: jax.Device) -> jax.stages.Compiled | Shortage:
+    """Returns the program compiled for devices of this kind, or that there is not the memory for it."""
     try:
-        with _no_compilation_cache():
+        with contextlib.nullcontext() if device.platform == "cpu" else _no_compilation_cache():
             return traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -82,13 +82,13 @@ def plan(
 def train_program(config: Config, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
     """Returns what the compiler makes of one update of the training state with a batch of this size."""
     logger.info("Compiling the training step of batch %d for %d devices", batch_size, mesh.size)
-    return _compile(programs.trace_update(config, mesh, batch_size), batch_size, limit)
+    return _compile(programs.trace_update(config, mesh, batch_size), mesh, batch_size, limit)
 
 
 def sampler_program(config: Config, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
     """Returns what the compiler makes of one call of the sampler with so many masks."""
     logger.info("Compiling the sampler of batch %d for %d devices", batch_size, mesh.size)
-    return _compile(programs.trace_sampler(config, mesh, batch_size), batch_size, limit)
+    return _compile(programs.trace_sampler(config, mesh, batch_size), mesh, batch_size, limit)
 
 
 def search_batch(config: Config, mesh: Mesh, limit: int, first: Program, fixed: int, max_trials: int) -> LargestBatch:
@@ -108,9 +108,9 @@ def _trial(program: Program) -> Trial:
     return Trial(program.batch_size, bool(program.fits), program.needed)
 
 
-def _compile(traced: jax.stages.Traced, batch_size: int, limit: int | None) -> Program:
+def _compile(traced: jax.stages.Traced, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
     start = time.perf_counter()
-    compiled = memory.compile_or_shortage(traced)
+    compiled = memory.compile_or_shortage(traced, mesh.devices.flat[0])
     secs = round(time.perf_counter() - start, 1)
     operations = flops.count(traced.jaxpr)
     if isinstance(compiled, Shortage):

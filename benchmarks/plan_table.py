@@ -1,0 +1,162 @@
+"""Plans SISMA-B and SISMA-XL at 256 and 512 px on several TPUs, none of which need be present: docs/plan.md's tables.
+
+    python benchmarks/plan_table.py [--results runs/plan_table.jsonl] [--topologies v5e:2x2] [--document docs/plan.md]
+
+Each plan takes some minutes, most of them in the compiler, and is kept as a line of the results: a table that was cut
+off goes on where it was. After a change to the model or to how it is split, give another file. Needs the compiler
+(`make tpu-compiler`).
+"""
+
+import dataclasses
+import itertools
+import json
+import logging
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import jax
+import tyro
+
+from benchmarks import measure
+from sisma_jax import config, sharding
+from sisma_jax.config import Config, MeshConfig
+from sisma_jax.planning import plan
+from sisma_jax.planning.memory import state_bytes
+from sisma_jax.planning.programs import abstract_state
+
+ROOT = Path(__file__).resolve().parents[1]
+
+TOPOLOGIES = {"v5e:2x2": 4, "v5e:4x4": 16, "v5p:2x2x1": 4}
+PRESETS = ("B", "XL")
+SIZES = (256, 512)
+FSDP = (1, 2, 4, 8, 16)
+MAX_TRIALS = 3
+
+BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
+
+
+def experiment(preset: str, size: int, num_devices: int) -> Config:
+    """Returns the configuration of real faces at this size, with the model's preset, all split over all devices."""
+    base = config.load(ROOT / "configs" / f"celebamask_hq_{size}.py")
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, **config.PRESETS[preset]),
+        mesh=MeshConfig(fsdp=num_devices),
+    )
+
+
+def read(results: Path) -> dict[tuple[str, int, str], dict]:
+    """Returns the plans that were made, by preset, size and topology."""
+    lines = results.read_text().splitlines() if results.exists() else []
+    records = [json.loads(line) for line in lines]
+    return {(record["preset"], record["size"], record["topology"]): record["plan"] for record in records}
+
+
+def plans_table(plans: dict[tuple[str, int, str], dict]) -> list[str]:
+    """Returns the rows of the table of plans, in Markdown."""
+    rows = [
+        "| model | px | chips | state | step of 64: arguments + temporaries + program | of | sampler of 16 "
+        "| TFLOPs a step | sent a step | least ms | largest batch | too large |",
+        "|" + "---|" * 12,
+    ]
+    for (preset, size, topology), one in plans.items():
+        train, sampler, state = one["train"], one["sampler"], one["state"]
+        largest = one["largest_batch"]
+        sent = sum(each["sent_bytes"] for each in train["traffic"]["collectives"]) if train["traffic"] else None
+        least = train["flops"]["matmul"] / (one["num_devices"] * one["peak_flops"])
+        cells = [
+            f"SISMA-{preset}",
+            str(size),
+            topology,
+            gib(state["parameters"] + state["average"] + state["optimizer"]),
+            _sum(train),
+            gib(one["memory_limit"]),
+            gib(sampler["needed"]) if sampler["fits"] else "does not fit",
+            f"{sum(train['flops'].values()) / 1e12:.1f}",
+            "-" if sent is None else gib(sent),
+            f"{1e3 * least:.0f}",
+            str(largest["batch_size"] or "none"),
+            str(largest["too_large"] or "-"),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def _sum(program: dict) -> str:
+    if program["memory"] is None:
+        needed = "" if program["needed"] is None else f": > {gib(program['needed'])}"
+        return f"does not fit{needed}"
+    parts = program["memory"]
+    text = f"{gib(parts['arguments'] + parts['outputs'])} + {gib(parts['temporaries'])} + {gib(parts['code'])}"
+    return text if program["fits"] else f"{text}: does not fit"
+
+
+def state_table() -> list[str]:
+    """Returns the rows of the table of state bytes, in Markdown."""
+    rows = [f"| | {' | '.join(f'fsdp {parts}' for parts in FSDP)} |", "|" + "---|" * (len(FSDP) + 1)]
+    for preset in PRESETS:
+        states = []
+        for parts in FSDP:
+            mesh = jax.sharding.AbstractMesh((1, parts, 1), sharding.AXES)
+            states.append(state_bytes(abstract_state(experiment(preset, 256, parts), mesh)))
+        for name in ("parameters", "average", "optimizer"):
+            sizes = [getattr(state, name) for state in states]
+            cells = [f"{gib(size)} ({sizes[0] / size:.2f})" for size in sizes]
+            rows.append(f"| SISMA-{preset}, {name.replace('z', 's')} | {' | '.join(cells)} |")
+    return rows
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB, without the unit."""
+    return f"{count / 2**30:.2f}"
+
+
+def write(document: Path, tables: dict[str, list[str]]) -> None:
+    """Replaces each table between its marks in the document."""
+    text = document.read_text()
+    for name, rows in tables.items():
+        begin, end = BEGIN.format(name), END.format(name)
+        replaced = "\n".join([begin, *rows, end])
+        text = re.sub(f"{re.escape(begin)}.*?{re.escape(end)}", lambda _, new=replaced: new, text, flags=re.DOTALL)
+    document.write_text(text)
+
+
+def main(
+    results: Path = Path("runs/plan_table.jsonl"),
+    document: Path | None = None,
+    topologies: tuple[str, ...] = tuple(TOPOLOGIES),
+    presets: tuple[str, ...] = PRESETS,
+    sizes: tuple[int, ...] = SIZES,
+):
+    """Plans what is missing and prints the tables.
+
+    Args:
+      results: the plans, one a line.
+      document: whose tables are replaced.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
+    logging.getLogger("sisma_jax").setLevel(logging.INFO)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    for size, preset, topology in itertools.product(sizes, presets, topologies):
+        if (preset, size, topology) in read(results):
+            continue
+        print(f"SISMA-{preset}, {size} px, {topology}", file=sys.stderr, flush=True)
+        settings = experiment(preset, size, TOPOLOGIES[topology])
+        made = dataclasses.asdict(plan(settings, topology, max_trials=MAX_TRIALS))
+        record = {"preset": preset, "size": size, "topology": topology, "machine": measure.machine_facts()}
+        with results.open("a") as file:
+            file.write(json.dumps(record | {"plan": made}) + "\n")
+    order = list(itertools.product(PRESETS, SIZES, TOPOLOGIES))
+    plans = dict(sorted(read(results).items(), key=lambda entry: order.index(entry[0])))
+    tables = {"plans": plans_table(plans), "state": state_table()}
+    for rows in tables.values():
+        print("\n".join(["", *rows]))
+    if document is not None:
+        write(document, tables)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

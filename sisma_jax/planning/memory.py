@@ -83,20 +83,21 @@ class Shortage:
 
 
 @contextlib.contextmanager
-def _no_compilation_cache() -> Iterator[None]:
-    """The cache would keep programs for absent chips, and cannot read them."""
-    was_enabled = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+def _nothing_cached() -> Iterator[None]:
+    """JAX's cache of compiled programs would keep those for absent chips, and fail to read them."""
+    name = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, name)
+    jax.config.update(name, float("inf"))
     try:
         yield
     finally:
-        jax.config.update("jax_enable_compilation_cache", was_enabled)
+        jax.config.update(name, before)
 
 
 def compile_or_shortage(traced: jax.stages.Traced, device: jax.Device) -> jax.stages.Compiled | Shortage:
     """Returns the program compiled for devices of this kind, or that there is not the memory for it."""
     try:
-        with contextlib.nullcontext() if device.platform == "cpu" else _no_compilation_cache():
+        with contextlib.nullcontext() if device.platform == "cpu" else _nothing_cached():
             return traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

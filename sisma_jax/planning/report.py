@@ -78,7 +78,7 @@ def to_json(plan: Plan) -> str:
 def format_plan(plan: Plan) -> str:
     """Returns the plan as text."""
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
-    limit = "no limit known" if plan.memory_limit is None else f"{gib(plan.memory_limit)} a device"
+    limit = "no limit known" if plan.memory_limit is None else f"{in_units(plan.memory_limit)} a device"
     state = plan.state
     lines = [
         f"Plan for {plan.topology}: {plan.num_devices} x {plan.device_kind}, mesh {axes}; memory: {limit}",
@@ -86,10 +86,10 @@ def format_plan(plan: Plan) -> str:
         *_rows(
             f"Training state: {plan.num_parameters:,} parameters; on each device",
             [
-                ("parameters", gib(state.parameters)),
-                ("their average", gib(state.average)),
-                ("optimiser", gib(state.optimizer)),
-                ("together", gib(state.total)),
+                ("parameters", in_units(state.parameters)),
+                ("their average", in_units(state.average)),
+                ("optimiser", in_units(state.optimizer)),
+                ("together", in_units(state.total)),
             ],
         ),
         *_program_lines(f"Training step, batch {plan.train.batch_size}", plan.train, plan.memory_limit),
@@ -106,16 +106,16 @@ def format_plan(plan: Plan) -> str:
 
 def _program_lines(title: str, program: Program, limit: int | None) -> list[str]:
     if program.memory is None:
-        at_least = "" if program.needed is None else f": it needs {gib(program.needed)} or more"
+        at_least = "" if program.needed is None else f": it needs {in_units(program.needed)} or more"
         rows = [("does not fit", f"the compiler refuses it{at_least}")]
     else:
         memory = program.memory
         rows = [
-            ("arguments", gib(memory.arguments)),
-            ("results", gib(memory.outputs)),
-            ("temporaries", gib(memory.temporaries)),
-            ("program", gib(memory.code)),
-            ("together", gib(memory.total) + _share(memory.total, limit)),
+            ("arguments", in_units(memory.arguments)),
+            ("results", in_units(memory.outputs)),
+            ("temporaries", in_units(memory.temporaries)),
+            ("program", in_units(memory.code)),
+            ("together", in_units(memory.total) + _share(memory.total, limit)),
         ]
     flops = program.flops
     rows.append(
@@ -131,7 +131,7 @@ def _program_lines(title: str, program: Program, limit: int | None) -> list[str]
 def _share(total: int, limit: int | None) -> str:
     if limit is None:
         return ""
-    return f", {total / limit:.0%} of {gib(limit)}: {'fits' if total <= limit else 'does not fit'}"
+    return f", {total / limit:.0%} of {in_units(limit)}: {'fits' if total <= limit else 'does not fit'}"
 
 
 def _traffic_lines(traffic: Traffic | None) -> list[str]:
@@ -140,7 +140,7 @@ def _traffic_lines(traffic: Traffic | None) -> list[str]:
     if not traffic.collectives:
         return ["  collectives    none"]
     lines = [
-        f"  {each.kind:20} {each.count:6} times, {gib(each.bytes)} on each device, which sends {gib(each.sent_bytes)}"
+        f"  {each.kind:20} {each.count:6} times, {in_units(each.bytes)} on each device, which sends {in_units(each.sent_bytes)}"
         for each in traffic.collectives
     ]
     if traffic.num_unknown_loops:
@@ -158,19 +158,20 @@ def _largest_lines(plan: Plan) -> list[str]:
     else:
         second = f"{found.too_large} does not"
     tried = ", ".join(
-        f"{trial.batch_size} ({'' if trial.fits else 'over, '}{'?' if trial.total is None else gib(trial.total)})"
+        f"{trial.batch_size} ({'' if trial.fits else 'over, '}{'?' if trial.total is None else in_units(trial.total)})"
         for trial in found.trials
     )
     return [f"{first}; {second}. Compiled: {tried}."]
 
 
 def _rows(title: str, rows: list[tuple[str, str]]) -> list[str]:
-    return ["", title, *(f"  {name:20} {value}" for name, value in rows)]
+    width = max(20, *(len(name) for name, _ in rows))
+    return ["", title, *(f"  {name:{width}} {value}" for name, value in rows)]
 
 
-def gib(count: int) -> str:
-    """Bytes in a unit that suits them."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+def in_units(count: int) -> str:
+    """Returns a number of bytes in the unit that suits it."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
-    return f"{count / 2**10:.1f} KiB"
+    return f"{count} B"

@@ -72,7 +72,7 @@ class Plan:
 
 def to_json(plan: Plan) -> str:
     """Returns the plan as indented JSON."""
-    return json.dumps(dataclasses.asdict(plan), indent=2) + "\n"
+    return json.dumps(dataclasses.asdict(plan) | {"least_secs": plan.least_secs}, indent=2) + "\n"
 
 
 def format_plan(plan: Plan) -> str:
@@ -115,7 +115,7 @@ def _program_lines(title: str, program: Program, limit: int | None) -> list[str]
             ("results", in_units(memory.outputs)),
             ("temporaries", in_units(memory.temporaries)),
             ("program", in_units(memory.code)),
-            ("together", in_units(memory.total) + _share(memory.total, limit)),
+            ("together", in_units(memory.total) + _share(program, limit)),
         ]
     flops = program.flops
     rows.append(
@@ -128,10 +128,10 @@ def _program_lines(title: str, program: Program, limit: int | None) -> list[str]
     return [*_rows(f"{title}; memory on each device", rows), *_traffic_lines(program.traffic)]
 
 
-def _share(total: int, limit: int | None) -> str:
+def _share(program: Program, limit: int | None) -> str:
     if limit is None:
         return ""
-    return f", {total / limit:.0%} of {in_units(limit)}: {'fits' if total <= limit else 'does not fit'}"
+    return f", {program.memory.total / limit:.0%} of {in_units(limit)}: {'fits' if program.fits else 'does not fit'}"
 
 
 def _traffic_lines(traffic: Traffic | None) -> list[str]:
@@ -140,7 +140,8 @@ def _traffic_lines(traffic: Traffic | None) -> list[str]:
     if not traffic.collectives:
         return ["  collectives    none"]
     lines = [
-        f"  {each.kind:20} {each.count:6} times, {in_units(each.bytes)} on each device, which sends {in_units(each.sent_bytes)}"
+        f"  {each.kind:20} {each.count} times, {in_units(each.bytes)} on each device, "
+        f"which sends {in_units(each.sent_bytes)}"
         for each in traffic.collectives
     ]
     if traffic.num_unknown_loops:

@@ -73,53 +73,55 @@ class OrderedScan(nnx.Module):
         # Projections act on each token alone, so they come before the path and the narrow results are reordered.
         dt, B = jnp.split(self.drive_proj(drive), [self.dt_rank], axis=-1)
         C = self.readout_proj(readout)
-        tokens = {"u": u, "dt": dt, "B": B, "C": C}
         parameters = {
             "dt_proj": self.dt_proj[...],
             "A": -jnp.exp(self.A_log[...]),
             "D": self.D[...],
             "dt_bias": self.dt_bias[...],
         }
-        scan = self._scan_in_parts if isinstance(path, SplitPath) else self._scan
-        return scan(tokens, parameters, path)
-
-    def _scan(self, tokens: dict[str, Array], parameters: dict[str, Array], path: Path) -> Grid:
-        height, width = tokens["u"].shape[1:3]
-        sequences = {name: path.to_sequence(x) for name, x in tokens.items()}
-        y = selective_scan(**_scan_arguments(sequences, parameters), implementation=self.implementation)
+        if isinstance(path, SplitPath):
+            return self._scan_in_parts(u, jnp.concatenate([dt, B, C], axis=-1), parameters, path)
+        height, width = u.shape[1:3]
+        u, dt, B, C = (path.to_sequence(x) for x in (u, dt, B, C))
+        y = selective_scan(**_scan_arguments(u, dt, B, C, parameters), implementation=self.implementation)
         return path.to_grid(y, height, width)
 
-    def _scan_in_parts(self, tokens: dict[str, Array], parameters: dict[str, Array], path: SplitPath) -> Grid:
-        """Each device scans its part of the sequence, from the state in which the parts before it left off."""
+    def _scan_in_parts(
+        self, u: Grid, projected: Float[Array, "B H W P"], parameters: dict[str, Array], path: SplitPath
+    ) -> Grid:
+        """Each device scans its part of the sequence, from the state in which the parts before it left off.
 
-        def scan(tokens: dict[str, Array], parameters: dict[str, Array], path: SplitPath) -> Grid:
-            sequences = {name: path.to_sequence(x) for name, x in tokens.items()}
+        Args:
+          projected: dt, B and C of each token in one array, which devices exchange in one go.
+        """
+        ends_of_dt_and_B = [self.dt_rank, self.dt_rank + self.d_state]
+
+        def scan(u: Array, projected: Array, parameters: dict[str, Array], path: SplitPath) -> Array:
+            width = u.shape[2]
+            dt, B, C = jnp.split(path.to_sequence(projected), ends_of_dt_and_B, axis=-1)
             y, _ = sequence_parallel_scan(
-                **_scan_arguments(sequences, parameters),
+                **_scan_arguments(path.to_sequence(u), dt, B, C, parameters),
                 parts_reversed=path.parts_reversed,
                 implementation=self.implementation,
             )
-            return path.to_rows(y, tokens["u"].shape[2])
+            return path.to_rows(y, width)
 
-        u, mesh = tokens["u"], jax.sharding.get_abstract_mesh()
+        mesh = jax.sharding.get_abstract_mesh()
         batch = batch_axes(u, mesh)
         channels = channel_axes(u, mesh, taken=(*batch, SEQUENCE_AXIS))
-        rows = jax.P(batch, SEQUENCE_AXIS)
-        by_channel = jax.P(batch, SEQUENCE_AXIS, None, channels)
-        token_specs = {"u": by_channel, "dt": rows, "B": rows, "C": rows}
+        rows = jax.P(batch, SEQUENCE_AXIS, None, channels)
         parameter_specs = {name: jax.P(channels) for name in parameters} | {"dt_proj": jax.P(None, channels)}
-        in_specs = (token_specs, parameter_specs, path.specs())
-        return map_parts(scan, in_specs, by_channel)(tokens, parameters, path)
+        in_specs = (rows, jax.P(batch, SEQUENCE_AXIS), parameter_specs, path.specs())
+        return map_parts(scan, in_specs, rows)(u, projected, parameters, path)
 
 
-def _scan_arguments(sequences: dict[str, Array], parameters: dict[str, Array]) -> dict[str, Any]:
-    dt = sequences["dt"]
+def _scan_arguments(u: Array, dt: Array, B: Array, C: Array, parameters: dict[str, Array]) -> dict[str, Any]:
     return {
-        "u": sequences["u"],
+        "u": u,
         "delta": dt @ parameters["dt_proj"].astype(dt.dtype),
         "A": parameters["A"],
-        "B": sequences["B"],
-        "C": sequences["C"],
+        "B": B,
+        "C": C,
         "D": parameters["D"],
         "delta_bias": parameters["dt_bias"],
         "delta_softplus": True,

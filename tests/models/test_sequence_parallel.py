@@ -24,7 +24,7 @@ from tests.models.test_sisma import TINY, make_inputs, make_model, random_params
 from tests.tpu import tpu_devices
 
 # Two layers have an order along rows and one along columns.
-SMALL = dataclasses.replace(TINY, d_model=32, mlp_ratio=1.0)
+SMALL = dataclasses.replace(TINY, d_model=32, d_state=2, mlp_ratio=1.0)
 
 
 def make_mesh(**sizes: int) -> jax.sharding.Mesh:
@@ -37,6 +37,14 @@ def assert_close(computed, expected, tolerance: float = 1e-5) -> None:
     for (path, got), wanted in zip(jax.tree.leaves_with_path(computed), jax.tree.leaves(expected), strict=True):
         error, scale = np.abs(got - wanted).max(), np.abs(wanted).max()
         assert error <= tolerance * scale, f"{jax.tree_util.keystr(path)}: {error} of {scale}"
+
+
+@pytest.fixture
+def compile_soon():
+    """These programs run for milliseconds and compile for seconds."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("order", ORDERS["interleaved"], ids=str)
@@ -54,6 +62,7 @@ def test_the_parts_of_a_path_are_the_path(order, parts, height, width):
     )
 
 
+@pytest.mark.usefixtures("compile_soon")
 def test_mixers_of_all_orders_are_those_of_one_device():
     """Each device has one row of four, or three columns of twelve. One program for all orders, as layers are."""
 
@@ -100,9 +109,9 @@ def place(mesh: jax.sharding.Mesh, params, xt, t, mask):
 
 
 def make_problem(config: ModelConfig):
-    """Returns the denoiser's graph, and its parameters and inputs: 8 x 8 tokens for each of four images."""
+    """Returns the denoiser's graph, and its parameters and inputs: 4 x 4 tokens for each of four images."""
     graph, params = nnx.split(make_model(config))
-    return graph, (nnx.to_pure_dict(params), *make_inputs(batch=4, side=16))
+    return graph, (nnx.to_pure_dict(params), *make_inputs(batch=4, side=8))
 
 
 @functools.cache
@@ -121,12 +130,14 @@ def on_mesh(config: ModelConfig, **sizes: int):
         return compiled(*arguments), compiled.as_text()
 
 
+@pytest.mark.usefixtures("compile_soon")
 def test_the_denoiser_on_three_axes_is_that_of_one_device(monkeypatch):
     monkeypatch.setattr(sharding, "MIN_SPLIT_ENTRIES", 0)  # so that `fsdp` splits parameters as small as these
     computed, _ = on_mesh(dataclasses.replace(SMALL, remat="full"), data=2, fsdp=2, seq=2)
     assert_close(computed, on_one_device(SMALL))
 
 
+@pytest.mark.usefixtures("compile_soon")
 def test_on_four_devices_an_image_each_has_a_part_of_no_sequence_is_gathered():
     computed, text = on_mesh(SMALL, seq=4)
     assert_close(computed, on_one_device(SMALL))
@@ -134,7 +145,7 @@ def test_on_four_devices_an_image_each_has_a_part_of_no_sequence_is_gathered():
         math.prod(map(int, shape.split(",")))
         for shape in re.findall(r"\w+\[([\d,]+)\]\S* all-gather(?:-start)?\(", text)
     ]
-    # Last states, and sums of step sizes, of four images in four parts. A sequence would be four times as large.
+    # Last states, and sums of step sizes, of four images in four parts. A sequence would be twice as large.
     d_inner = 2 * SMALL.d_model
     assert set(gathered) == {4 * 4 * d_inner * SMALL.d_state, 4 * 4 * d_inner}
     assert re.search(r"all-to-all(-start)?\(", text)
@@ -145,15 +156,17 @@ U = dataclasses.replace(SMALL, depth=1, level_depths=(1,), mask_conditioning="sp
 DIT = dataclasses.replace(SMALL, backbone="dit", d_head=16)
 
 
+@pytest.mark.usefixtures("compile_soon")
 @pytest.mark.parametrize("config", [U, DIT], ids=["U with SPADE", "DiT"])
 def test_the_other_denoisers_are_those_of_one_device(config):
     assert_close(on_mesh(config, data=2, seq=2)[0], on_one_device(config))
 
 
+@pytest.mark.usefixtures("compile_soon")
 def test_samples_are_those_of_one_device():
     config = dataclasses.replace(SMALL, mlp_ratio=0.0)
     graph, params = nnx.split(make_model(config))
-    mask = make_inputs(batch=4, side=16)[2]
+    mask = make_inputs(batch=4, side=8)[2]
     options = dict(autoencoder=IdentityAutoencoder(), prediction="velocity", steps=2, guidance=2.0)
 
     @jax.jit

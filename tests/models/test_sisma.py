@@ -148,6 +148,7 @@ def test_bfloat16_computes_close_to_float32_with_float32_parameters():
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_rematerialisation_saves_memory_and_changes_no_gradient():
     config = dataclasses.replace(TINY, depth=6, mlp_ratio=4.0)
     xt, t, mask = make_inputs(side=64)

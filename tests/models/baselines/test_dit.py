@@ -48,6 +48,7 @@ def test_attention_in_blocks_of_queries_is_the_attention_of_all(length):
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.optimized
 def test_no_array_holds_the_logits_of_all_queries():
     heads = jax.ShapeDtypeStruct((1, 4096, 2, 8), jnp.float32)
 

@@ -13,12 +13,36 @@ install_import_hook(["kernels", "sisma_jax.diffusion", "sisma_jax.evaluation", "
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same small program: once a session is enough.
-_cache = tempfile.TemporaryDirectory(prefix="sisma_jax_compiled_")
-jax.config.update("jax_compilation_cache_dir", _cache.name)
+# Many tests compile the same small program: once a session is enough, in all processes that share it. The first one
+# makes the folder, and deletes it when it ends; the others have its environment.
+if "SISMA_JAX_TEST_CACHE" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="sisma_jax_compiled_")
+    os.environ["SISMA_JAX_TEST_CACHE"] = _cache.name
+jax.config.update("jax_compilation_cache_dir", os.environ["SISMA_JAX_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # Compilation makes the first example of a property slow and says nothing of the property.
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
+
+
+# XLA's optimisations take longer than they save, but where numbers, memory or speed depend on them.
+_OPTIMIZED_FOLDERS = ("kernels", "benchmarks", "planning")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _optimized_folder(request):
+    jax.config.update("jax_disable_most_optimizations", request.path.parent.name not in _OPTIMIZED_FOLDERS)
+
+
+@pytest.fixture(autouse=True)
+def _optimized_test(request):
+    """Marked so, a test runs what users run."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)

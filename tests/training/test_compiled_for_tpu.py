@@ -17,6 +17,7 @@ from tests.tpu import entries_of_buffers, tpu_devices
 
 
 @pytest.mark.slow
+@pytest.mark.optimized
 def test_the_step_runs_the_kernels_on_every_chips_part_of_the_batch(tmp_path):
     """A small U of preset S on latents, 1,024 tokens and 256, in bfloat16, batch 8 on the four chips of a v5e host."""
     config = dataclasses.replace(

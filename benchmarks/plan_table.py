@@ -79,10 +79,16 @@ def plans_table(plans: dict[tuple[str, int, str], dict]) -> list[str]:
             "-" if sent is None else gib(sent),
             f"{1e3 * least:.0f}",
             str(largest["batch_size"] or "none"),
-            str(largest["too_large"] or "-"),
+            _too_large(largest),
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return rows
+
+
+def _too_large(largest: dict) -> str:
+    if largest["too_large"] is not None:
+        return str(largest["too_large"])
+    return f"({largest['expected_too_large']})"
 
 
 def _sum(program: dict) -> str:

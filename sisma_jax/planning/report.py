@@ -154,10 +154,10 @@ def _largest_lines(plan: Plan) -> list[str]:
     if found is None:
         return ["The largest batch was not searched" + (": no limit is known." if plan.memory_limit is None else ".")]
     first = f"Largest batch that fits: {found.batch_size}" if found.batch_size else "No batch was found that fits"
-    if found.too_large is None:
-        second = "no larger one was tried"
-    else:
+    if found.too_large is not None:
         second = f"{found.too_large} does not"
+    else:
+        second = f"by extrapolation {found.expected_too_large} does not, which was not tried"
     tried = ", ".join(
         f"{trial.batch_size} ({'' if trial.fits else 'over, '}{'?' if trial.total is None else in_units(trial.total)})"
         for trial in found.trials

@@ -30,11 +30,14 @@ class LargestBatch:
     Attributes:
       batch_size: the largest that was compiled and fits; 0 if none does.
       too_large: the smallest that was compiled and does not fit; None if none was, because trials ran out.
+      expected_too_large: the smallest that does not fit if memory grows along the line through the largest two that do;
+        None if nothing fits.
       trials: in order.
     """
 
     batch_size: int
     too_large: int | None
+    expected_too_large: int | None
     trials: tuple[Trial, ...]
 
 
@@ -66,7 +69,8 @@ def largest_batch(
             guess = min(max(guess, low + step), high - unit)
         trials.append(attempt(guess))
     low, high = _bounds(trials)
-    return LargestBatch(low, high, tuple(trials))
+    expected = (max(low, _extrapolated(trials, fixed, limit)) // unit + 1) * unit if low else None
+    return LargestBatch(low, high, expected, tuple(trials))
 
 
 def _bounds(trials: list[Trial]) -> tuple[int, int | None]:

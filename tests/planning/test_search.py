@@ -56,9 +56,11 @@ def test_nothing_may_fit():
     found = _search(lambda batch: 20_000 + batch, 16)
     assert found.batch_size == 0
     assert found.too_large == 4
+    assert found.expected_too_large is None
 
 
 def test_what_was_not_tried_is_not_claimed():
     found = _search(lambda batch: 1_000 + 200 * batch, 8, max_trials=2)
     assert found.batch_size == 72
     assert found.too_large is None
+    assert found.expected_too_large == 76

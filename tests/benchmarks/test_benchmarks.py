@@ -11,7 +11,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from benchmarks import data, denoiser, depthwise_conv, measure, peers, scan_orders, selective_scan, thin_parts
+from benchmarks import (
+    data,
+    denoiser,
+    depthwise_conv,
+    loop_overhead,
+    measure,
+    peers,
+    scan_orders,
+    selective_scan,
+    thin_parts,
+)
 from kernels.selective_scan import api
 from sisma_jax.config import ModelConfig
 from sisma_jax.data.drawing import draw_face
@@ -327,3 +337,21 @@ def test_the_datas_way_is_measured_from_files_to_batches(tmp_path, capsys):
     }
     assert all(rate > 0 for rates in samples.values() for rate in rates)
     assert "cached latents: the process grew by" in capsys.readouterr().out
+
+
+def test_the_loop_and_its_bare_step_take_turns():
+    """After a warm-up of five steps; the last block of the loop ends where the next one would begin."""
+    turns = loop_overhead.Turns(iter(range(100)), steps=3)
+    clock, order = Clock(), []
+
+    def work(name, secs):
+        order.append(name)
+        clock.work(secs)
+
+    turns.clock, turns.bare = clock, lambda: work("bare", 2.0)
+    for _ in range(5 + 2 * 3 + 1):
+        next(turns)
+        work("loop", 3.0)
+    assert order == [*["loop"] * 5, *(["bare"] * 3 + ["loop"] * 3) * 2, *["bare"] * 3, "loop"]
+    assert turns.loop_secs == [9.0, 9.0]
+    assert turns.bare_secs == [6.0, 6.0, 6.0]

@@ -23,11 +23,8 @@ _ABSENT_HOST = {
 # Elsewhere each of a chip's two cores would be a device, of which `jax.make_mesh` makes no mesh.
 _CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
 
-# Dense bfloat16 FLOPs a second of a device, by its kind, as https://cloud.google.com/tpu/docs has them for chips (v5e:
-# 197 T, v5p: 459 T, v6e: 918 T, v4: 275 T; a v2 or v3 has two devices, and 46 T or 123 T).
+# Dense bfloat16 operations a second of a chip, by JAX's name of its kind, as https://cloud.google.com/tpu/docs has them.
 PEAK_FLOPS = {
-    "TPU v2": 23e12,
-    "TPU v3": 61.5e12,
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,

@@ -20,10 +20,10 @@ _ABSENT_HOST = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# Elsewhere each of a chip's two cores would be a device, of which `jax.make_mesh` makes no mesh.
+# By default each of a v4's two cores is a device, and of these `jax.make_mesh` makes no mesh.
 _CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
 
-# Dense bfloat16 operations a second of a chip, by JAX's name of its kind, as https://cloud.google.com/tpu/docs has them.
+# Dense bfloat16 operations a second of a chip, by JAX's name of its kind, from https://cloud.google.com/tpu/docs.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,

@@ -56,33 +56,44 @@ def read(results: Path) -> dict[tuple[str, int, str], dict]:
 
 
 def plans_table(plans: dict[tuple[str, int, str], dict]) -> list[str]:
-    """Returns the rows of the table of plans, in Markdown."""
-    rows = [
-        "| model | px | chips | state | step of 64: arguments + temporaries + program | of | sampler of 16 "
-        "| TFLOPs a step | sent a step | least ms | largest batch | too large |",
-        "|" + "---|" * 12,
-    ]
-    for (preset, size, topology), one in plans.items():
-        train, sampler, state = one["train"], one["sampler"], one["state"]
-        largest = one["largest_batch"]
-        sent = sum(each["sent_bytes"] for each in train["traffic"]["collectives"]) if train["traffic"] else None
-        least = train["flops"]["matmul"] / (one["num_devices"] * one["peak_flops"])
-        cells = [
-            f"SISMA-{preset}",
-            str(size),
-            topology,
-            gib(state["parameters"] + state["average"] + state["optimizer"]),
-            _sum(train),
-            gib(one["memory_limit"]),
-            gib(sampler["needed"]) if sampler["fits"] else "does not fit",
-            f"{sum(train['flops'].values()) / 1e12:.1f}",
-            "-" if sent is None else gib(sent),
-            f"{1e3 * least:.0f}",
-            str(largest["batch_size"] or "none"),
-            _too_large(largest),
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+    """Returns the rows of the table of plans, in Markdown, and a row without numbers for each that was not made."""
+    columns = (
+        "model",
+        "px",
+        "chips",
+        "GiB a chip",
+        "state",
+        "step of 64: arguments + temporaries + program",
+        "sampler of 16",
+        "TFLOPs a step",
+        "sent",
+        "at least ms",
+        "largest batch",
+        "too large",
+    )
+    rows = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    for preset, size, topology in itertools.product(PRESETS, SIZES, TOPOLOGIES):
+        made = plans.get((preset, size, topology))
+        cells = ["not made"] + [""] * (len(columns) - 4) if made is None else _cells(made)
+        rows.append(f"| {' | '.join([f'SISMA-{preset}', str(size), topology, *cells])} |")
     return rows
+
+
+def _cells(made: dict) -> list[str]:
+    train, sampler, largest = made["train"], made["sampler"], made["largest_batch"]
+    sent = sum(each["sent_bytes"] for each in train["traffic"]["collectives"]) if train["traffic"] else None
+    least_secs = train["flops"]["matmul"] / (made["num_devices"] * made["peak_flops"])
+    return [
+        gib(made["memory_limit"]),
+        gib(sum(made["state"].values())),
+        _sum(train),
+        gib(sampler["needed"]) if sampler["fits"] else "does not fit",
+        f"{sum(train['flops'].values()) / 1e12:.1f}",
+        "" if sent is None else gib(sent),
+        f"{1e3 * least_secs:.0f}",
+        str(largest["batch_size"] or "none"),
+        _too_large(largest),
+    ]
 
 
 def _too_large(largest: dict) -> str:
@@ -155,9 +166,7 @@ def main(
         record = {"preset": preset, "size": size, "topology": topology, "machine": measure.machine_facts()}
         with results.open("a") as file:
             file.write(json.dumps(record | {"plan": made}) + "\n")
-    order = list(itertools.product(PRESETS, SIZES, TOPOLOGIES))
-    plans = dict(sorted(read(results).items(), key=lambda entry: order.index(entry[0])))
-    tables = {"plans": plans_table(plans), "state": state_table()}
+    tables = {"plans": plans_table(read(results)), "state": state_table()}
     for rows in tables.values():
         print("\n".join(["", *rows]))
     if document is not None:

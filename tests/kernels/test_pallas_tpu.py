@@ -291,6 +291,16 @@ def test_a_sharded_batch_compiles_without_moving(axis_type):
     assert re.search(r"all-reduce(-start)?\(", text)  # the gradients of parameters
 
 
+def test_chips_without_an_example_of_their_own_take_channels():
+    mesh = jax.sharding.Mesh(np.array(tpu_devices("v5e:2x2")).reshape(2, 2), ("data", "fsdp"))
+    with jax.set_mesh(mesh):
+        inputs = shapes(2, 256, 256, 4, "float32", lambda _: jax.NamedSharding(mesh, jax.P()))
+        text = jax.jit(value_and_gradients).lower(inputs, inputs["u"]).compile().as_text()
+    kernels = [line for line in text.splitlines() if "tpu_custom_call" in line]
+    assert len(kernels) == 2
+    assert all("f32[1,256,128]" in line and "f32[2,256,256]" not in line for line in kernels)
+
+
 def test_shard_map_compiles():
     mesh = jax.sharding.Mesh(np.array(tpu_devices("v5e:2x2")), ("data",))
     specs = {"whole": jax.P(), "batch": jax.P("data")}

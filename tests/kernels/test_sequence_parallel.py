@@ -16,7 +16,15 @@ from kernels.partition import split_scan
 from kernels.selective_scan import api, sequence_parallel_scan
 from kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from kernels.selective_scan.xla import selective_scan_xla
-from tests.kernels.scan_cases import ARGUMENTS, BFLOAT16, Case, assert_close, expected_results
+from tests.kernels.scan_cases import (
+    ARGUMENTS,
+    BFLOAT16,
+    EXTREME_DECAYS,
+    Case,
+    assert_close,
+    assert_right_at_extreme_decays,
+    expected_results,
+)
 from tests.kernels.test_depthwise_conv import make_arrays, values_and_gradients, xla_convolution
 
 # What is asked of the parts: that they are the whole within 1e-5 of its largest entry.
@@ -24,8 +32,11 @@ CLOSE = dict(value_tolerance=1e-5, gradient_tolerance=1e-5)
 BY_TOKEN = ("u", "delta", "B", "C", "z")
 
 
-def mesh_of(parts, axis_type=jax.sharding.AxisType.Auto):
-    return jax.make_mesh((parts,), ("seq",), (axis_type,), devices=jax.devices()[:parts])
+AUTO = jax.sharding.AxisType.Auto
+
+
+def mesh_of(parts):
+    return jax.make_mesh((parts,), ("seq",), (AUTO,), devices=jax.devices()[:parts])
 
 
 def specs(inputs):
@@ -89,6 +100,15 @@ def test_parts_of_any_size_and_number(parts, part_length, sizes, optional, rever
     assert_close(case.computed(in_parts(parts)), expected_results(case), **CLOSE)
 
 
+@pytest.mark.parametrize("decay", EXTREME_DECAYS.values(), ids=EXTREME_DECAYS)
+def test_parts_of_extreme_decays_stay_finite_and_right(decay):
+    def scan(*sequences):
+        names = ("u", "delta", "A", "B", "C")
+        return in_parts(8)(**dict(zip(names, sequences, strict=True)), delta_softplus=False, reverse=False)[0]
+
+    assert_right_at_extreme_decays(scan, decay, length=2048)
+
+
 def test_the_last_part_may_come_first():
     """By a traced value, since layers of both directions are one program; here without JAX's check of what varies."""
     case = Case(2, 20, 6, 3)
@@ -119,9 +139,6 @@ def test_a_kernel_scans_the_parts(monkeypatch):
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     assert_close(computed, expected_results(case), **CLOSE)
-
-
-AUTO = jax.sharding.AxisType.Auto
 
 
 @pytest.mark.parametrize(

@@ -91,8 +91,7 @@ def _cells(made: dict) -> list[str]:
         f"{sum(train['flops'].values()) / 1e12:.1f}",
         "" if sent is None else gib(sent),
         f"{1e3 * least_secs:.0f}",
-        str(largest["batch_size"] or "none"),
-        _too_large(largest),
+        *(("", "") if largest is None else (str(largest["batch_size"] or "none"), _too_large(largest))),
     ]
 
 
@@ -147,12 +146,14 @@ def main(
     topologies: tuple[str, ...] = tuple(TOPOLOGIES),
     presets: tuple[str, ...] = PRESETS,
     sizes: tuple[int, ...] = SIZES,
+    max_trials: int = MAX_TRIALS,
 ):
     """Plans what is missing and prints the tables.
 
     Args:
       results: the plans, one a line.
       document: whose tables are replaced.
+      max_trials: batches that are compiled in search of the largest, the configured one included.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
     logging.getLogger("sisma_jax").setLevel(logging.INFO)
@@ -162,7 +163,7 @@ def main(
             continue
         print(f"SISMA-{preset}, {size} px, {topology}", file=sys.stderr, flush=True)
         settings = experiment(preset, size, TOPOLOGIES[topology])
-        made = dataclasses.asdict(plan(settings, topology, max_trials=MAX_TRIALS))
+        made = dataclasses.asdict(plan(settings, topology, search=max_trials > 1, max_trials=max_trials))
         record = {"preset": preset, "size": size, "topology": topology, "machine": measure.machine_facts()}
         with results.open("a") as file:
             file.write(json.dumps(record | {"plan": made}) + "\n")

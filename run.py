@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sisma_jax import commands, compile_cache, config, distributed
+from sisma_jax import commands, compile_cache, config_files, distributed
 from sisma_jax.commands import EvaluateOptions, ExportOptions, PlanOptions, SampleOptions
 from sisma_jax.config import Config
 from sisma_jax.distributed import DistributedOptions
@@ -88,7 +88,7 @@ def parse(arguments: list[str]) -> Arguments:
     first.add_argument("--config", type=Path)
     path = first.parse_known_args(arguments)[0].config
     kind = next((kind for name, kind in _KINDS.items() if name in arguments), Arguments)
-    default = kind(tyro.MISSING) if path is None else kind(path, settings=config.load(path))
+    default = kind(tyro.MISSING) if path is None else kind(path, settings=config_files.load(path))
     return tyro.cli(kind, args=arguments, default=default, prog="run.py", use_underscores=True)
 
 

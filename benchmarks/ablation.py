@@ -23,7 +23,7 @@ import jax
 import tyro
 
 from benchmarks import measure
-from sisma_jax import commands, config
+from sisma_jax import commands, config_files
 from sisma_jax.config import Config
 from sisma_jax.models.factory import init_params
 from sisma_jax.training.metrics import METRICS_NAME, read_metrics
@@ -44,7 +44,7 @@ VARIANTS = {
 
 
 def experiment(root: Path, cache_dir: Path, num_steps: int, seed: int, choices: dict) -> Config:
-    base = config.load(ROOT / "configs" / "celebamask_sample.py")
+    base = config_files.load(ROOT / "configs" / "celebamask_sample.py")
     return dataclasses.replace(
         base,
         data=dataclasses.replace(base.data, root=str(root), cache_dir=str(cache_dir)),

@@ -26,7 +26,7 @@ import numpy as np
 import tyro
 
 from benchmarks import measure
-from sisma_jax import config as configs
+from sisma_jax import config_files
 from sisma_jax.data import loading
 from sisma_jax.training import loop
 from sisma_jax.training.step import jit_update
@@ -75,7 +75,7 @@ def main(config: Path = Path("configs/demo.py"), blocks: int = 6, steps: int = 7
       steps: in a block.
       json: the file for all samples.
     """
-    settings = configs.load(config)
+    settings = config_files.load(config)
     total = WARMUP_STEPS + blocks * steps + 1
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, num_steps=total))
     loading.prepare(settings.data)

@@ -21,7 +21,7 @@ import jax
 import tyro
 
 from benchmarks import measure
-from sisma_jax import config, sharding
+from sisma_jax import config, config_files, sharding
 from sisma_jax.config import Config, MeshConfig
 from sisma_jax.planning import plan
 from sisma_jax.planning.memory import state_bytes
@@ -40,7 +40,7 @@ BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
 
 def experiment(preset: str, size: int, num_devices: int) -> Config:
     """Returns the configuration of real faces at this size, with the model's preset, all split over all devices."""
-    base = config.load(ROOT / "configs" / f"celebamask_hq_{size}.py")
+    base = config_files.load(ROOT / "configs" / f"celebamask_hq_{size}.py")
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, **config.PRESETS[preset]),

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from sisma_jax import config as config_lib
+from sisma_jax import config_files
 from sisma_jax.config import Config, DataConfig, ModelConfig, SampleConfig, TrainConfig
 from sisma_jax.errors import InputError
 
@@ -16,14 +17,14 @@ def write(tmp_path, body):
 
 def test_json_round_trip():
     config = Config(model=ModelConfig(d_state=3, mlp_ratio=1.5), data=DataConfig(flip=False))
-    assert config_lib.from_json(config_lib.to_json(config), "x") == config
+    assert config_files.from_json(config_files.to_json(config), "x") == config
 
 
 def test_a_value_that_an_older_file_lacks_takes_its_default():
-    values = json.loads(config_lib.to_json(Config(sample=SampleConfig(steps=7))))
+    values = json.loads(config_files.to_json(Config(sample=SampleConfig(steps=7))))
     for key in ("shift", "guidance_low", "guidance_high", "guidance_rescale"):
         del values["sample"][key]
-    assert config_lib.from_json(json.dumps(values), "x") == Config(sample=SampleConfig(steps=7))
+    assert config_files.from_json(json.dumps(values), "x") == Config(sample=SampleConfig(steps=7))
 
 
 def test_the_guided_interval_may_be_empty_and_not_less():
@@ -37,15 +38,15 @@ def test_the_guided_interval_may_be_empty_and_not_less():
 @pytest.mark.parametrize("text", ["{", "[]", '{"model": {"nothing": 1}}', '{"other": {}}', '{"model": {"depth": "a"}}'])
 def test_damaged_json_names_its_source(text):
     with pytest.raises(InputError, match=r"config.json|--model.depth"):
-        config_lib.from_json(text, "run/config.json")
+        config_files.from_json(text, "run/config.json")
 
 
 def test_only_meaningful_differences_count():
     config = Config()
     longer = dataclasses.replace(config, train=TrainConfig(num_steps=7, log_every_steps=3))
-    assert config_lib.differences(config, longer) == []
+    assert config_files.differences(config, longer) == []
     other = dataclasses.replace(config, train=TrainConfig(seed=5), data=DataConfig(image_size=128))
-    assert config_lib.differences(config, other) == [
+    assert config_files.differences(config, other) == [
         "--data.image_size: the run has 64, given 128",
         "--train.seed: the run has 0, given 5",
     ]
@@ -90,7 +91,7 @@ def test_patches_must_tile_the_image():
 
 
 def test_a_file_is_loaded(tmp_path):
-    assert config_lib.load(write(tmp_path, "Config(model=ModelConfig(depth=3))")).model.depth == 3
+    assert config_files.load(write(tmp_path, "Config(model=ModelConfig(depth=3))")).model.depth == 3
 
 
 @pytest.mark.parametrize(
@@ -104,16 +105,16 @@ def test_a_file_is_loaded(tmp_path):
 )
 def test_a_wrong_file_is_refused(tmp_path, body, message):
     with pytest.raises(InputError, match=message):
-        config_lib.load(write(tmp_path, body))
+        config_files.load(write(tmp_path, body))
 
 
 def test_a_missing_file_or_function_is_named(tmp_path):
     path = write(tmp_path, "Config()")
     with pytest.raises(InputError, match=r"other.py is not a Python file. There are .*experiment.py"):
-        config_lib.load(tmp_path / "other.py")
+        config_files.load(tmp_path / "other.py")
     path.write_text("x = 1\n")
     with pytest.raises(InputError, match="does not define get_config"):
-        config_lib.load(path)
+        config_files.load(path)
 
 
 def test_presets():

@@ -23,7 +23,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from sisma_jax import config as config_lib
+from sisma_jax import config_files
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.files import bucket_errors, on_disk, to_path, write_atomically
@@ -76,7 +76,7 @@ def export_params(
             "format": _FORMAT,
             "version": str(_VERSION),
             "step": str(step),
-            "config": config_lib.to_json(config),
+            "config": config_files.to_json(config),
         }
         if isinstance(autoencoder, KlAutoencoder):
             tree[_AUTOENCODER] = nnx.to_pure_dict(nnx.split(autoencoder)[1])
@@ -109,7 +109,7 @@ def load_exported(path: str | PathLike) -> Exported:
                 f"{path} is of version {metadata.get('version')}, this program reads {_VERSION}; export the run again."
             )
         arrays = {name: content.get_tensor(name) for name in content.keys()}
-    config = config_lib.from_json(metadata["config"], f"the configuration in {path}")
+    config = config_files.from_json(metadata["config"], f"the configuration in {path}")
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     autoencoder = IdentityAutoencoder()
     if _AUTOENCODER in metadata:

@@ -10,7 +10,7 @@ workdir/
 
 import jax
 
-from sisma_jax import config as config_lib
+from sisma_jax import config_files
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, write_atomically
@@ -27,8 +27,8 @@ def autoencoder_folder(workdir: AnyPath) -> AnyPath:
 def open_workdir(workdir: AnyPath, config: Config) -> None:
     """Makes `workdir` the folder of a run with this configuration, or checks that it is one and may be resumed.
 
-    Values that may change on resume (`config.MAY_CHANGE_ON_RESUME`) replace the saved ones. Of several processes, which
-    all call this, the first one writes, and the others check their own configuration against what it wrote.
+    Values that may change on resume (`config_files.MAY_CHANGE_ON_RESUME`) replace the saved ones. Of several processes,
+    which all call this, the first one writes, and the others check their own configuration against what it wrote.
 
     Raises:
       InputError: the run was started with another configuration, its `config.json` is damaged, the folder cannot be
@@ -58,7 +58,7 @@ def _open(workdir: AnyPath, config: Config) -> None:
     if _exists(path):
         _require_same(workdir, config)
     try:
-        write_atomically(path, config_lib.to_json(config))
+        write_atomically(path, config_files.to_json(config))
     except OSError as error:
         raise InputError(f"{path} cannot be written ({error}); mend the folder or choose another --workdir.") from error
 
@@ -72,7 +72,7 @@ def _exists(path: AnyPath) -> bool:
 
 
 def _require_same(workdir: AnyPath, config: Config) -> None:
-    different = config_lib.differences(read_config(workdir), config)
+    different = config_files.differences(read_config(workdir), config)
     if different:
         raise InputError(
             f"{workdir} holds a run with another configuration:\n  "
@@ -96,6 +96,6 @@ def read_config(workdir: AnyPath) -> Config:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read ({error}).") from error
     try:
-        return config_lib.from_json(text, source=str(path))
+        return config_files.from_json(text, source=str(path))
     except InputError as error:
         raise InputError(f"{path} is damaged: {error} Restore it from a copy, or choose another --workdir.") from error

@@ -13,7 +13,7 @@ import safetensors
 import safetensors.numpy
 from flax import nnx
 
-from sisma_jax import config as config_lib
+from sisma_jax import config_files
 from sisma_jax.errors import InputError
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.factory import init_params
@@ -157,7 +157,7 @@ def test_arrays_of_another_configuration_are_named(config, exported):
             load_exported(exported)
         assert line in str(error.value)
     deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=2))
-    write(exported, arrays, metadata | {"config": config_lib.to_json(deeper)})
+    write(exported, arrays, metadata | {"config": config_files.to_json(deeper)})
     with pytest.raises(InputError, match=r"blocks\.\S+: the file has float32\[1, .*, its configuration float32\[2, "):
         load_exported(exported)
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sisma_jax.config import Config, ModelConfig, TrainConfig, to_json
+from sisma_jax.config import Config, ModelConfig, TrainConfig
+from sisma_jax.config_files import to_json
 from sisma_jax.errors import InputError
 from sisma_jax.training.workdir import open_workdir, read_config
 from tests.bucket import make_bucket

@@ -38,6 +38,7 @@ class Turns(grain.DatasetIterator):
     """The loop's data iterator; every block of steps it first lets the bare step have its turn, and takes the times."""
 
     def __init__(self, iterator: grain.DatasetIterator, steps: int):
+        super().__init__()
         self._iterator, self._steps = iterator, steps
         self._step = 0
         self.clock = time.perf_counter

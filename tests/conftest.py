@@ -3,8 +3,10 @@
 import os
 import tempfile
 
-# Before JAX is imported: both are read once, when the backend starts.
+# Before JAX is imported: these are read once, when it or its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
+# XLA's optimisations take longer than they save; below is where they matter. Processes that tests start have this too.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
 
 from jaxtyping import install_import_hook
@@ -28,7 +30,7 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
 
-# XLA's optimisations take longer than they save, but where numbers, memory or speed depend on them.
+# Where numbers, memory or speed depend on XLA's optimisations.
 _OPTIMIZED_FOLDERS = ("kernels", "benchmarks", "planning")
 
 

@@ -56,7 +56,6 @@ def test_the_way_to_a_pod_is_passable(tmp_path):
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "XLA_FLAGS": "",
         "CONFIG": "tiny.py",
         "FLAGS": "--data.root=raw --autoencoder.weights=vae --train.num_steps=16",

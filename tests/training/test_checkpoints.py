@@ -76,13 +76,13 @@ def test_concrete_arrays_numbers_and_numpy_are_accepted(tmp_path):
 def test_caller_may_donate_its_arrays_while_the_save_runs(tmp_path):
     big = jax.random.normal(jax.random.key(0), (1024, 1024))
     expected = np.array(big)  # a copy of our own
+    # Where Orbax still reads the array, as it may on a CPU, JAX leaves its memory alone.
     update = jax.jit(lambda tree: jax.tree.map(lambda x: x * -2 + 1, tree), donate_argnums=0)
     state = {"w": big}
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.save(1, state=state, ema={"w": jnp.zeros(3)}, iterator=None)
         for _ in range(20):
             state = update(state)
-        assert big.is_deleted()
         restored = checkpoints.restore(jax.eval_shape(lambda: {"w": jnp.array(expected)}), {"w": jnp.zeros(3)}, None)
     assert restored is not None
     np.testing.assert_array_equal(restored.state["w"], expected)

@@ -30,6 +30,14 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
 
+# One process does a file, so the longest come first.
+_LONGEST = ("test_faults.py", "test_docs.py", "test_run.py", "test_loop.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in _LONGEST)
+
+
 # Where numbers, memory or speed depend on XLA's optimisations.
 _OPTIMIZED_FOLDERS = ("kernels", "benchmarks", "planning")
 

@@ -147,6 +147,8 @@ def encode(config: Config, workdir: AnyPath) -> None:
 
 def train(config: Config, workdir: AnyPath) -> None:
     """Prepares what training reads, trains, and draws the loss curve."""
+    _check(config)
+    open_workdir(workdir, config)
     if config.autoencoder.kind == "identity":
         prepare(config)
     else:
@@ -156,6 +158,15 @@ def train(config: Config, workdir: AnyPath) -> None:
         grids.loss_curve(read_metrics(workdir / METRICS_NAME), workdir / "loss.png")
     _tell(f"Checkpoints: {workdir / loop.CHECKPOINTS_NAME}")
     _tell(f"Loss curve: {workdir / 'loss.png'}")
+
+
+def _check(config: Config) -> None:
+    """Raises InputError for what would stop a training after its data are prepared."""
+    loop.mesh_of(config)
+    if config.autoencoder.kind != "identity" and not config.autoencoder.weights:
+        autoencoders.mesh_of(config)
+    if config.train.init_from:
+        loop.initial_params(config)
 
 
 def sample(config: Config, workdir: AnyPath, options: SampleOptions) -> None:

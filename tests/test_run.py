@@ -379,6 +379,20 @@ def test_a_missing_data_folder_is_refused(capsys, tmp_path):
     assert "nowhere" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--mesh.fsdp=3", "does not divide 8 devices"),
+        ("--train.batch_size=12", "--train.batch_size 12 is not a multiple of the 8 devices"),
+        ("--train.init_from=absent.safetensors", "There is no file absent.safetensors"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_data_are_prepared(capsys, finished, tmp_path, argument, message):
+    arguments = ("train", argument, f"--data.cache_dir={tmp_path / 'data'}")
+    assert message in refused(capsys, finished, *arguments, workdir=tmp_path / "run")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_refused(capsys, finished, tmp_path):
     (tmp_path / "file").write_text("in the way")
     assert "file" in refused(capsys, finished, "train", workdir=tmp_path / "file" / "run")

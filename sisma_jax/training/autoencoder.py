@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
 from sisma_jax import sharding
@@ -162,6 +163,17 @@ def _make(config: AutoencoderConfig, key: Key[Array, ""]) -> KlAutoencoder:
     return KlAutoencoder(_trained_sizes(config), rngs=nnx.Rngs(key))
 
 
+def mesh_of(config: Config) -> Mesh:
+    """Returns the mesh on which an autoencoder is trained.
+
+    Raises:
+      InputError: it does not fit the devices, or the batch the mesh.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.require_fit(config, mesh, config.autoencoder.batch_size, name="--autoencoder.batch_size")
+    return mesh
+
+
 def train(config: Config, workdir: AnyPath) -> KlAutoencoder:
     """Returns an autoencoder trained on the prepared data set, its latents scaled to a deviation of one.
 
@@ -170,8 +182,7 @@ def train(config: Config, workdir: AnyPath) -> KlAutoencoder:
       Preempted: as `loop.run`.
     """
     settings = config.autoencoder
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.require_fit(config, mesh, settings.batch_size, name="--autoencoder.batch_size")
+    mesh = mesh_of(config)
     graph, abstract = nnx.split(nnx.eval_shape(lambda: _make(settings, jax.random.key(0))))
 
     def draw(batch: Batch, key: Key[Array, ""]) -> Examples:

@@ -82,6 +82,17 @@ def share_of(mesh: Mesh) -> Share:
     return Share(tuple(parts), sharding.num_batch_shards(mesh))
 
 
+def mesh_of(config: Config) -> Mesh:
+    """Returns the mesh of all devices.
+
+    Raises:
+      InputError: it does not fit the devices, or the batch the mesh.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    sharding.require_fit(config, mesh, config.train.batch_size, config.train.accumulate_steps)
+    return mesh
+
+
 def train(config: Config, workdir: AnyPath) -> None:
     """Trains to `config.train.num_steps`, from the newest good checkpoint in `workdir` if there is one.
 
@@ -94,8 +105,7 @@ def train(config: Config, workdir: AnyPath) -> None:
       Preempted: see above.
     """
     settings = config.train
-    mesh = sharding.make_mesh(config.mesh)
-    sharding.require_fit(config, mesh, settings.batch_size, settings.accumulate_steps)
+    mesh = mesh_of(config)
     open_workdir(workdir, config)
     examples = examples_of(config, workdir)
     losses = make_held_out_loss(config, mesh)
@@ -117,7 +127,7 @@ def train(config: Config, workdir: AnyPath) -> None:
         checkpoint_every_steps=settings.checkpoint_every_steps,
         keep_checkpoints=settings.keep_checkpoints,
         max_skipped_steps=settings.max_skipped_steps,
-        initial_params=functools.partial(_exported_params, config) if settings.init_from else None,
+        initial_params=functools.partial(initial_params, config) if settings.init_from else None,
         keep_best=settings.keep_best,
         best=BEST,
         profiled=settings.profiled,
@@ -159,8 +169,12 @@ def _new_state(job: Job, shardings: TrainState) -> TrainState:
     return state.replace(params=params, ema=ema)
 
 
-def _exported_params(config: Config) -> Params:
-    """Returns the parameters in the file that a new run begins with."""
+def initial_params(config: Config) -> Params:
+    """Returns the parameters in the file that a new run begins with.
+
+    Raises:
+      InputError: there is no such file, it is damaged, or of another model.
+    """
     path = config.train.init_from
     exported = load_exported(path)
     own = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))

@@ -130,7 +130,7 @@ def run_stacked(
 
     def run(x: Grid, layer: tuple) -> tuple[Grid, Grid | None]:
         params, paths, skip = layer
-        block = nnx.merge(graph, params)
+        block = nnx.merge(graph, sharding.gather(params))
         # Else XLA may split activations as it does the parameters that they meet.
         x = sharding.constrain(x)
         inputs = (x,) if skip is None else (x, skip)

@@ -147,7 +147,7 @@ def encode(config: Config, workdir: AnyPath) -> None:
 
 def train(config: Config, workdir: AnyPath) -> None:
     """Prepares what training reads, trains, and draws the loss curve."""
-    _check(config)
+    _check(config, workdir)
     open_workdir(workdir, config)
     if config.autoencoder.kind == "identity":
         prepare(config)
@@ -160,12 +160,12 @@ def train(config: Config, workdir: AnyPath) -> None:
     _tell(f"Loss curve: {workdir / 'loss.png'}")
 
 
-def _check(config: Config) -> None:
+def _check(config: Config, workdir: AnyPath) -> None:
     """Raises InputError for what would stop a training after its data are prepared."""
     loop.mesh_of(config)
     if config.autoencoder.kind != "identity" and not config.autoencoder.weights:
         autoencoders.mesh_of(config)
-    if config.train.init_from:
+    if config.train.init_from and not (workdir / loop.CHECKPOINTS_NAME).exists():  # a run that goes on needs it no more
         loop.initial_params(config)
 
 

@@ -23,9 +23,7 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -41,11 +39,9 @@ from sisma_jax.training import agreement, flat_trees
 from sisma_jax.training.agreement import together
 from sisma_jax.training.checksums import DamagedError, verify_checksums, write_checksums
 from sisma_jax.training.ranking import BestMetric, Ranking
+from sisma_jax.training.write_failures import TIMEOUT_SECS, LateError, UnwrittenError, require_writable, writing
 
 _DESCRIPTION_NAME = "description.json"
-
-# A save that takes longer in one process, or fails there, is given up by the others; the default of Orbax.
-_TIMEOUT_SECS = 1200
 
 PyTree = Any
 Result = TypeVar("Result")
@@ -64,14 +60,6 @@ class Restored:
     step: int
     state: PyTree
     ema: PyTree
-
-
-class _UnwrittenError(Exception):
-    """A checkpoint could not be written; the message is the reason."""
-
-
-class _LateError(Exception):
-    """Another process did not write its part in time; it may know why."""
 
 
 class Checkpoints:
@@ -108,7 +96,7 @@ class Checkpoints:
         self._read_only = read_only
         if not read_only:
             with together():
-                _require_writable(self.directory)
+                require_writable(self.directory)
         self._open_manager()
 
     def _open_manager(self) -> None:
@@ -125,7 +113,7 @@ class Checkpoints:
                 enable_async_checkpointing=True,
                 # Folders are made before `save` returns: when one cannot be made, Orbax's writers of its content
                 # would wait for it for ten minutes and hold up the end of the process.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=_TIMEOUT_SECS),
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=TIMEOUT_SECS),
                 enable_background_delete=False,
                 # All processes see the steps that the first one sees.
                 single_host_load_and_broadcast=True,
@@ -199,7 +187,7 @@ class Checkpoints:
             return
         if jax.process_count() > 1:
             with together():  # a process that fails within Orbax's `save` leaves the others waiting there
-                _require_writable(self.directory)
+                require_writable(self.directory)
         trees = {"ema": flat_trees.flatten(ema), "state": flat_trees.flatten(state)}
         values = {name: float(value) for name, value in (metrics or {}).items()}
         description = {
@@ -212,9 +200,9 @@ class Checkpoints:
         items["description"] = ocp.args.JsonSave(description)
         try:
             # force: without it Orbax declines, silently, a step that is not the newest.
-            with _writing(self.directory):
+            with writing(self.directory):
                 self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except (_UnwrittenError, _LateError) as error:
+        except (UnwrittenError, LateError) as error:
             # Alone: the others may wait in Orbax for this process, and end when it does.
             raise self._failure(str(error), reopen=jax.process_count() == 1) from error
 
@@ -225,9 +213,9 @@ class Checkpoints:
           InputError: it failed, in this process or in another.
         """
         try:
-            with together(_UnwrittenError, _LateError), _writing(self.directory):
+            with together(UnwrittenError, LateError), writing(self.directory):
                 self._manager.wait_until_finished()
-        except (_UnwrittenError, _LateError) as error:
+        except (UnwrittenError, LateError) as error:
             raise self._failure(str(error), reopen=True) from error
 
     def close(self) -> None:
@@ -460,60 +448,3 @@ def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
         for argument in arguments:
             registry.add(item, argument, handler)
     return registry
-
-
-# Failures
-
-
-@contextlib.contextmanager
-def _writing(directory: AnyPath) -> Iterator[None]:
-    """Turns a failure to write into _UnwrittenError or _LateError; other exceptions are defects."""
-    try:
-        yield
-    except Exception as error:
-        # A process whose own write failed waits for the others all the same, and reports that they did not come.
-        is_late = isinstance(error, TimeoutError) or "DEADLINE_EXCEEDED" in str(error)
-        causes = [cause for cause in _chain(error) if not isinstance(cause, TimeoutError)] if is_late else [error]
-        reason = next(filter(None, (_reason(cause, directory) for cause in causes)), None)
-        if reason is not None:
-            raise _UnwrittenError(reason) from error
-        if is_late:
-            raise _LateError(
-                f"a process failed, or did not write its part within {_TIMEOUT_SECS} seconds: see its messages"
-            ) from error
-        raise
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields the exception and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
-
-
-def _reason(error: BaseException, directory: AnyPath) -> str | None:
-    """Returns what the operating system or the bucket refused, or None. TensorStore quotes it in a ValueError."""
-    if isinstance(error, OSError):
-        return str(error)
-    quoted = re.search(r"os_error_code='(\d+)'", str(error))
-    if quoted:
-        return os.strerror(int(quoted[1]))
-    is_late = "DEADLINE_EXCEEDED" in str(error)
-    return str(error).partition("\n")[0] if is_bucket(directory) and not is_late else None
-
-
-def _require_writable(directory: AnyPath) -> None:
-    probe = directory / f".probe-{jax.process_index()}"
-    try:
-        with bucket_errors(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            if is_bucket(directory):  # which has no folders
-                probe.write_bytes(b"")
-                probe.unlink()
-            else:
-                probe.mkdir(exist_ok=True)
-                probe.rmdir()
-    except OSError as error:
-        raise InputError(
-            f"The folder {directory} cannot be written ({error}); mend its permissions or choose another --workdir."
-        ) from error

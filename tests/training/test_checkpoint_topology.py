@@ -135,7 +135,7 @@ from sisma_jax.errors import InputError
 from sisma_jax.training import checkpoints as module
 from tests.training.checkpoint_cases import make_large_state, place_large_state, placed_large_state
 
-module._TIMEOUT_SECS = 3
+module.TIMEOUT_SECS = 3
 state = place_large_state(placed_large_state(jax.devices()))
 with module.Checkpoints(pathlib.Path(arguments[0])) as checkpoints:
     checkpoints.save(1, state=state, ema=state["params"], iterator=None)

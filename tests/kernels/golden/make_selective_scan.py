@@ -2,10 +2,10 @@
 
 The peers are PyTorch packages, called as they are, which the tests do without. To make the file again:
 
-    python3.11 -m venv /tmp/golden_venv
-    /tmp/golden_venv/bin/pip install torch==2.15.0 mambapy==1.2.0 transformers==5.23.0 einops==0.8.2
-    /tmp/golden_venv/bin/pip install --no-deps mamba-ssm-macos==1.0.2
-    /tmp/golden_venv/bin/python tests/kernels/golden/make_selective_scan.py
+    python3.11 -m venv .venv-golden
+    .venv-golden/bin/pip install torch==2.15.0 mambapy==1.2.0 transformers==5.23.0 einops==0.8.2
+    .venv-golden/bin/pip install --no-deps mamba-ssm-macos==1.0.2
+    .venv-golden/bin/python tests/kernels/golden/make_selective_scan.py
 
 - mambapy: `MambaBlock.selective_scan`, a parallel scan with a hand-written gradient, in float64. It knows u, delta, A,
   B, C and D, and gives no final state.

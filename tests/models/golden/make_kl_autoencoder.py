@@ -2,9 +2,9 @@
 
 The peer is a PyTorch package, called as it is, which the tests do without. To make the file again:
 
-    python3.11 -m venv /tmp/vae_venv
-    /tmp/vae_venv/bin/pip install torch==2.15.0 diffusers==0.42.1
-    /tmp/vae_venv/bin/python tests/models/golden/make_kl_autoencoder.py
+    python3.11 -m venv .venv-golden
+    .venv-golden/bin/pip install torch==2.15.0 diffusers==0.42.1
+    .venv-golden/bin/python tests/models/golden/make_kl_autoencoder.py
 
 Two small models, `sd` as Stable Diffusion 1 has them and `sd3` with 16 channels and no convolutions at the latent, in
 float32 with weights that float16 holds: for each `config` (JSON), `weights/<name>`, `image` and `latent` (NCHW), and

@@ -3,9 +3,9 @@
 The peer is a PyTorch package, called as it is, which the tests do without. It takes its own scan where the package
 mamba-ssm is not installed. To make the file again:
 
-    python3.11 -m venv /tmp/mixer_venv
-    /tmp/mixer_venv/bin/pip install torch==2.15.0 transformers==5.23.0
-    /tmp/mixer_venv/bin/python tests/models/golden/make_mamba_mixer.py
+    python3.11 -m venv .venv-golden
+    .venv-golden/bin/pip install torch==2.15.0 transformers==5.23.0
+    .venv-golden/bin/python tests/models/golden/make_mamba_mixer.py
 
 In float32. The file holds `source`, `weights/<name>` as PyTorch has them, `x` and `cotangent` (batch, length, d_model),
 `y`, and the gradients `d x` and `d <name>`.

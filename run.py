@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from sisma_jax import commands, compile_cache, config_files, distributed
+from sisma_jax import commands, compile_cache, config_files
 from sisma_jax.commands import EvaluateOptions, ExportOptions, PlanOptions, SampleOptions
 from sisma_jax.config import Config
-from sisma_jax.distributed import DistributedOptions
 from sisma_jax.errors import InputError, Preempted
 from sisma_jax.files import to_path
-from sisma_jax.training.preemption import stopping
+from sisma_jax.parallel import distributed
+from sisma_jax.parallel.distributed import DistributedOptions
+from sisma_jax.parallel.preemption import stopping
 
 # Failures of the disk or of its permissions, which the user can mend; any other OSError is a defect of the program.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}

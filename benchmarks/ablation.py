@@ -26,7 +26,7 @@ from benchmarks import measure
 from sisma_jax import commands, config_files
 from sisma_jax.config import Config
 from sisma_jax.models.factory import init_params
-from sisma_jax.training.metrics import METRICS_NAME, read_metrics
+from sisma_jax.runs.metrics import METRICS_NAME, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -30,8 +30,8 @@ from flax import nnx
 from benchmarks import measure
 from kernels import selective_scan
 from sisma_jax.config import ModelConfig, preset
-from sisma_jax.models.baselines.dit import Attention, Dit, attention, matched_dit
-from sisma_jax.models.blocks import Block
+from sisma_jax.models.dit import Attention, Dit, attention, matched_dit
+from sisma_jax.models.layers import Block
 from sisma_jax.models.mamba import CrossMamba, OrderedScan, SelfMamba
 from sisma_jax.models.sisma import Sisma
 

@@ -21,8 +21,9 @@ import jax
 import tyro
 
 from benchmarks import measure
-from sisma_jax import config, config_files, sharding
+from sisma_jax import config, config_files
 from sisma_jax.config import Config, MeshConfig
+from sisma_jax.parallel import sharding
 from sisma_jax.planning import plan
 from sisma_jax.planning.memory import state_bytes
 from sisma_jax.planning.programs import abstract_state

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import jax
 
 from benchmarks import measure
-from sisma_jax.topology import tpu_devices
+from sisma_jax.parallel.topology import tpu_devices
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 

@@ -17,7 +17,7 @@ from sisma_jax.config import (
     EvaluateConfig,
     FlowConfig,
     OptimConfig,
-    SampleConfig,
+    Sampling,
     TrainConfig,
     preset,
 )
@@ -33,6 +33,6 @@ def get_config() -> Config:
         flow=FlowConfig(time_mean=-math.log(SHIFT), time_std=1.0, mask_dropout=0.1),
         optim=OptimConfig(learning_rate=1e-4, warmup_steps=1_000, ema_decay=0.9999),
         train=TrainConfig(num_steps=400_000, batch_size=64, compute_dtype="bfloat16", checkpoint_every_steps=10_000),
-        sample=SampleConfig(steps=25, guidance=1.5, shift=SHIFT),
+        sample=Sampling(steps=25, guidance=1.5, shift=SHIFT),
         evaluate=EvaluateConfig(num_samples=2_000, segmenter_steps=10_000, segmenter_width=64),
     )

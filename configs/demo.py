@@ -10,7 +10,7 @@ from sisma_jax.config import (
     FlowConfig,
     ModelConfig,
     OptimConfig,
-    SampleConfig,
+    Sampling,
     TrainConfig,
 )
 
@@ -22,6 +22,6 @@ def get_config() -> Config:
         flow=FlowConfig(prediction="data"),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=30, decay_steps=420, ema_decay=0.99),
         train=TrainConfig(num_steps=420, batch_size=16, log_every_steps=10, checkpoint_every_steps=140),
-        sample=SampleConfig(steps=20, guidance=1.5),
+        sample=Sampling(steps=20, guidance=1.5),
         evaluate=EvaluateConfig(num_samples=48, segmenter_steps=300),
     )

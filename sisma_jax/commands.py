@@ -9,22 +9,23 @@ import cv2
 import jax
 import numpy as np
 
-from sisma_jax import planning, sharding
+from sisma_jax import planning
 from sisma_jax.config import Config, Solver
 from sisma_jax.data import images, latents, loading
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids, mask_agreement, segmenter
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.files import AnyPath, bucket_errors, to_path, write_atomically
+from sisma_jax.parallel import sharding
+from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.pipeline import Pipeline, Settings, load
+from sisma_jax.runs.export import EXPORT_SUFFIX, export_params
+from sisma_jax.runs.folder import autoencoder_folder, open_workdir, read_config
+from sisma_jax.runs.metrics import METRICS_NAME, read_metrics
 from sisma_jax.training import autoencoder as autoencoders
 from sisma_jax.training import loop
-from sisma_jax.training.agreement import is_primary
 from sisma_jax.training.examples import examples_of
-from sisma_jax.training.export import EXPORT_SUFFIX, export_params
-from sisma_jax.training.metrics import METRICS_NAME, read_metrics
 from sisma_jax.training.step import make_held_out_loss
-from sisma_jax.training.workdir import autoencoder_folder, open_workdir, read_config
 
 logger = logging.getLogger(__name__)
 

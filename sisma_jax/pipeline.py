@@ -12,7 +12,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt8, UInt32
 
-from sisma_jax import sharding
 from sisma_jax.config import Config, MeshConfig, Solver
 from sisma_jax.data import images, labels
 from sisma_jax.diffusion import editing, sampling
@@ -20,11 +19,12 @@ from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
 from sisma_jax.models.factory import Params, graph_of, init_params
+from sisma_jax.parallel import sharding
+from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.export import EXPORT_SUFFIX, load_exported
+from sisma_jax.runs.folder import read_config
 from sisma_jax.training import autoencoder as autoencoders
-from sisma_jax.training.checkpoints import Checkpoints
-from sisma_jax.training.export import EXPORT_SUFFIX, load_exported
 from sisma_jax.training.loop import BEST, CHECKPOINTS_NAME
-from sisma_jax.training.workdir import read_config
 
 TRACED_SETTINGS = ("shift", "guidance", "guidance_low", "guidance_high", "guidance_rescale")
 

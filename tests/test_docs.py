@@ -14,7 +14,7 @@ from flax import nnx
 from sisma_jax.data import images
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
-from sisma_jax.training.metrics import read_metrics
+from sisma_jax.runs.metrics import read_metrics
 from tests.processes import ROOT, free_port
 
 BLOCK = re.compile(r"```bash tested\n(.*?)```", re.S)

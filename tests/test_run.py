@@ -15,7 +15,7 @@ import sisma_jax
 from sisma_jax.data import images
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.models.factory import init_params
-from sisma_jax.training.metrics import read_metrics
+from sisma_jax.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from sisma_jax.config import (
     FlowConfig,
     ModelConfig,
     OptimConfig,
-    SampleConfig,
+    Sampling,
     TrainConfig,
 )
 
@@ -25,7 +25,7 @@ def tiny_config(cache_dir: Path, **train: object) -> Config:
         flow=FlowConfig(prediction="data"),
         optim=OptimConfig(learning_rate=1e-3, ema_decay=0.9),
         train=TrainConfig(**(defaults | train)),
-        sample=SampleConfig(steps=2, batch_size=4),
+        sample=Sampling(steps=2, batch_size=4),
         evaluate=EvaluateConfig(num_samples=6, segmenter_steps=2, segmenter_width=16),
     )
 

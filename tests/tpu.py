@@ -7,8 +7,8 @@ import re
 import jax
 import pytest
 
-from sisma_jax import topology
 from sisma_jax.errors import InputError
+from sisma_jax.parallel import topology
 
 
 @functools.cache

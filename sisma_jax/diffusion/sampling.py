@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Integer, Key, UInt8
 
-from sisma_jax import sharding
 from sisma_jax.diffusion import editing
 from sisma_jax.diffusion.flow import MIN_REMAINING, to_velocity
 from sisma_jax.diffusion.solvers import Latent, Velocity, integrate, time_grid
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
 from sisma_jax.models.sisma import Sisma
+from sisma_jax.parallel import sharding
 
 # Standard deviations of a data estimate below this count as this, so that a constant estimate is not divided by zero.
 MIN_DEVIATION = 1e-6

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from sisma_jax import sharding
 from sisma_jax.models.factory import Params
+from sisma_jax.parallel import sharding
 
 
 def held_out_loss(

@@ -8,7 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Key
 
 from sisma_jax.config import Config
-from sisma_jax.models.baselines.dit import Dit
+from sisma_jax.models.dit import Dit
 from sisma_jax.models.sisma import Sisma
 
 BACKBONES = {"sisma": Sisma, "dit": Dit}

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
-from sisma_jax import sharding
 from sisma_jax.data.labels import NUM_CLASSES
 from sisma_jax.models.mamba import DepthwiseConv
 from sisma_jax.models.patches import space_to_depth
+from sisma_jax.parallel import sharding
 
 
 class Stage(nnx.Module):

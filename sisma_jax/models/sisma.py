@@ -13,14 +13,14 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Integer
 
 from kernels.partition import row_parts
-from sisma_jax import sharding
 from sisma_jax.config import ModelConfig
-from sisma_jax.models.blocks import Block, FeedForward, Spade, layer_norm, modulate, run_stacked, stacked
+from sisma_jax.models.layers import Block, FeedForward, Spade, layer_norm, modulate, run_stacked, stacked
 from sisma_jax.models.mamba import CrossMamba, Grid, SelfMamba
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 from sisma_jax.models.scan_orders import paths_of_layers
 from sisma_jax.models.u_shape import Level
+from sisma_jax.parallel import sharding
 
 TIME_FREQUENCIES = 256
 

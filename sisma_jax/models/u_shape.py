@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sisma_jax.models.blocks import Block, stacked
+from sisma_jax.models.layers import Block, stacked
 from sisma_jax.models.mamba import Grid, Paths
 from sisma_jax.models.mask_encoder import Stage
 from sisma_jax.models.patches import depth_to_space, space_to_depth

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from sisma_jax.topology import read_shortage
+from sisma_jax.parallel.topology import read_shortage
 from sisma_jax.training.state import TrainState
 
 

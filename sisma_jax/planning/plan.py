@@ -7,9 +7,9 @@ import time
 import jax
 from jax.sharding import Mesh
 
-from sisma_jax import sharding, topology
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
+from sisma_jax.parallel import sharding, topology
 from sisma_jax.planning import collectives, flops, memory, programs
 from sisma_jax.planning.memory import Shortage
 from sisma_jax.planning.report import Plan, Program

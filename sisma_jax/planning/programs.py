@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from sisma_jax import sharding
 from sisma_jax.config import AutoencoderConfig, Config
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.factory import init_params
+from sisma_jax.parallel import sharding
 from sisma_jax.pipeline import TRACED_SETTINGS, jit_sampler
 from sisma_jax.training.state import TrainState, init_state
 from sisma_jax.training.step import Batch, jit_update, make_update

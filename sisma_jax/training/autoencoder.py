@@ -16,7 +16,6 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from sisma_jax import sharding
 from sisma_jax.config import AutoencoderConfig, Config
 from sisma_jax.data import latents, loading
 from sisma_jax.diffusion.sampling import from_uint8, to_uint8
@@ -25,12 +24,13 @@ from sisma_jax.files import AnyPath, to_path
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.factory import Params
+from sisma_jax.parallel import sharding
+from sisma_jax.parallel.agreement import from_primary, is_primary, together
+from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.folder import autoencoder_folder
 from sisma_jax.training import loop
-from sisma_jax.training.agreement import from_primary, is_primary, together
-from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.state import init_state_of
 from sisma_jax.training.step import Batch, Examples, Metrics, make_update_of
-from sisma_jax.training.workdir import autoencoder_folder
 
 TRAINING_NAME = "autoencoder_training"
 

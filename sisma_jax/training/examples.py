@@ -10,7 +10,7 @@ from sisma_jax.config import Config, DataConfig
 from sisma_jax.data import latents, loading
 from sisma_jax.files import AnyPath
 from sisma_jax.models import kl_weights
-from sisma_jax.training.workdir import autoencoder_folder
+from sisma_jax.runs.folder import autoencoder_folder
 
 
 @dataclasses.dataclass(frozen=True)

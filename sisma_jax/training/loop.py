@@ -15,25 +15,25 @@ import numpy as np
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from sisma_jax import sharding
 from sisma_jax.config import Config
 from sisma_jax.data.loading import Share
 from sisma_jax.errors import InputError, Preempted
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.files import AnyPath
 from sisma_jax.models.factory import Params, init_params
-from sisma_jax.training import flat_trees
-from sisma_jax.training.agreement import is_primary
-from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.parallel import sharding
+from sisma_jax.parallel.agreement import is_primary
+from sisma_jax.parallel.preemption import Preemption
+from sisma_jax.runs import flat_trees
+from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.export import load_exported
+from sisma_jax.runs.folder import open_workdir
+from sisma_jax.runs.metrics import MetricWriter
+from sisma_jax.runs.profiling import PROFILE_NAME, Profile
+from sisma_jax.runs.ranking import BestMetric
 from sisma_jax.training.examples import examples_of
-from sisma_jax.training.export import load_exported
-from sisma_jax.training.metrics import MetricWriter
-from sisma_jax.training.preemption import Preemption
-from sisma_jax.training.profiling import PROFILE_NAME, Profile
-from sisma_jax.training.ranking import BestMetric
 from sisma_jax.training.state import TrainState, init_state
 from sisma_jax.training.step import Metrics, Update, jit_update, make_held_out_loss, make_update
-from sisma_jax.training.workdir import open_workdir
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Int, Key
 
 from sisma_jax.config import Config
 from sisma_jax.models.factory import Params, init_params
-from sisma_jax.sharding import is_stacked
+from sisma_jax.parallel.sharding import is_stacked
 
 # Parameters of the scan that weight decay must leave alone whatever their rank: a decayed A_log changes the
 # model's memory, not its complexity.

@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key
 
-from sisma_jax import sharding
 from sisma_jax.config import Config
 from sisma_jax.diffusion import flow
 from sisma_jax.diffusion.sampling import from_uint8
 from sisma_jax.models import autoencoder
 from sisma_jax.models.factory import Params, graph_of
+from sisma_jax.parallel import sharding
 from sisma_jax.training.state import TrainState, optimizer
 
 Batch = dict[str, Any]

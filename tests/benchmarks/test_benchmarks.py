@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from sisma_jax.data.labels import INDEX
 
 from benchmarks import (
     data,
@@ -25,7 +26,6 @@ from benchmarks import (
 from kernels.selective_scan import api
 from sisma_jax.config import ModelConfig
 from sisma_jax.data.drawing import draw_face
-from sisma_jax.data.labels import INDEX
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.scan_orders import ORDERS
 

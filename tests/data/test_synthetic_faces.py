@@ -4,11 +4,11 @@ import sys
 import cv2
 import numpy as np
 import pytest
+from sisma_jax.data.labels import INDEX
 
 from sisma_jax.config import DataConfig
 from sisma_jax.data import labels, loading, shards, synthetic_faces
 from sisma_jax.data.drawing import draw_face
-from sisma_jax.data.labels import INDEX
 
 SIZE = 64
 

@@ -14,12 +14,12 @@ from flax import nnx
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from sisma_jax import sharding
 from sisma_jax.config import MeshConfig, ModelConfig
 from sisma_jax.diffusion.sampling import sample
 from sisma_jax.models.autoencoder import IdentityAutoencoder
 from sisma_jax.models.mamba import SelfMamba
 from sisma_jax.models.scan_orders import ORDERS, paths_of_layers
+from sisma_jax.parallel import sharding
 from tests.models.test_sisma import TINY, make_inputs, make_model, random_params
 from tests.tpu import tpu_devices
 

@@ -7,9 +7,9 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from sisma_jax.data.labels import NUM_CLASSES
 
 from sisma_jax.config import Config, ModelConfig, preset
-from sisma_jax.data.labels import NUM_CLASSES
 from sisma_jax.models.factory import graph_of, init_params
 from sisma_jax.models.mamba import CrossMamba, SelfMamba
 from sisma_jax.models.mask_encoder import MaskEncoder

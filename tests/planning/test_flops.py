@@ -9,8 +9,8 @@ import pytest
 from jax.experimental import pallas as pl
 
 from kernels.selective_scan import selective_scan
-from sisma_jax import sharding
 from sisma_jax.config import MeshConfig, preset
+from sisma_jax.parallel import sharding
 from sisma_jax.planning import programs
 from sisma_jax.planning.flops import Flops, count
 from tests.tiny import tiny_config

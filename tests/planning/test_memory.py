@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sisma_jax import sharding, topology
 from sisma_jax.config import Config, DataConfig, preset
+from sisma_jax.parallel import sharding, topology
 from sisma_jax.planning import memory, programs
 from tests.tpu import tpu_devices
 

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
-from sisma_jax import sharding, topology
 from sisma_jax.config import MeshConfig, ModelConfig, TrainConfig
 from sisma_jax.errors import InputError
+from sisma_jax.parallel import sharding, topology
 from sisma_jax.planning import format_plan, plan, programs, to_json
 from sisma_jax.planning.plan import search_batch, train_program
 from tests.tiny import tiny_config, tiny_latent_config

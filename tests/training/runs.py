@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from sisma_jax.data import loading
+from sisma_jax.runs.checkpoints import Checkpoints
 from sisma_jax.training import loop
-from sisma_jax.training.checkpoints import Checkpoints
 from sisma_jax.training.state import init_state
 
 

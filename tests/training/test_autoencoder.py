@@ -11,11 +11,11 @@ from sisma_jax.data import latents, loading
 from sisma_jax.errors import InputError
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
+from sisma_jax.runs.folder import autoencoder_folder
+from sisma_jax.runs.metrics import read_metrics
 from sisma_jax.training import autoencoder as autoencoders
 from sisma_jax.training import loop
 from sisma_jax.training.examples import examples_of
-from sisma_jax.training.metrics import read_metrics
-from sisma_jax.training.workdir import autoencoder_folder
 from tests.tiny import tiny_latent_config
 
 SIZES = KlConfig(block_channels=(4, 8), layers_per_block=1, norm_groups=4, scale=0.7, shift=0.1)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sisma_jax import sharding
 from sisma_jax.config import AutoencoderConfig, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from sisma_jax.parallel import sharding
 from sisma_jax.training.state import init_state
 from sisma_jax.training.step import make_update
 from tests.tiny import tiny_config

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from sisma_jax.data import loading
+from sisma_jax.runs.metrics import METRICS_NAME, read_metrics
 from sisma_jax.training import loop
-from sisma_jax.training.metrics import METRICS_NAME, read_metrics
 from tests import interrupted
 from tests.processes import ROOT, free_port
 from tests.tiny import tiny_config

@@ -11,10 +11,10 @@ from jax.profiler import ProfileData
 from sisma_jax.config import Config, OptimConfig, TrainConfig
 from sisma_jax.data import loading
 from sisma_jax.errors import InputError, Preempted
+from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.export import export_params
+from sisma_jax.runs.metrics import MetricWriter, read_metrics
 from sisma_jax.training import loop, step
-from sisma_jax.training.checkpoints import Checkpoints
-from sisma_jax.training.export import export_params
-from sisma_jax.training.metrics import MetricWriter, read_metrics
 from sisma_jax.training.state import init_state, learning_rate, optimizer
 from sisma_jax.training.step import make_update
 from tests.tiny import tiny_config

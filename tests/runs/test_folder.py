@@ -9,7 +9,7 @@ import pytest
 from sisma_jax.config import Config, ModelConfig, TrainConfig
 from sisma_jax.config_files import to_json
 from sisma_jax.errors import InputError
-from sisma_jax.training.workdir import open_workdir, read_config
+from sisma_jax.runs.folder import open_workdir, read_config
 from tests.bucket import make_bucket
 
 CONFIG = Config(model=ModelConfig(depth=2, d_model=32), train=TrainConfig(num_steps=10, batch_size=4))

@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from sisma_jax.errors import InputError
-from sisma_jax.training.checkpoints import Checkpoints
-from sisma_jax.training.ranking import BestMetric
-from tests.training.checkpoint_cases import (
+from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.ranking import BestMetric
+from tests.runs.checkpoint_cases import (
     abstract,
     assert_same,
     flip_a_bit,

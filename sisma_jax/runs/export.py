@@ -29,8 +29,8 @@ from sisma_jax.errors import InputError
 from sisma_jax.files import bucket_errors, on_disk, to_path, write_atomically
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.factory import Params, init_params
-from sisma_jax.training import flat_trees
-from sisma_jax.training.agreement import is_primary, together
+from sisma_jax.parallel.agreement import is_primary, together
+from sisma_jax.runs import flat_trees
 
 EXPORT_SUFFIX = ".safetensors"
 

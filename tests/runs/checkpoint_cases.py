@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from sisma_jax import sharding
 from sisma_jax.config import MeshConfig
-from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.parallel import sharding
+from sisma_jax.runs.checkpoints import Checkpoints
 
 
 def make_iterator(process_index: int = 0, process_count: int = 1) -> grain.DatasetIterator:

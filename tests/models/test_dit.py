@@ -10,8 +10,8 @@ from flax import nnx
 
 from sisma_jax.config import Config, ModelConfig, preset
 from sisma_jax.errors import InputError
-from sisma_jax.models.baselines.dit import CrossAttention, SelfAttention, matched_dit
-from sisma_jax.models.baselines.dit import attention as attention_in_blocks
+from sisma_jax.models.dit import CrossAttention, SelfAttention, matched_dit
+from sisma_jax.models.dit import attention as attention_in_blocks
 from sisma_jax.models.factory import graph_of, init_params
 
 TINY = ModelConfig(backbone="dit", depth=2, d_model=16, d_head=8, patch_size=2, mlp_ratio=1.0, d_label=8)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from sisma_jax.errors import InputError
-from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.runs.checkpoints import Checkpoints
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ KILLED = textwrap.dedent(
     """
     import os, pathlib, signal, sys, time
     import jax, jax.numpy as jnp
-    from sisma_jax.training.checkpoints import Checkpoints
+    from sisma_jax.runs.checkpoints import Checkpoints
 
     folder, delay = pathlib.Path(sys.argv[1]), float(sys.argv[2])
     noise = jax.random.normal(jax.random.key(0), (1000, 1000))

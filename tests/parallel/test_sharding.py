@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sisma_jax import sharding
 from sisma_jax.config import Config, DataConfig, MeshConfig, ModelConfig
 from sisma_jax.errors import InputError
+from sisma_jax.parallel import sharding
 from sisma_jax.training.state import init_state
 from sisma_jax.training.step import jit_update, make_update
 from tests.tiny import tiny_config

@@ -16,7 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sisma_jax.errors import InputError
-from sisma_jax.training.metrics import MetricWriter, read_metrics
+from sisma_jax.runs.metrics import MetricWriter, read_metrics
 from tests.bucket import make_bucket
 
 
@@ -108,7 +108,7 @@ def test_killed_writer_leaves_a_file_that_resumes(tmp_path):
     program = textwrap.dedent(
         """
         import pathlib, sys
-        from sisma_jax.training.metrics import MetricWriter
+        from sisma_jax.runs.metrics import MetricWriter
         writer = MetricWriter(pathlib.Path(sys.argv[1]))
         step = 0
         while True:

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from sisma_jax.errors import InputError
-from sisma_jax.training import agreement
-from sisma_jax.training.metrics import read_metrics
-from sisma_jax.training.workdir import read_config
+from sisma_jax.parallel import agreement
+from sisma_jax.runs.folder import read_config
+from sisma_jax.runs.metrics import read_metrics
 from tests.processes import run_processes
 
 
@@ -24,9 +24,9 @@ def test_one_process_agrees_with_itself():
 PROGRAM = """
 import contextlib, dataclasses, json, pathlib
 from sisma_jax.config import Config, ModelConfig, TrainConfig
-from sisma_jax.training.agreement import from_primary, gather, together
-from sisma_jax.training.metrics import MetricWriter
-from sisma_jax.training.workdir import open_workdir
+from sisma_jax.parallel.agreement import from_primary, gather, together
+from sisma_jax.runs.metrics import MetricWriter
+from sisma_jax.runs.folder import open_workdir
 
 folder, outcomes = pathlib.Path(arguments[0]), {}
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sisma_jax.training.checkpoints import Checkpoints
+from sisma_jax.runs.checkpoints import Checkpoints
 from tests.processes import run_processes
-from tests.training.checkpoint_cases import (
+from tests.runs.checkpoint_cases import (
     assert_same,
     flip_a_bit,
     make_iterator,
@@ -71,9 +71,9 @@ def test_state_split_over_eight_devices_goes_on_with_four_then_one_then_eight(tm
 
 PROGRAM = """
 import pathlib
-from sisma_jax.training.checkpoints import Checkpoints
-from sisma_jax.training.ranking import BestMetric
-from tests.training.checkpoint_cases import *
+from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.ranking import BestMetric
+from tests.runs.checkpoint_cases import *
 
 folder, expected = pathlib.Path(arguments[0]), make_large_state()
 placed = placed_large_state(jax.devices())
@@ -132,8 +132,8 @@ def test_two_processes_go_on_with_the_state_of_one_and_one_with_theirs(tmp_path)
 FULL_DISK = """
 import pathlib, resource
 from sisma_jax.errors import InputError
-from sisma_jax.training import checkpoints as module
-from tests.training.checkpoint_cases import make_large_state, place_large_state, placed_large_state
+from sisma_jax.runs import checkpoints as module
+from tests.runs.checkpoint_cases import make_large_state, place_large_state, placed_large_state
 
 module.TIMEOUT_SECS = 3
 state = place_large_state(placed_large_state(jax.devices()))

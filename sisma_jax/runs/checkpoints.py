@@ -35,11 +35,12 @@ import orbax.checkpoint as ocp
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, to_path
-from sisma_jax.training import agreement, flat_trees
-from sisma_jax.training.agreement import together
-from sisma_jax.training.checksums import DamagedError, verify_checksums, write_checksums
-from sisma_jax.training.ranking import BestMetric, Ranking
-from sisma_jax.training.write_failures import TIMEOUT_SECS, LateError, UnwrittenError, require_writable, writing
+from sisma_jax.parallel import agreement
+from sisma_jax.parallel.agreement import together
+from sisma_jax.runs import flat_trees
+from sisma_jax.runs.checksums import DamagedError, verify_checksums, write_checksums
+from sisma_jax.runs.ranking import BestMetric, Ranking
+from sisma_jax.runs.write_failures import TIMEOUT_SECS, LateError, UnwrittenError, require_writable, writing
 
 _DESCRIPTION_NAME = "description.json"
 

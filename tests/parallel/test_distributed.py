@@ -3,9 +3,9 @@
 import jax
 import pytest
 
-from sisma_jax import distributed
-from sisma_jax.distributed import DistributedOptions
 from sisma_jax.errors import InputError
+from sisma_jax.parallel import distributed
+from sisma_jax.parallel.distributed import DistributedOptions
 
 FLAGS = DistributedOptions("localhost:1234", 2, 1)
 

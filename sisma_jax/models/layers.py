@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from sisma_jax import sharding
 from sisma_jax.models.mamba import DepthwiseConv, Grid, Paths
+from sisma_jax.parallel import sharding
 
 # What a block's forward pass keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES = {

@@ -18,10 +18,10 @@ from sisma_jax.errors import InputError
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.factory import init_params
 from sisma_jax.pipeline import Pipeline
-from sisma_jax.training.export import export_params, load_exported
+from sisma_jax.runs.export import export_params, load_exported
 from tests.bucket import make_bucket
+from tests.runs.checkpoint_cases import assert_same
 from tests.tiny import tiny_config, tiny_latent_config
-from tests.training.checkpoint_cases import assert_same
 
 SIZES = KlConfig(block_channels=(4, 8), layers_per_block=1, norm_groups=4, scale=0.5, shift=0.25)
 

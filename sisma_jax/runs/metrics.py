@@ -17,7 +17,7 @@ from tensorboardX.summary import scalar
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, write_atomically
-from sisma_jax.training.agreement import is_primary, together
+from sisma_jax.parallel.agreement import is_primary, together
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from sisma_jax import config_files
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, write_atomically
-from sisma_jax.training.agreement import is_primary, together
+from sisma_jax.parallel.agreement import is_primary, together
 
 CONFIG_NAME = "config.json"
 

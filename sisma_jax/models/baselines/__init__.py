@@ -1,1 +1,0 @@
-"""Denoisers to compare with, of the same interface as `Sisma`."""

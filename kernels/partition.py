@@ -1,6 +1,7 @@
-"""Splits work over the devices of the mesh in context, `jax.set_mesh`, where XLA cannot: inside of `jax.shard_map`.
+"""Partitions kernels over the devices of the mesh in context (`jax.set_mesh`) with `jax.shard_map`.
 
-XLA does not see into kernels, and would gather a sequence to scan it or to convolve its grid.
+XLA's partitioner cannot see inside a kernel, so it would gather a sharded sequence before scanning it or before
+convolving its grid. The functions here choose the mesh axes for batch, channels and sequence, and map the kernel.
 """
 
 from collections.abc import Callable
@@ -8,22 +9,27 @@ from typing import Any
 
 import jax
 
-from kernels.typing import Array, Float
+from .typing import Array, Float
 
 SEQUENCE_AXIS = "seq"
-"""The axis of a mesh over which one image's tokens are split; batches are never split over it."""
+"""The mesh axis over which the tokens of an image are sharded. The batch is never sharded over it."""
 
-# Fewer channels do not fill the registers of a TPU, 128 lanes wide, and take as long.
+# The vector registers of a TPU have 128 lanes, and channels are on the lanes: with fewer channels per device the
+# remaining lanes are idle and the kernel takes as long.
 MIN_CHANNELS = 128
 
 
 def split_scan(
     scan: Callable[..., tuple[Float[Array, "B L D"], Float[Array, "B D N"]]], arguments: dict[str, Array | None]
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """Returns scan(**arguments), computed by each device of the mesh in context for its part of batch and channels.
+    """Returns `scan(**arguments)`, where each device of the mesh in context computes its part of batch and channels.
 
-    Without a mesh, and inside a `jax.shard_map` over all of its axes, this is a plain call. See `batch_axes` and
-    `channel_axes` for what is split; sequences are whole on every device.
+    Without a mesh, and inside a `jax.shard_map` over all of its axes, this is a plain call. `batch_axes` and
+    `channel_axes` choose the axes. The sequence is replicated.
+
+    Args:
+      scan: takes the arguments by name and returns (y, final_state).
+      arguments: those of `selective_scan`, by name; None where an optional one is absent.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not _free_axes(mesh):
@@ -31,6 +37,8 @@ def split_scan(
     arguments = {name: x for name, x in arguments.items() if x is not None}
     batch = batch_axes(arguments["u"], mesh)
     channels = channel_axes(arguments["u"], mesh, taken=batch)
+    # The recurrence couples neither examples nor channels, so the scan needs no communication. B and C have no channel
+    # axis and A, D and delta_bias no batch axis: shard_map's transpose sums their gradients over the devices.
     sequence, state, parameter = jax.P(batch, None, channels), jax.P(batch, channels), jax.P(channels)
     specs = dict(u=sequence, delta=sequence, z=sequence, initial_state=state, B=jax.P(batch), C=jax.P(batch))
     specs |= dict.fromkeys(("A", "D", "delta_bias"), parameter)
@@ -39,27 +47,38 @@ def split_scan(
 
 
 def map_parts(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
-    """Returns `jax.shard_map` of the function over all axes of the mesh in context that are not manual yet."""
+    """Returns `jax.shard_map` of the function over all axes of the mesh in context that are not manual already.
+
+    Args:
+      function: computes one device's part.
+      in_specs: PartitionSpecs, in the structure of the function's arguments.
+      out_specs: PartitionSpecs, in the structure of its result.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    # JAX's interpreter of kernels, which the tests use, does not follow which values vary over devices.
+    # JAX's interpreter for Pallas kernels, which the tests use, does not track which values vary over devices.
     options = dict(axis_names=_free_axes(mesh), check_vma=False)
     return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **options)
 
 
 def _free_axes(mesh: jax.sharding.AbstractMesh) -> set[str]:
+    """The names of the axes that are not manual."""
     return set(mesh.auto_axes) | set(mesh.explicit_axes)
 
 
 def batch_axes(x: Array, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
-    """Returns the mesh's axes over which the first axis of x is split: explicit ones, and all automatic that divide it.
+    """Returns the mesh axes over which to shard the first axis of x.
 
-    Those of type manual, inside a `jax.shard_map`, have split it already.
+    They are the explicit axes that shard it already, and every automatic axis, except `seq`, whose size divides what is
+    left of it. Manual axes do not count: inside their `jax.shard_map`, x is one device's part.
     """
+    # An explicit axis is part of the array's type. A PartitionSpec entry is None, one name or a tuple of names.
     explicit = jax.typeof(x).sharding.spec[0] or ()
     axes = [explicit] if isinstance(explicit, str) else list(explicit)
     parts = 1
     for name in axes:
         parts *= mesh.shape[name]
+    # How automatic axes shard x is not known at trace time. A caller that shards its batch over the axes that this
+    # function returns moves no data.
     for name in mesh.auto_axes:
         if name != SEQUENCE_AXIS and x.shape[0] % (parts * mesh.shape[name]) == 0:
             axes.append(name)
@@ -68,10 +87,10 @@ def batch_axes(x: Array, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
 
 
 def channel_axes(x: Array, mesh: jax.sharding.AbstractMesh, taken: tuple[str, ...]) -> tuple[str, ...]:
-    """Returns the automatic axes, but for those taken, over which the last axis of x is split.
+    """Returns the automatic mesh axes, other than those taken, over which to shard the last axis of x.
 
-    They are those that would have nothing else to do, as when a batch of one image is on several devices, and that
-    leave each device a multiple of 128 channels.
+    Devices along these axes would otherwise repeat each other's work, for example with a batch of one image on several
+    devices. An axis is used if it leaves each device a multiple of 128 channels.
     """
     axes, parts = [], 1
     for name in mesh.auto_axes:
@@ -82,9 +101,9 @@ def channel_axes(x: Array, mesh: jax.sharding.AbstractMesh, taken: tuple[str, ..
 
 
 def row_parts(*sides: int) -> int:
-    """Returns in how many parts the axis `seq` of the mesh in context, of type automatic, splits sides of these sizes.
+    """Returns the number of parts into which the automatic mesh axis `seq` divides sides of these sizes.
 
-    One where there is no such axis, or where it does not divide them all.
+    It is 1 if the mesh in context has no such axis, or if the axis does not divide all of the sides.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = mesh.shape[SEQUENCE_AXIS] if SEQUENCE_AXIS in mesh.auto_axes else 1
@@ -92,10 +111,11 @@ def row_parts(*sides: int) -> int:
 
 
 def vary_as(varying: Array, x: Array) -> Array:
-    """x, which inside a `jax.shard_map` varies over the devices over which `varying` does.
+    """Returns x, marked inside a `jax.shard_map` as varying over the manual axes over which `varying` does.
 
-    There each device has a part of a parameter's gradient. JAX sums the parts where a parameter that is the same on all
-    devices meets something that is not. It cannot see that inside a custom VJP, so the two meet here.
+    This makes the gradients of replicated parameters correct. Each device computes its part of such a gradient, and JAX
+    sums the parts in the transpose of the cast from replicated to varying. JAX inserts that cast where the two kinds of
+    value meet in an operation, but it cannot see operations inside a custom VJP, so the cast is explicit here.
     """
     axes = jax.typeof(varying).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

@@ -1,9 +1,10 @@
 """The selective scan of Mamba (Gu & Dao, arXiv 2312.00752): one public function, several implementations.
 
-Another takes the parts of a sequence that is split over devices.
+`selective_scan` scans a sequence that is complete on each device. `sequence_parallel_scan` scans a sequence that is
+sharded over a mesh axis.
 """
 
-from kernels.selective_scan.api import selective_scan
-from kernels.selective_scan.sequence_parallel import sequence_parallel_scan
+from .api import selective_scan
+from .sequence_parallel import sequence_parallel_scan
 
 __all__ = ["selective_scan", "sequence_parallel_scan"]

@@ -1,4 +1,4 @@
-"""The public selective scan: checks the arguments, picks an implementation and calls it."""
+"""The public selective scan: it checks the arguments, selects an implementation and calls it."""
 
 import functools
 import logging
@@ -6,13 +6,13 @@ from types import MappingProxyType
 
 import jax
 
-from kernels.partition import split_scan
-from kernels.selective_scan.associative import selective_scan_associative
-from kernels.selective_scan.pallas_gpu import check_supported_by_pallas_gpu, selective_scan_pallas_gpu
-from kernels.selective_scan.pallas_tpu import check_supported_by_pallas_tpu, selective_scan_pallas_tpu
-from kernels.selective_scan.reference import selective_scan_reference
-from kernels.selective_scan.xla import selective_scan_xla
-from kernels.typing import Array, Float
+from ..partition import split_scan
+from ..typing import Array, Float
+from .associative import selective_scan_associative
+from .pallas_gpu import check_supported_by_pallas_gpu, selective_scan_pallas_gpu
+from .pallas_tpu import check_supported_by_pallas_tpu, selective_scan_pallas_tpu
+from .reference import selective_scan_reference
+from .xla import selective_scan_xla
 
 logger = logging.getLogger(__name__)
 
@@ -26,12 +26,13 @@ IMPLEMENTATIONS = MappingProxyType(
     }
 )
 
-# Raise NotImplementedError for arguments that their implementation does not take; the others take all.
+# Each check raises NotImplementedError for arguments that its implementation does not support. Implementations that are
+# not listed support all arguments. The listed ones are kernels, which XLA cannot partition.
 SUPPORT_CHECKS = MappingProxyType(
     {"pallas_tpu": check_supported_by_pallas_tpu, "pallas_gpu": check_supported_by_pallas_gpu}
 )
 
-# What `implementation=None` means on each `jax.default_backend()`, the first choice first.
+# What `implementation=None` means for each `jax.default_backend()`, in order of preference. The last one is portable.
 PREFERENCE = MappingProxyType({"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")})
 
 
@@ -51,45 +52,45 @@ def selective_scan(
     return_final_state: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "B L D"] | tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """Returns y, the output of a diagonal state-space model whose parameters change with the token.
+    """Returns y, the output of a diagonal state-space model whose parameters depend on the token.
 
-        Δ_t = softplus(delta_t + delta_bias)        without the softplus unless delta_softplus
+        Δ_t = softplus(delta_t + delta_bias)        (no softplus if delta_softplus is False)
         h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t
         y_t = (C_t · h_t + D u_t) silu(z_t)
 
-    Inputs may be bfloat16, float32 or float64. Exponentials, states and sums are float32, or float64 when one of u,
-    delta, A, B, C is float64. Differentiable in every array argument. No two of them need share an origin: B and delta
-    may be computed from one sequence and C and z from another.
+    Inputs are bfloat16, float32 or float64. Exponentials, states and sums are float32, or float64 if one of u, delta,
+    A, B and C is float64. The function is differentiable in every array argument. The arguments are independent of
+    each other: B and delta may be computed from one sequence, C and z from another.
+
+    XLA cannot partition Pallas kernels. Under `jax.jit` with a sharded batch, set the mesh with `jax.set_mesh(mesh)`:
+    each device then scans its part of the batch, and its part of the channels if the batch has too few examples for all
+    devices. If the sequence is sharded, use `sequence_parallel_scan`.
 
     Args:
-      u: the scan's input, (batch, length, d_inner). Any length, zero included.
-      delta: step sizes before bias and softplus, of u's shape.
-      A: the state matrix's diagonal for each channel, (d_inner, d_state); negative where states decay.
+      u: input of the scan, (batch, length, d_inner). The length may be zero.
+      delta: step sizes before bias and softplus, with the shape of u.
+      A: diagonal of each channel's state matrix, (d_inner, d_state); negative for states that decay.
       B: input matrix of each token, (batch, length, d_state), shared by the channels.
       C: output matrix of each token, (batch, length, d_state), shared by the channels.
-      D: skip weight of each channel, (d_inner,).
-      z: the gate before its SiLU, of u's shape.
+      D: skip weight of each channel, (d_inner,); no skip connection if None.
+      z: gate before its SiLU, with the shape of u; no gate if None.
       delta_bias: added to delta, (d_inner,).
-      delta_softplus: whether a softplus makes the step sizes positive.
+      delta_softplus: apply a softplus, which makes the step sizes positive.
       reverse: scan from the last token to the first.
-      initial_state: the state before the first scanned token, (batch, d_inner, d_state); zeros if None.
-      return_final_state: whether to return the state after the last scanned token too.
-      implementation: "pallas_tpu" and "pallas_gpu" (kernels for these platforms), "xla" (chunked; little memory, any
-        platform), "associative" (parallel over the sequence; much memory), "reference" (one step at a time). None
-        takes the first that the default backend prefers and that supports the arguments; name one to compile ahead
-        of time for another platform.
-
-    Kernels are opaque to XLA, which cannot split them over devices. Under `jax.jit` with a sharded batch they want the
-    mesh in context, `jax.set_mesh(mesh)`: then each device scans its part of the batch, and of the channels where the
-    batch has too few examples. For a sequence that is split see `sequence_parallel_scan`.
+      initial_state: state before the first scanned token, (batch, d_inner, d_state); zeros if None.
+      return_final_state: also return the state after the last scanned token.
+      implementation: "pallas_tpu" and "pallas_gpu" (kernels for these platforms), "xla" (chunked; little memory; any
+        platform), "associative" (parallel over the sequence; much memory) or "reference" (one step at a time). None
+        selects the default backend's first preference that supports the arguments; give a name to compile ahead of time
+        for another platform.
 
     Returns:
-      y, of u's shape and type; with return_final_state the pair (y, final_state), the state being
-      (batch, d_inner, d_state) in the type of the computation.
+      y, with the shape and dtype of u. If return_final_state, the pair (y, final_state), where final_state is
+      (batch, d_inner, d_state) in the dtype of the computation.
 
     Raises:
-      ValueError: a shape does not fit, or there is no implementation of that name.
-      NotImplementedError: the named implementation does not take such arguments, float64 for example.
+      ValueError: the shapes do not match, a dtype is not floating-point, or the implementation's name is unknown.
+      NotImplementedError: the named implementation does not support the arguments, for example float64.
     """
     check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     arguments = {
@@ -111,30 +112,47 @@ def selective_scan(
             "or None for the platform's preference"
         )
     scan = functools.partial(IMPLEMENTATIONS[implementation], delta_softplus=delta_softplus, reverse=reverse)
+    # XLA partitions the other implementations by itself.
     is_kernel = implementation in SUPPORT_CHECKS
     y, final_state = split_scan(scan, arguments) if is_kernel else scan(**arguments)
     return (y, final_state) if return_final_state else y
 
 
-def _preferred(arguments):
+def _preferred(arguments: dict[str, Array | None]) -> str:
+    """The name of the default backend's first preference that supports the arguments."""
     *kernels, portable = PREFERENCE.get(jax.default_backend(), ("xla",))
     for name in kernels:
         try:
             SUPPORT_CHECKS[name](**arguments)
         except NotImplementedError as error:
-            _log_once(f"selective_scan takes {portable!r} instead of {name!r}: {error}")
+            _log_once(f"selective_scan uses {portable!r} instead of {name!r}: {error}")
         else:
             return name
     return portable
 
 
 @functools.cache
-def _log_once(message):
+def _log_once(message: str) -> None:
+    # Cached, because models trace the scan once per layer.
     logger.warning(message)
 
 
-def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
-    """Raises ValueError for a shape that does not fit the others, or a type that is not floating-point."""
+def check_arguments(
+    u: Array,
+    delta: Array,
+    A: Array,
+    B: Array,
+    C: Array,
+    D: Array | None,
+    z: Array | None,
+    delta_bias: Array | None,
+    initial_state: Array | None,
+) -> None:
+    """Raises ValueError if a shape does not match the others, or a dtype is not floating-point.
+
+    The annotations have no shapes, because this function is the one that checks them for users.
+    """
+    # u and A define the sizes; every other shape follows from them.
     if u.ndim != 3:
         raise ValueError(f"u: got shape {u.shape}, want (batch, length, d_inner)")
     batch, length, d_inner = u.shape
@@ -152,9 +170,7 @@ def check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state) -> None:
     }
     for name, (array, shape, axes) in wanted.items():
         if array is not None and array.shape != shape:
-            raise ValueError(
-                f"{name}: got shape {array.shape}, want {shape}, that is {axes} given u {u.shape}, A {A.shape}"
-            )
+            raise ValueError(f"{name}: got shape {array.shape}, want {shape}: {axes} with u {u.shape} and A {A.shape}")
     for name, array in {"u": u, "A": A, **{name: array for name, (array, _, _) in wanted.items()}}.items():
         if array is not None and not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
             raise ValueError(f"{name}: got dtype {array.dtype}, want a real floating-point type")

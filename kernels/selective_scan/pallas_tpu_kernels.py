@@ -1,9 +1,16 @@
 """The bodies of the TPU kernels: one chunk of time steps of one block of channels; see `pallas_tpu`.
 
-`r` holds the references to blocks and scratch by name; an optional argument that is absent is None. Everything inside
-is float32. States are lists with one (tiles, 128) array a state index.
+Each body has three parts: a loop over tiles that prepares inputs in scratch, loops over groups of 8 steps with the
+recurrence, and a loop over tiles that finishes and writes the outputs. The loops over tiles do all work that is
+elementwise in steps and channels, on full registers and with masks for ragged edges. The recurrence then reads scratch
+without masks. Everything inside is float32: it accumulates over the sequence, and before v6e the vector
+units of TPUs compute in float32 only.
+
+A state, and any other array with an entry per state index and channel, is a list with one (tiles, 128) array, at most
+one register, per state index. Loops over the list and over the steps of a group are unrolled at trace time.
 """
 
+import dataclasses
 import functools
 import math
 
@@ -11,46 +18,128 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-LANES, SUBLANES = 128, 8
-# Sequences are read and written in tiles of 16 rows, the least that bfloat16 has.
-ROWS = 16
+from ..typing import Array, Float, Index, Ref
+from .pallas_tpu_layout import SUBLANES, Layout
+from .pallas_tpu_tiles import (
+    Tile,
+    add_lanes,
+    entry,
+    for_groups,
+    for_tiles,
+    in_order,
+    product_rows,
+    remaining_entries,
+    step_rows,
+    sum_channels,
+)
 
 LN2 = math.log(2)
+State = list[Float[Array, "tiles 128"]]
 
 
-def forward_kernel(r, layout):
-    d_state, left = layout.d_state, _left(layout)
+# Block shapes are those of `Layout.operands`: sequence (1, steps, channels), projection (1, 1, 1, steps * d_state),
+# state (1, 1, d_state, tiles, 128), matrix (1, d_state, tiles, 128), vector (1, tiles, 128). Optional arguments that
+# are absent are None.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardRefs:
+    """The references of one program of the forward kernel."""
 
+    # Inputs.
+    u: Ref  # sequence, VMEM, in the caller's dtype
+    delta: Ref  # sequence, VMEM
+    z: Ref | None = None  # sequence, VMEM
+    A: Ref  # matrix, VMEM, multiplied by log2 e
+    B: Ref  # projection, SMEM
+    C: Ref  # projection, SMEM
+    D: Ref | None = None  # vector, VMEM
+    delta_bias: Ref | None = None  # vector, VMEM
+    initial_state: Ref  # state, VMEM
+    # Outputs.
+    y: Ref  # sequence, VMEM
+    final_state: Ref  # state, VMEM: the running state, from chunk to chunk
+    chunk_states: Ref | None = None  # (1, 1, 1, d_state, tiles, 128), VMEM: absent without a gradient
+    # Scratch, (steps * tiles, 128) float32 in VMEM, in the order that `pallas_tpu_layout` describes.
+    step_size: Ref  # Δ
+    drive: Ref  # Δ u
+    y_sum: Ref  # Σ_n C_n h_n
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackwardRefs:
+    """The references of one program of the backward kernel."""
+
+    # Inputs.
+    u: Ref  # sequence, VMEM, in the caller's dtype
+    delta: Ref  # sequence, VMEM
+    z: Ref | None = None  # sequence, VMEM
+    d_out: Ref  # sequence, VMEM: the gradient of the output y
+    A: Ref  # matrix, VMEM, multiplied by log2 e
+    B: Ref  # projection, SMEM
+    C: Ref  # projection, SMEM
+    D: Ref | None = None  # vector, VMEM
+    delta_bias: Ref | None = None  # vector, VMEM
+    chunk_states: Ref  # (1, 1, 1, d_state, tiles, 128), VMEM: the state before the chunk's first scanned step
+    d_final_state: Ref  # state, VMEM
+    # Outputs. Those that the chunks share (dA, dD, d_delta_bias, d_initial_state) stay in VMEM between them.
+    du: Ref  # sequence, VMEM
+    d_delta: Ref  # sequence, VMEM
+    dz: Ref | None = None  # sequence, VMEM
+    dA: Ref  # state, VMEM
+    dB: Ref  # (1, 1, 1, steps * padded_state / 128, 128), VMEM: sums over the block's channels
+    dC: Ref  # as dB
+    d_initial_state: Ref  # state, VMEM: the running carry, from chunk to chunk
+    dD: Ref | None = None  # (1, 1, tiles, 128), VMEM
+    d_delta_bias: Ref | None = None  # (1, 1, tiles, 128), VMEM
+    # Scratch, float32 in VMEM. The first six are stored like those of `ForwardRefs`. y_sum is present if z is.
+    step_size: Ref  # Δ
+    drive: Ref  # Δ u
+    dy: Ref  # the gradient of the gate's input, d_out silu(z)
+    d_drive: Ref  # the gradient of Δ u
+    d_step_size: Ref  # the gradient of Δ through Δ A, divided by ln 2
+    y_sum: Ref | None = None  # Σ_n C_n h_n
+    dB_rows: Ref  # (steps * padded_state, 128): partial sums of dB over channels
+    dC_rows: Ref  # the same of dC
+    states: Ref  # (steps, d_state, tiles, 128): the state before each step
+    products: Ref  # (8 * d_state * 8, 128): terms of dB or dC, for the 8 steps of a group
+
+
+def forward_kernel(r: ForwardRefs, layout: Layout) -> None:
+    """Scans one chunk, from the state in `final_state` to the state in `final_state`, and writes y."""
+    d_state, remaining = layout.d_state, remaining_entries(layout)
+
+    # Chunks are visited in the order of the scan: chunk number 0 of the pass holds the first scanned step.
     @pl.when(pl.program_id(2) == 0)
-    def _():
+    def _() -> None:
         r.final_state[...] = r.initial_state[...]
 
     if r.chunk_states is not None:
         r.chunk_states[0] = r.final_state[...]
 
-    @functools.partial(_for_tiles, layout, left)
-    def _(tile):
+    @functools.partial(for_tiles, layout, remaining)
+    def _(tile: Tile) -> None:
         _discretize(r, layout, tile)
 
-    def group(g, h):
+    # The carry of the loop is the state, in registers: with 16 state indices, 16 of the 64 that a TPU core has.
+    def group(g: Index, h: State) -> State:
         h = list(h)
-        for i in _in_order(layout.reverse):
+        for i in in_order(layout.reverse):
             t = g * SUBLANES + i
-            step_size, drive = (x[_step(layout, g, i)] for x in (r.step_size, r.drive))
+            step_size, drive = (x[step_rows(layout, g, i)] for x in (r.step_size, r.drive))
             y = jnp.zeros_like(drive)
             for n in range(d_state):
-                h[n] = jnp.exp2(step_size * r.A[0, n]) * h[n] + drive * _entry(layout, r.B, t, n)
-                y = y + h[n] * _entry(layout, r.C, t, n)
-            r.y_sum[_step(layout, g, i)] = y
+                h[n] = jnp.exp2(step_size * r.A[0, n]) * h[n] + drive * entry(layout, r.B, t, n)
+                y = y + h[n] * entry(layout, r.C, t, n)
+            r.y_sum[step_rows(layout, g, i)] = y
         return h
 
     h = [r.final_state[0, 0, n] for n in range(d_state)]
-    h = _for_groups(layout, group, h, layout.reverse)
+    h = for_groups(layout, group, h, layout.reverse)
     for n in range(d_state):
         r.final_state[0, 0, n] = h[n]
 
-    @functools.partial(_for_tiles, layout, left)
-    def _(tile):
+    # Skip and gate need u and z by tiles, as they arrive, and so follow the recurrence.
+    @functools.partial(for_tiles, layout, remaining)
+    def _(tile: Tile) -> None:
         y = tile.take(r.y_sum)
         if r.D is not None:
             y = y + tile.vector(r.D) * tile.get(r.u)
@@ -59,86 +148,99 @@ def forward_kernel(r, layout):
         tile.set(r.y, y)
 
 
-def backward_kernel(r, layout):
-    """The adjoint recurrence; carry_t is the loss's gradient by h_t through the steps after t.
+def backward_kernel(r: BackwardRefs, layout: Layout) -> None:
+    """The adjoint recurrence of one chunk, from its last scanned step to its first.
 
-    g_t           = carry_t + dy_t C_t
-    dC_t          = Σ_d h_t dy_t
-    dB_t          = Σ_d g_t Δ_t u_t
-    d(Δ_t u_t)    = Σ_n g_t B_t
-    carry_{t-1}   = exp(Δ_t A) g_t
-    d(Δ_t A)      = carry_{t-1} h_{t-1}
+    Let carry_t be the gradient of the loss with respect to h_t, through the steps after t, and dy_t the gradient with
+    respect to the input of the gate, D u_t + C_t · h_t:
+
+        g_t           = carry_t + dy_t C_t             the gradient with respect to h_t
+        dC_t          = Σ_d h_t dy_t
+        dB_t          = Σ_d g_t Δ_t u_t
+        d(Δ_t u_t)    = Σ_n g_t B_t
+        carry_{t-1}   = exp(Δ_t A) g_t
+        d(Δ_t A)      = carry_{t-1} h_{t-1}
+
+    The pass visits the chunks in the opposite order of the scan. In each it first scans forward, to recompute the
+    states h_{t-1} into scratch and dC, and then backward.
     """
-    d_state, left = layout.d_state, _left(layout)
+    d_state, remaining = layout.d_state, remaining_entries(layout)
 
+    # Chunk number 0 of this pass holds the last scanned step.
     @pl.when(pl.program_id(2) == 0)
-    def _():
+    def _() -> None:
         r.d_initial_state[...] = r.d_final_state[...]
         for total in (r.dA, r.dD, r.d_delta_bias):
             if total is not None:
                 total[...] = jnp.zeros_like(total)
 
-    @functools.partial(_for_tiles, layout, left)
-    def _(tile):
+    # Steps and channels beyond the end have Δ = 0 and dy = 0, so the loops over steps below change nothing there.
+    @functools.partial(for_tiles, layout, remaining)
+    def _(tile: Tile) -> None:
         _discretize(r, layout, tile)
         dy = tile.get(r.d_out)
         tile.put(r.dy, dy if r.z is None else dy * jax.nn.silu(tile.get(r.z)))
 
     h = [r.chunk_states[0, 0, 0, n] for n in range(d_state)]
 
-    def recompute(g, h):
+    def recompute(g: Index, h: State) -> State:
         h = list(h)
-        for i in _in_order(layout.reverse):
+        for i in in_order(layout.reverse):
             t = g * SUBLANES + i
-            step_size, drive, dy = (x[_step(layout, g, i)] for x in (r.step_size, r.drive, r.dy))
+            step_size, drive, dy = (x[step_rows(layout, g, i)] for x in (r.step_size, r.drive, r.dy))
             y = jnp.zeros_like(drive)
             for n in range(d_state):
+                # The state before the step: the adjoint multiplies it with the carry. dC needs the state after it,
+                # which is here, and so is computed in this loop.
                 r.states[t, n] = h[n]
-                h[n] = jnp.exp2(step_size * r.A[0, n]) * h[n] + drive * _entry(layout, r.B, t, n)
-                r.products[_product(layout, i, n)] = h[n] * dy
+                h[n] = jnp.exp2(step_size * r.A[0, n]) * h[n] + drive * entry(layout, r.B, t, n)
+                r.products[product_rows(layout, i, n)] = h[n] * dy
                 if r.z is not None:
-                    y = y + h[n] * _entry(layout, r.C, t, n)
+                    y = y + h[n] * entry(layout, r.C, t, n)
             if r.z is not None:
-                r.y_sum[_step(layout, g, i)] = y
-            _sum_channels(layout, r.products, r.dC_rows, g, i)
+                r.y_sum[step_rows(layout, g, i)] = y
+            sum_channels(layout, r.products, r.dC_rows, g, i)
         return h
 
-    _for_groups(layout, recompute, h, layout.reverse)
+    for_groups(layout, recompute, h, layout.reverse)
 
-    # An index's operations stand together: with all indices of one operation together, registers do not suffice.
-    def adjoint(g, carry):
+    # All operations of one state index stand together. In the other order, with one operation for all state indices
+    # before the next, the intermediate values of all indices are alive at once and exceed the 64 registers.
+    def adjoint(g: Index, carry: State) -> State:
         carry = list(carry)
-        for i in _in_order(not layout.reverse):
+        for i in in_order(not layout.reverse):
             t = g * SUBLANES + i
-            step_size, drive, dy = (x[_step(layout, g, i)] for x in (r.step_size, r.drive, r.dy))
+            step_size, drive, dy = (x[step_rows(layout, g, i)] for x in (r.step_size, r.drive, r.dy))
             d_drive = d_step_size = jnp.zeros_like(dy)
             for n in range(d_state):
-                dh = carry[n] + dy * _entry(layout, r.C, t, n)
-                r.products[_product(layout, i, n)] = dh * drive
-                d_drive = d_drive + dh * _entry(layout, r.B, t, n)
+                dh = carry[n] + dy * entry(layout, r.C, t, n)
+                r.products[product_rows(layout, i, n)] = dh * drive
+                d_drive = d_drive + dh * entry(layout, r.B, t, n)
+                # The decay is computed again: loading it would take the memory of the states once more.
                 carry[n] = jnp.exp2(step_size * r.A[0, n]) * dh
                 d_exponent = carry[n] * r.states[t, n]
                 d_step_size = d_step_size + d_exponent * r.A[0, n]
                 r.dA[0, 0, n] += d_exponent * step_size
-            r.d_drive[_step(layout, g, i)] = d_drive
-            r.d_step_size[_step(layout, g, i)] = d_step_size
-            _sum_channels(layout, r.products, r.dB_rows, g, i)
+            r.d_drive[step_rows(layout, g, i)] = d_drive
+            r.d_step_size[step_rows(layout, g, i)] = d_step_size
+            sum_channels(layout, r.products, r.dB_rows, g, i)
         return carry
 
     carry = [r.d_initial_state[0, 0, n] for n in range(d_state)]
-    carry = _for_groups(layout, adjoint, carry, not layout.reverse)
+    carry = for_groups(layout, adjoint, carry, not layout.reverse)
     for n in range(d_state):
         r.d_initial_state[0, 0, n] = carry[n]
 
-    @functools.partial(_for_tiles, layout, left)
-    def _(tile):
+    # From the gradients of Δ and Δ u to those of the arguments: elementwise, by tiles.
+    @functools.partial(for_tiles, layout, remaining)
+    def _(tile: Tile) -> None:
         u, dy, d_drive = tile.get(r.u), tile.take(r.dy), tile.take(r.d_drive)
         du = d_drive * tile.take(r.step_size)
         if r.D is not None:
             du = du + tile.vector(r.D) * dy
             tile.add(r.dD, dy * u)
         tile.set(r.du, du)
-        # The kernel's A is the A of the formula over ln 2, for exp2.
+        # r.A is A log2 e, and log2 e ln 2 = 1: this factor restores the gradient through Δ A.
         d_delta = d_drive * u + LN2 * tile.take(r.d_step_size)
         if layout.delta_softplus:
             d_delta = d_delta * jax.nn.sigmoid(_biased_delta(r, tile))
@@ -151,125 +253,23 @@ def backward_kernel(r, layout):
                 y = y + tile.vector(r.D) * u
             z = tile.get(r.z)
             gate = jax.nn.sigmoid(z)
+            # silu(z) = z σ(z), so its derivative is σ(z) (1 + z (1 - σ(z))).
             tile.set(r.dz, tile.get(r.d_out) * y * gate * (1 + z * (1 - gate)))
 
-    _add_lanes(r.dB_rows, r.dB)
-    _add_lanes(r.dC_rows, r.dC)
+    add_lanes(r.dB_rows, r.dB)
+    add_lanes(r.dC_rows, r.dC)
 
 
-class _Tile:
-    """16 steps by 128 channels of the chunk: in blocks of sequences as they are, in scratch as two groups of steps."""
-
-    def __init__(self, layout, left, pair, column):
-        self._column = column
-        starts = (pair * ROWS, column * LANES)
-        self._left = [None if n is None else n - start for n, start in zip(left, starts, strict=True)]
-        self._rows = pl.ds(pl.multiple_of(pair * ROWS, ROWS), ROWS)
-        self._lanes = pl.ds(column * LANES, LANES)
-        self._scratch = [
-            pl.ds(pl.multiple_of(((2 * pair + half) * layout.tiles + column) * SUBLANES, SUBLANES), SUBLANES)
-            for half in range(2)
-        ]
-
-    def get(self, block):
-        """From a sequence; zeros beyond its end, where memory may hold anything."""
-        return self.valid(block[0, self._rows, self._lanes].astype(jnp.float32))
-
-    def set(self, block, x):
-        block[0, self._rows, self._lanes] = x.astype(block.dtype)
-
-    def take(self, scratch):
-        return jnp.concatenate([scratch[rows] for rows in self._scratch])
-
-    def put(self, scratch, x):
-        for half, rows in enumerate(self._scratch):
-            scratch[rows] = x[half * SUBLANES : (half + 1) * SUBLANES]
-
-    def vector(self, block):
-        """This tile's part of a vector with an entry for each channel."""
-        return block[0, self._column : self._column + 1]
-
-    def add(self, block, x):
-        """Adds the sum over steps to a vector."""
-        block[0, 0, self._column : self._column + 1] += jnp.sum(self.valid(x), axis=0, keepdims=True)
-
-    def valid(self, x):
-        for axis, left in enumerate(self._left):
-            if left is not None:
-                x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < left, x, 0.0)
-        return x
-
-
-def _left(layout):
-    """How many steps and channels are left from the block's start on; None where blocks end with the sequence."""
-    steps = layout.length - layout.chunk(pl.program_id(2)) * layout.steps
-    channels = layout.d_inner - pl.program_id(1) * layout.channels
-    return (
-        steps if layout.length % layout.steps else None,
-        channels if layout.d_inner % layout.channels else None,
-    )
-
-
-def _biased_delta(r, tile):
+def _biased_delta(r: ForwardRefs | BackwardRefs, tile: Tile) -> Float[Array, "16 128"]:
+    """delta + delta_bias."""
     delta = tile.get(r.delta)
     return delta if r.delta_bias is None else delta + tile.vector(r.delta_bias)
 
 
-def _discretize(r, layout, tile):
-    """Writes Δ and Δ u to scratch: zeros beyond the sequence's end, so that steps there change no state."""
+def _discretize(r: ForwardRefs | BackwardRefs, layout: Layout, tile: Tile) -> None:
+    """Writes Δ and Δ u to scratch: zeros beyond the end of the array, so that steps there leave the state unchanged."""
     delta = _biased_delta(r, tile)
+    # Masked after the softplus, which is not zero at zero.
     step_size = tile.valid(jax.nn.softplus(delta) if layout.delta_softplus else delta)
     tile.put(r.step_size, step_size)
     tile.put(r.drive, step_size * tile.get(r.u))
-
-
-def _for_tiles(layout, left, body):
-    @pl.loop(0, layout.steps // ROWS)
-    def _(pair):
-        for column in range(layout.tiles):
-            body(_Tile(layout, left, pair, column))
-
-
-def _for_groups(layout, body, carry, reverse):
-    """carry = body(g, carry) for each group of 8 steps."""
-    groups = layout.steps // SUBLANES
-    return jax.lax.fori_loop(0, groups, lambda k, carry: body(groups - 1 - k if reverse else k, carry), carry)
-
-
-def _in_order(reverse):
-    return range(SUBLANES)[:: -1 if reverse else 1]
-
-
-def _step(layout, g, i):
-    """Where scratch has the channels of step i in group g."""
-    return pl.ds(g * SUBLANES * layout.tiles + i, layout.tiles, stride=SUBLANES), slice(None)
-
-
-def _entry(layout, block, t, n):
-    """The scalar B_t[n], or C_t[n]."""
-    return block[0, 0, 0, t * layout.d_state + n]
-
-
-def _product(layout, i, n):
-    """Where scratch has the product, one of all channels, for state index n of step i in its group."""
-    return pl.ds((i * layout.d_state + n) * SUBLANES, layout.tiles)
-
-
-def _sum_channels(layout, products, sums, g, i):
-    """Adds each product's tiles: a row of 128 partial sums over channels for each state index.
-
-    Eight products come back from scratch transposed, by loads with a stride, so that whole registers are added.
-    """
-    for n in range(0, layout.d_state, SUBLANES):
-        count = min(SUBLANES, layout.d_state - n)
-        first = (i * layout.d_state + n) * SUBLANES
-        transposed = (products[pl.ds(first + tile, count, stride=SUBLANES)] for tile in range(layout.tiles))
-        row = pl.multiple_of((g * SUBLANES + i) * layout.padded_state + n, SUBLANES)
-        sums[pl.ds(row, count)] = functools.reduce(jnp.add, transposed)
-
-
-def _add_lanes(rows, sums):
-    """Each of the rows' sums, 128 of them in a row of `sums`."""
-    for k in range(rows.shape[0] // LANES):
-        block = rows[k * LANES : (k + 1) * LANES]
-        sums[0, 0, 0, k : k + 1] = jnp.sum(jnp.swapaxes(block, 0, 1), axis=0, keepdims=True)

@@ -1,30 +1,34 @@
-"""The selective scan of a sequence whose parts lie on the devices of a mesh axis; for use inside `jax.shard_map`.
+"""The selective scan of a sequence that is sharded over a mesh axis; for use inside `jax.shard_map`.
 
-The recurrence is linear: steps with step sizes Δ_t take the state h before them to exp(A ΣΔ) h + s, where s is their
-last state from a zero start. So devices tell each other s, (B, D, N), and ΣΔ, (B, D), whatever the sequence's length.
-Each folds those of the parts before its own into the state that its part starts from, and scans its part by one of the
-implementations of `selective_scan`. The gradient by states is as linear, and goes through the parts the other way.
+Each device of the axis holds one contiguous part of the sequence. The recurrence is linear in the state: a part with
+step sizes Δ_t takes the state h before it to
+
+    exp(A Σ_t Δ_t) h + s,    where s is the part's last state if it starts from zero.
+
+So the devices exchange only s, (B, D, N), and Σ_t Δ_t, (B, D), whatever the length of the sequence. Each device then
+combines those of the parts before its own into the state that its part starts from, and scans its part with one of the
+implementations of `selective_scan`. The gradient with respect to the states is linear too, and passes through the parts
+in the opposite order.
 """
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from kernels.partition import SEQUENCE_AXIS, vary_as
-from kernels.selective_scan.api import check_arguments, selective_scan
-from kernels.selective_scan.reference import (
-    batch_zeros,
-    compute_dtype,
-    discretization_step,
-    first_state,
-)
-from kernels.typing import Array, Bool, Float
+from ..partition import SEQUENCE_AXIS, vary_as
+from ..typing import Array, Bool, Float, Index, Int
+from .api import check_arguments, selective_scan
+from .reference import batch_zeros, compute_dtype, discretization_step, first_state
 
-# Steps of one turn of the loop over time. XLA's CPU backend shares sixteen among its cores, and takes a sixth of the
-# time of two, four or eight (1,024 steps, 768 channels, 16 states, batch 2).
+# Steps in one iteration of the loop over time. XLA's CPU backend divides sixteen steps among the cores, and takes a
+# sixth of the time of two, four or eight (measured with 1,024 steps, 768 channels, 16 states and batch 2).
 UNROLLED_STEPS = 16
+
+Arrays = dict[str, Array]
+"""The array arguments of `selective_scan` that are present, by name; the initial state always is."""
 
 
 def sequence_parallel_scan(
@@ -44,27 +48,31 @@ def sequence_parallel_scan(
     initial_state: Float[Array, "B D N"] | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """Returns (y, final_state) of this device's part of the sequence, of length L; see `selective_scan` for the rest.
+    """Returns (y, final_state) of this device's part of the sequence; see `selective_scan` for the formula.
 
-    All devices of the axis call this, each with a part of the same length. Differentiable in every array argument. A
-    parameter or initial state that is whole on all devices has its gradient summed over them by `jax.shard_map`.
+    All devices of the axis call this function, each with a part of the same length L. It is differentiable in every
+    array argument. `jax.shard_map` sums the gradient of a replicated parameter or initial state over the devices.
 
     Args:
-      axis_name: of the mesh; of type manual, since the function is for the inside of a `jax.shard_map`.
+      axis_name: the manual mesh axis over which the sequence is sharded.
       reverse: scan each part from its last token to its first.
-      parts_reversed: the last device's part comes first, and the first one's last; by default as `reverse`. It may be
-        traced, but has to be the same on all devices.
-      initial_state: the state before the first token of the whole sequence, the same on all devices.
+      parts_reversed: scan the last device's part first and the first device's part last; None means the value of
+        `reverse`. It may be traced, but must have the same value on all devices.
+      initial_state: the state before the first token of the complete sequence, the same on all devices.
+      u, delta, A, B, C, D, z, delta_bias, delta_softplus, implementation: as for `selective_scan`, for this part.
 
     Returns:
-      y, of u's shape and type, and the state after the part's last scanned token, in the type of the computation.
+      y, with the shape and dtype of u, and the state after the part's last scanned token, in the dtype of the
+      computation.
 
     Raises:
       ValueError, NotImplementedError: as `selective_scan`.
     """
     arrays = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
     check_arguments(**arrays)
+    # All later functions take the dtype of the computation from the initial state.
     arrays["initial_state"] = first_state(initial_state, u, A, compute_dtype(u, delta, A, B, C))
+    # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
     arrays = {name: vary_as(u, x) for name, x in arrays.items() if x is not None}
     options = _Options(axis_name, delta_softplus, reverse, implementation)
     return _scan(options, arrays, jnp.asarray(reverse if parts_reversed is None else parts_reversed))
@@ -72,6 +80,8 @@ def sequence_parallel_scan(
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
+    """The static arguments of `sequence_parallel_scan`, hashable as `nondiff_argnums` requires."""
+
     axis_name: str
     delta_softplus: bool
     reverse: bool
@@ -79,35 +89,57 @@ class _Options:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(options, arrays, parts_reversed):
-    return _scan_part(options, _started(options, arrays, parts_reversed)[0])
+def _scan(
+    options: _Options, arrays: Arrays, parts_reversed: Bool[Array, ""]
+) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+    """(y, final_state). parts_reversed is a traced argument, because layers of both directions may share a program."""
+    return _scan_part(options, _with_start_state(options, arrays, parts_reversed)[0])
 
 
-def _scan_fwd(options, arrays, parts_reversed):
-    started, step_sums = _started(options, arrays, parts_reversed)
+def _scan_fwd(
+    options: _Options, arrays: Arrays, parts_reversed: Bool[Array, ""]
+) -> tuple[
+    tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
+    tuple[Callable[..., tuple[Arrays]], Arrays, Float[Array, "P B D"], Bool[Array, ""]],
+]:
+    # jax.vjp of the part's scan alone: the exchange between devices has a gradient of its own in `_scan_bwd`, instead
+    # of one that differentiates through the gathers and the extra pass.
+    started, step_sums = _with_start_state(options, arrays, parts_reversed)
     outputs, pullback = jax.vjp(functools.partial(_scan_part, options), started)
-    # Kept: what the implementation keeps, the inputs, which live anyway, and the sums of all parts' step sizes.
+    # Kept: what the implementation keeps (inside `pullback`), the inputs, which are alive anyway, and the sums of step
+    # sizes of all parts, (P, B, D), so that the backward pass does not gather them again. Recomputed: step sizes.
     return outputs, (pullback, arrays, step_sums, parts_reversed)
 
 
-def _scan_bwd(options, residuals, cotangents):
-    """The part's own pullback is right once it gets the gradient by the final state through all later parts, too.
+def _scan_bwd(
+    options: _Options,
+    residuals: tuple[Callable[..., tuple[Arrays]], Arrays, Float[Array, "P B D"], Bool[Array, ""]],
+    cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
+) -> tuple[Arrays, None]:
+    """The pullback of the part's own scan, applied to the final state's gradient through all later parts.
 
-    Let g be a part's gradient by its final state, and r that by its start were g zero. By its start it is
-    exp(A ΣΔ) g + r, which goes into g of the part before: the recurrence of the states, from the last part.
+    Let g be the gradient of the loss with respect to a part's final state, and r that with respect to its start state
+    if g were zero. The gradient with respect to the start state is then exp(A Σ_t Δ_t) g + r, which is added to the g
+    of the part before. This is the recurrence of the states again, from the last part to the first.
     """
     pullback, arrays, step_sums, parts_reversed = residuals
     dy, d_final_state = cotangents
     step_size, A = _discretize(options, arrays)
+    # The gradient with respect to C_t · h_t; the skip connection does not reach the state.
     d_sum = dy.astype(step_size.dtype)
     if "z" in arrays:
         d_sum *= jax.nn.silu(arrays["z"].astype(step_size.dtype))
+    # r + exp(A ΣΔ) g, with the g that comes from this part's own final_state. Later parts add to it below.
     d_start = _accumulate_adjoint(options, A, step_size, d_sum, arrays["C"])
     d_start += _decay(step_size.sum(axis=1), A) * jnp.swapaxes(d_final_state, 1, 2)
+    # (P, B, N, D): one state per device. Each device folds the gathered states itself, because P is small and a chain
+    # of P exchanges would take P times the latency.
     d_starts = jax.lax.all_gather(d_start, options.axis_name)
+    # The parts after this one come "before" it in the opposite order of parts.
     from_later = _fold(options, A, d_starts, step_sums, jnp.zeros_like(d_start), ~parts_reversed)
     (gradients,) = pullback((dy, d_final_state + jnp.swapaxes(from_later, 1, 2)))
-    is_first = _place(options, parts_reversed) == 0
+    # Only the first part starts from the argument. The others' start states have passed their gradients on above.
+    is_first = _parts_before(options, parts_reversed) == 0
     gradients["initial_state"] = jnp.where(is_first, gradients["initial_state"], 0)
     return gradients, None
 
@@ -115,7 +147,7 @@ def _scan_bwd(options, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _scan_part(options, arrays):
+def _scan_part(options: _Options, arrays: Arrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     return selective_scan(
         **arrays,
         delta_softplus=options.delta_softplus,
@@ -125,75 +157,114 @@ def _scan_part(options, arrays):
     )
 
 
-def _started(options, arrays, parts_reversed):
-    """Returns the arrays with the state that this part starts from, and every part's sum of step sizes (P, B, D)."""
+def _with_start_state(
+    options: _Options, arrays: Arrays, parts_reversed: Bool[Array, ""]
+) -> tuple[Arrays, Float[Array, "P B D"]]:
+    """The arrays with this part's start state as their initial state, and the sum of step sizes of every part."""
     step_size, A = _discretize(options, arrays)
     drive = step_size * arrays["u"].astype(step_size.dtype)
+    # A pass over the part for its last state alone. It cannot be taken from the scan itself, which needs the start.
     final_state = _accumulate(options, A, step_size, drive, arrays["B"])
+    # One collective for both: P (B, N, D) and P (B, D) arrays, independent of the length of the sequence.
     final_states, step_sums = jax.lax.all_gather((final_state, step_size.sum(axis=1)), options.axis_name)
     start = jnp.swapaxes(arrays["initial_state"], 1, 2)
     start = _fold(options, A, final_states, step_sums, start, parts_reversed)
     return arrays | {"initial_state": jnp.swapaxes(start, 1, 2)}, step_sums
 
 
-def _discretize(options, arrays):
-    """Returns Δ (B, L, D) and A (N, D); states too have channels last here, (B, N, D), which fill a vector better."""
+def _discretize(options: _Options, arrays: Arrays) -> tuple[Float[Array, "B L D"], Float[Array, "N D"]]:
+    """Δ and the transpose of A, in the dtype of the computation.
+
+    The functions below have channels last in states too, (B, N, D): they fill a vector register better than the few
+    entries of a state.
+    """
     dtype = arrays["initial_state"].dtype
     step_size = discretization_step(arrays["delta"], arrays.get("delta_bias"), options.delta_softplus, dtype)
     return step_size, arrays["A"].astype(dtype).T
 
 
-def _fold(options, A, states, step_sums, start, from_last):
-    """Returns h <- exp(A ΣΔ) h + state over the parts before this device's, or from the last part to those after it.
+def _fold(
+    options: _Options,
+    A: Float[Array, "N D"],
+    states: Float[Array, "P B N D"],
+    step_sums: Float[Array, "P B D"],
+    start: Float[Array, "B N D"],
+    from_last: Bool[Array, ""],
+) -> Float[Array, "B N D"]:
+    """The state h after h <- exp(A ΣΔ) h + state over the parts before this device's, in the given order of parts.
 
     Args:
-      states: (P, B, N, D), of all parts.
-      step_sums: (P, B, D), of all parts.
-      start: h before the first part that is folded.
+      states: of all parts.
+      step_sums: of all parts.
+      start: h before the first part.
+      from_last: the parts are in order from the last device to the first.
     """
 
-    def add(i, h):
+    def add(i: Index, h: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         part = jnp.where(from_last, states.shape[0] - 1 - i, i)
         return _decay(step_sums[part], A) * h + states[part]
 
-    return jax.lax.fori_loop(0, _place(options, from_last), add, start)
+    # The trip count differs between devices. The loop contains no collective, so they need not stay in step.
+    return jax.lax.fori_loop(0, _parts_before(options, from_last), add, start)
 
 
-def _place(options, from_last):
-    """How many parts come before this device's."""
+def _parts_before(options: _Options, from_last: Bool[Array, ""]) -> Int[Array, ""]:
+    """The number of parts before this device's, in the order from the first device or from the last."""
+    # The mesh axis orders the parts as `jax.shard_map` cuts the sequence.
     index = jax.lax.axis_index(options.axis_name)
     return jnp.where(from_last, jax.lax.axis_size(options.axis_name) - 1 - index, index)
 
 
-def _accumulate(options, A, step_size, drive, B):
-    """Returns the last h of h <- exp(Δ_t A) h + drive_t B_t, from zero; a scan without outputs takes half the time."""
+def _accumulate(
+    options: _Options,
+    A: Float[Array, "N D"],
+    step_size: Float[Array, "B L D"],
+    drive: Float[Array, "B L D"],
+    B: Float[Array, "B L N"],
+) -> Float[Array, "B N D"]:
+    """The last h of h <- exp(Δ_t A) h + drive_t B_t, from zero. Without outputs a scan takes half the time."""
     return _loop(options.reverse, lambda h, decay, inputs: decay * h + inputs, A, step_size, drive, B)
 
 
-def _accumulate_adjoint(options, A, step_size, d_sum, C):
-    """Returns the last g of g <- exp(Δ_t A) (g + d_sum_t C_t), from zero and against the scan's direction."""
+def _accumulate_adjoint(
+    options: _Options,
+    A: Float[Array, "N D"],
+    step_size: Float[Array, "B L D"],
+    d_sum: Float[Array, "B L D"],
+    C: Float[Array, "B L N"],
+) -> Float[Array, "B N D"]:
+    """The last g of g <- exp(Δ_t A) (g + d_sum_t C_t), from zero and in the opposite direction of the scan."""
     return _loop(not options.reverse, lambda g, decay, inputs: decay * (g + inputs), A, step_size, d_sum, C)
 
 
-def _loop(reverse, step, A, step_size, by_channel, by_state):
-    """Returns the last state of state <- step(state, exp(Δ_t A), by_channel_t by_state_t), all (B, N, D)."""
+def _loop(
+    reverse: bool,
+    step: Callable[[Array, Array, Array], Array],
+    A: Float[Array, "N D"],
+    step_size: Float[Array, "B L D"],
+    by_channel: Float[Array, "B L D"],
+    by_state: Float[Array, "B L N"],
+) -> Float[Array, "B N D"]:
+    """The last state of state <- step(state, exp(Δ_t A), by_channel_t by_state_t), from zero."""
     (batch, length, d_inner), dtype = step_size.shape, step_size.dtype
+    # The state is the only carry, and no step writes an output.
     unrolled = min(UNROLLED_STEPS, max(length, 1))
-    padding = ((0, 0), (0, -length % unrolled), (0, 0))  # steps of size zero that add nothing
+    # Padding at the end: steps of size zero that add nothing, in either direction.
+    padding = ((0, 0), (0, -length % unrolled), (0, 0))
     arrays = [jnp.pad(x.astype(dtype), padding) for x in (step_size, by_channel, by_state)]
-    turns = arrays[0].shape[1] // unrolled
+    iterations = arrays[0].shape[1] // unrolled
 
-    def turn(i, state):
-        first = (turns - 1 - i if reverse else i) * unrolled
+    def iterate(i: Index, state: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+        first = (iterations - 1 - i if reverse else i) * unrolled
         step_size, by_channel, by_state = (jax.lax.dynamic_slice_in_dim(x, first, unrolled, 1) for x in arrays)
         for t in reversed(range(unrolled)) if reverse else range(unrolled):
             inputs = by_channel[:, t, None, :] * by_state[:, t, :, None]
             state = step(state, _decay(step_size[:, t], A), inputs)
         return state
 
-    return jax.lax.fori_loop(0, turns, turn, batch_zeros(step_size, (batch, A.shape[0], d_inner), dtype))
+    return jax.lax.fori_loop(0, iterations, iterate, batch_zeros(step_size, (batch, A.shape[0], d_inner), dtype))
 
 
-def _decay(step_size, A):
-    """exp(Δ A): (B, D) and (N, D) to (B, N, D)."""
+def _decay(step_size: Float[Array, "B D"], A: Float[Array, "N D"]) -> Float[Array, "B N D"]:
+    """exp(Δ A)."""
     return jnp.exp(step_size[:, None, :] * A[None])

@@ -1,12 +1,19 @@
-"""The selective scan chunk by chunk in plain XLA: the CPU default, and correct on any backend.
+"""The selective scan chunk by chunk in plain XLA: the default on CPU, and correct on any backend.
 
-The forward pass steps through time and keeps the state at each chunk's start. The backward pass recomputes a chunk's
-decays and states from there, so that nothing of size (batch, length, d_inner, d_state) is ever in memory.
+The recurrence is that of `reference.py`, h_t = exp(Δ_t A) h_{t-1} + Δ_t B_t u_t and y_t = C_t · h_t. The forward pass
+steps through time and keeps the state at the start of each chunk. The backward pass recomputes a chunk's decays and
+states from there, so that no array of size (batch, length, d_inner, d_state) is ever in memory.
 
-The work is cut into blocks of channels whose states stay in cache while time passes. Inputs and outputs keep their
-layout: a window of some steps and channels is read, or written, at a time. It has time first, (steps, batch, d_inner),
-and states have channels last, (batch, d_state, d_inner): XLA vectorises the last axis, and channels fill it better than
-the few entries of a state. The batch stays whole, for it may be sharded over devices.
+The loops, from the outermost to the innermost, all sequential:
+
+    blocks of channels   a block's states, (batch, d_state, channels), stay in the second-level cache while time passes
+    chunks of steps      a chunk's decays and states, one array each, stay in the cache of the cores
+    steps                the recurrence; each step is an elementwise operation over a block's states
+
+Inputs and outputs keep the caller's layout, (batch, length, d_inner); each chunk reads and writes a window of steps and
+channels. Inside a chunk, arrays have steps first, (steps, batch, channels), because a step then is contiguous. States
+have channels last, (batch, d_state, channels), because XLA vectorizes the last axis, and a block's channels fill the
+vector registers better than the few entries of a state. No loop cuts the batch, because it may be sharded.
 """
 
 import dataclasses
@@ -15,15 +22,24 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.partition import vary_as
-from kernels.selective_scan.reference import (
-    batch_zeros,
-    compute_dtype,
-    discretization_step,
-    first_state,
-    skip_and_gate,
-)
-from kernels.typing import Array, Float
+from ..partition import vary_as
+from ..typing import Array, Float, Index
+from .reference import batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
+from .xla_windows import Window, at_step, for_windows, loop_into, pad_to_chunks, read, read_steps, write, write_steps
+
+# Two arrays that each chunk of the backward pass overwrites, with the states of all of its steps.
+Buffers = tuple[Float[Array, "T B N width"], Float[Array, "T B N width"]]
+# (carry, dA so far, the step size after the chunk's last step): what one chunk of the backward pass gives to the next.
+ChunkCarry = tuple[Float[Array, "B N width"], Float[Array, "B N width"], Float[Array, "B width"]]
+# Carries of the loop over blocks of channels, of the forward and of the backward pass. `width` is that of a block.
+ForwardOutputs = tuple[Float[Array, "B N D"], Float[Array, "B L D"], Float[Array, "chunks B N D"]]
+BackwardOutputs = tuple[
+    Float[Array, "B N D"],
+    Float[Array, "B N D"],
+    Buffers,
+    list[Float[Array, "B L D"]],
+    list[Float[Array, "B L N"]],
+]
 
 
 def selective_scan_xla(
@@ -41,9 +57,12 @@ def selective_scan_xla(
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     """Returns (y, final_state); see `selective_scan` for the formula and the arguments."""
+    # Bias, softplus, skip and gate are elementwise. They are outside the custom VJP, where XLA fuses and JAX
+    # differentiates them.
     dtype = compute_dtype(u, delta, A, B, C)
     step_size = discretization_step(delta, delta_bias, delta_softplus, dtype)
     state = first_state(initial_state, u, A, dtype)
+    # Nothing to loop over: y is the skip connection, and the state remains.
     if 0 in u.shape or 0 in A.shape:
         return skip_and_gate(jnp.zeros(u.shape, dtype), u, D, z), state
     y, final_state = _scan(reverse, u, step_size, vary_as(u, A), B, C, state)
@@ -52,7 +71,7 @@ def selective_scan_xla(
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """How many channels and time steps are worked on at once."""
+    """The number of channels in a block, and of time steps in a chunk."""
 
     d_inner: int
     steps: int
@@ -61,106 +80,155 @@ class BlockSizes:
 def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSizes:
     """The most channels whose states take up to 96 KiB in float32, and the most steps whose states take 1.5 MiB.
 
-    Measured on two Zen 4 cores, 1 MiB of second-level cache each: the gradient's time varies by a tenth from 12 to
-    96 KiB and from 0.5 to 2 MiB, and grows beyond.
+    The limits were measured on two Zen 4 cores with 1 MiB of second-level cache each. The gradient's time varies by a
+    tenth between 12 and 96 KiB and between 0.5 and 2 MiB, and grows beyond.
     """
+    # Entries of 4 bytes: 96 KiB and 1.5 MiB.
     max_states, max_chunk_states = 24 * 1024, 384 * 1024
-    # Blocks narrower than 64 channels would not fill vectors.
+    # Only divisors of d_inner, so that no block is ragged. Blocks of fewer than 64 channels would not fill vectors.
     widths = [n for n in _divisors(d_inner) if n >= min(64, d_inner)]
     width = max((n for n in widths if batch * d_state * n <= max_states), default=widths[0])
+    # Between 8 and 32 steps: shorter chunks keep more states and pay the loop's overhead more often, and longer ones
+    # take more memory for their decays and states.
     max_steps = min(max(max_chunk_states // (batch * d_state * width), 8), 32)
-    # Even chunks, without padding where a divisor is near.
+    # A divisor of the length avoids padding. If none is within a factor of two of the limit, the chunks are as even as
+    # possible, which pads by less than one step per chunk.
     even_steps = -(-length // -(-length // max_steps))
     steps = max((n for n in _divisors(length) if max_steps // 2 <= n <= max_steps), default=even_steps)
     return BlockSizes(d_inner=width, steps=steps)
 
 
-def _divisors(n):
+def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(reverse, u, step_size, A, B, C, initial_state):
-    """The recurrence alone: (y, final_state) without skip, gate and softplus, in the type of step_size."""
+def _scan(
+    reverse: bool,
+    u: Float[Array, "B L D"],
+    step_size: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    initial_state: Float[Array, "B D N"],
+) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+    """The recurrence alone: (y, final_state) without softplus, skip and gate, in the dtype of step_size."""
     return _scan_fwd(reverse, u, step_size, A, B, C, initial_state)[0]
 
 
-def _scan_fwd(reverse, u, step_size, A, B, C, initial_state):
+def _scan_fwd(
+    reverse: bool,
+    u: Float[Array, "B L D"],
+    step_size: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    initial_state: Float[Array, "B D N"],
+) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B D N"]], tuple[Array, ...]]:
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
     dtype = step_size.dtype
     sizes = block_sizes(batch, length, d_inner, d_state)
-    by_channel, by_state = _pad(sizes, u, step_size), _pad(sizes, B, C)
+    # Ragged lengths are padded, not masked: step sizes of zero leave the state unchanged, in either direction.
+    by_channel, by_state = pad_to_chunks(sizes.steps, u, step_size), pad_to_chunks(sizes.steps, B, C)
     padded_length = by_state[0].shape[1]
+    # (d_state, d_inner), like the states: channels last.
     A_t = A.astype(dtype).T
 
-    def block(channels, outputs):
-        A_block = _read(A_t, None, channels)
+    def block(channels: Window, outputs: ForwardOutputs) -> ForwardOutputs:
+        A_block = read(A_t, None, channels)
 
-        def chunk(steps, loop):
+        def chunk(
+            steps: Window, loop: tuple[Float[Array, "B N width"], Float[Array, "B L D"], Float[Array, "chunks B N D"]]
+        ) -> tuple[Float[Array, "B N width"], Float[Array, "B L D"], Float[Array, "chunks B N D"]]:
             h, y, h_starts = loop
-            u, step_size = (_read_steps(x, steps, channels, dtype) for x in by_channel)
-            B, C = (_read_steps(x, steps, None, dtype) for x in by_state)
-            h_starts = _write(h_starts, h[None], (steps[0] // sizes.steps, 1), None, None, channels)
+            # Inputs stay in their own dtype in memory. A chunk is converted when it is read, so that no float32 copy of
+            # a bfloat16 sequence is made.
+            u, step_size = (read_steps(x, steps, channels, dtype) for x in by_channel)
+            B, C = (read_steps(x, steps, None, dtype) for x in by_state)
+            h_starts = write(h_starts, h[None], (steps[0] // sizes.steps, 1), None, None, channels)
             h, y_chunk = _forward_chunk(reverse, A_block, h, u, step_size, B, C)
-            return h, _write_steps(y, y_chunk, steps, channels), h_starts
+            return h, write_steps(y, y_chunk, steps, channels), h_starts
 
+        # `state` holds the initial states of blocks that are still to come, and the final states of those done.
         state, y, h_starts = outputs
-        h = _read(state, None, None, channels)
-        h, y, h_starts = _for_windows(padded_length, sizes.steps, chunk, (h, y, h_starts), reverse)
-        return _write(state, h, None, None, channels), y, h_starts
+        h = read(state, None, None, channels)
+        h, y, h_starts = for_windows(padded_length, sizes.steps, chunk, (h, y, h_starts), reverse)
+        return write(state, h, None, None, channels), y, h_starts
 
     state = jnp.swapaxes(initial_state, 1, 2)
     y = batch_zeros(u, (batch, padded_length, d_inner), dtype)
     h_starts = batch_zeros(u, (padded_length // sizes.steps, *state.shape), dtype, batch_axis=1)
-    state, y, h_starts = _for_windows(d_inner, sizes.d_inner, block, (state, y, h_starts))
-    # Kept: the inputs, which live anyway, and one state a chunk. Recomputed: decays and states of every step.
+    state, y, h_starts = for_windows(d_inner, sizes.d_inner, block, (state, y, h_starts))
+    # Kept: the inputs, which are alive anyway, and one state per chunk. Recomputed: the decays and states of all steps,
+    # which would take d_state times the memory of u each.
     return (y[:, :length], jnp.swapaxes(state, 1, 2)), (u, step_size, A, B, C, initial_state, h_starts)
 
 
-def _scan_bwd(reverse, residuals, cotangents):
+def _scan_bwd(
+    reverse: bool,
+    residuals: tuple[Array, ...],
+    cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
+) -> tuple[
+    Float[Array, "B L D"],
+    Float[Array, "B L D"],
+    Float[Array, "D N"],
+    Float[Array, "B L N"],
+    Float[Array, "B L N"],
+    Float[Array, "B D N"],
+]:
+    """The gradients of `_scan`'s array arguments, in their order and dtypes. Chunks are visited in reverse order."""
     *inputs, h_starts = residuals
     u, step_size, A, B, C, initial_state = inputs
     dy, d_final_state = cotangents
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
     dtype = step_size.dtype
     sizes = block_sizes(batch, length, d_inner, d_state)
-    by_channel, by_state = _pad(sizes, u, step_size, dy), _pad(sizes, B, C)
+    by_channel, by_state = pad_to_chunks(sizes.steps, u, step_size, dy), pad_to_chunks(sizes.steps, B, C)
     padded_length = by_state[0].shape[1]
+    # Step sizes and dy are zero in the padding, so padded steps add nothing to any gradient.
     A_t = A.astype(dtype).T
 
-    def block(channels, outputs):
-        A_block = _read(A_t, None, channels)
+    def block(channels: Window, outputs: BackwardOutputs) -> BackwardOutputs:
+        A_block = read(A_t, None, channels)
 
-        def chunk(steps, loop):
+        def chunk(
+            steps: Window,
+            loop: tuple[ChunkCarry, Buffers, list[Float[Array, "B L D"]], list[Float[Array, "B L N"]]],
+        ) -> tuple[ChunkCarry, Buffers, list[Float[Array, "B L D"]], list[Float[Array, "B L N"]]]:
             carried, buffers, d_by_channel, d_by_state = loop
-            h_start = _read(h_starts, (steps[0] // sizes.steps, 1), None, None, channels)[0]
-            u, step_size, dy = (_read_steps(x, steps, channels, dtype) for x in by_channel)
-            B, C = (_read_steps(x, steps, None, dtype) for x in by_state)
+            # The residual: the state before the chunk. Everything else about the chunk is recomputed from it.
+            h_start = read(h_starts, (steps[0] // sizes.steps, 1), None, None, channels)[0]
+            u, step_size, dy = (read_steps(x, steps, channels, dtype) for x in by_channel)
+            B, C = (read_steps(x, steps, None, dtype) for x in by_state)
             carried, buffers, gradients_by_channel, gradients_by_state = _backward_chunk(
                 reverse, A_block, carried, buffers, h_start, u, step_size, B, C, dy
             )
             d_by_channel = [
-                _write_steps(x, d, steps, channels) for x, d in zip(d_by_channel, gradients_by_channel, strict=True)
+                write_steps(x, d, steps, channels) for x, d in zip(d_by_channel, gradients_by_channel, strict=True)
             ]
-            # B and C serve every block of channels.
+            # All blocks of channels share B and C, so their gradients are accumulated over the outer loop.
             d_by_state = [
-                _write_steps(x, _read_steps(x, steps, None, dtype) + d, steps, None)
+                write_steps(x, read_steps(x, steps, None, dtype) + d, steps, None)
                 for x, d in zip(d_by_state, gradients_by_state, strict=True)
             ]
             return carried, buffers, d_by_channel, d_by_state
 
         dh, dA, buffers, d_by_channel, d_by_state = outputs
-        carry = _read(dh, None, None, channels)
+        # `dh` holds the gradients of final states for blocks still to come, and of initial states for those done.
+        carry = read(dh, None, None, channels)
         loop = ((carry, jnp.zeros_like(carry), jnp.zeros_like(carry[:, 0])), buffers, d_by_channel, d_by_state)
-        loop = _for_windows(padded_length, sizes.steps, chunk, loop, not reverse)
+        loop = for_windows(padded_length, sizes.steps, chunk, loop, not reverse)
         (carry, dA_block, _), buffers, d_by_channel, d_by_state = loop
-        dh = _write(dh, carry, None, None, channels)
-        return dh, _write(dA, dA_block, None, None, channels), buffers, d_by_channel, d_by_state
+        dh = write(dh, carry, None, None, channels)
+        return dh, write(dA, dA_block, None, None, channels), buffers, d_by_channel, d_by_state
 
-    # A chunk's states are a carry of all loops, because outputs of a scan would be new, zeroed arrays in each chunk.
+    # The buffers for a chunk's states are carries of all loops: as outputs of a scan they would be newly allocated and
+    # zeroed for each chunk.
     buffer = batch_zeros(u, (sizes.steps, batch, d_state, sizes.d_inner), dtype, batch_axis=1)
     sequence = batch_zeros(u, (batch, padded_length, d_inner), dtype)
     projection = batch_zeros(u, (batch, padded_length, d_state), dtype)
+    # dA keeps its batch axis until the loops end: a sum over a sharded batch is a collective, which is needed once and
+    # not once per chunk. du is written once per entry and so may have the dtype of u; the others are summed further.
     outputs = (
         jnp.swapaxes(d_final_state, 1, 2),
         batch_zeros(u, (batch, d_state, d_inner), dtype),
@@ -168,16 +236,18 @@ def _scan_bwd(reverse, residuals, cotangents):
         [sequence.astype(u.dtype), sequence, sequence],
         [projection, projection],
     )
-    dh, dA, _, d_by_channel, d_by_state = _for_windows(d_inner, sizes.d_inner, block, outputs)
+    dh, dA, _, d_by_channel, d_by_state = for_windows(d_inner, sizes.d_inner, block, outputs)
     du, d_step_size, d_step_size_next = (x[:, :length] for x in d_by_channel)
     dB, dC = (x[:, :length] for x in d_by_state)
 
-    # What no chunk has: the first step's d(Δ_t A), and the sum over all channels of dy_t Δ_t u_t.
+    # The terms that the chunks leave out (see `_backward_chunk`): d(Δ_t A) of the first scanned step, and in dB the sum
+    # over all channels of dy_t Δ_t u_t, times C_t.
     state = jnp.swapaxes(initial_state, 1, 2)
     first = -1 if reverse else 0
     step_size_padded = by_channel[1]
     dA = jnp.sum(dA + dh * state * step_size_padded[:, first, None, :], axis=0).T
     d_first = _sum_states(dh, state, A_t[None])[:, None]
+    # A chunk writes the gradient of Δ_{t+1} at step t, so it moves by one step in the direction of the scan.
     if reverse:
         d_step_size += jnp.concatenate([d_step_size_next[:, 1:], d_first], axis=1)
     else:
@@ -190,13 +260,25 @@ def _scan_bwd(reverse, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _forward_chunk(reverse, A, h, u, step_size, B, C):
-    """Returns the state after the chunk and y.
+def _forward_chunk(
+    reverse: bool,
+    A: Float[Array, "N width"],
+    h: Float[Array, "B N width"],
+    u: Float[Array, "T B width"],
+    step_size: Float[Array, "T B width"],
+    B: Float[Array, "T B N"],
+    C: Float[Array, "T B N"],
+) -> tuple[Float[Array, "B N width"], Float[Array, "T B width"]]:
+    """Returns the state after the chunk, and y.
 
-    The decays of all steps come first, since XLA shares that among the CPU's cores, and single steps are too short to.
+    The decays of all steps are computed first: XLA divides one operation over a chunk among the CPU's cores, but single
+    steps are too short for that.
     """
 
-    def step(h, inputs):
+    def step(
+        h: Float[Array, "B N width"],
+        inputs: tuple[Float[Array, "B N width"], Float[Array, "B width"], Float[Array, "B N"], Float[Array, "B N"]],
+    ) -> tuple[Float[Array, "B N width"], Float[Array, "B width"]]:
         decay_t, drive_t, B_t, C_t = inputs
         h = decay_t * h + drive_t[:, None, :] * B_t[:, :, None]
         return h, _sum_states(h, C_t[:, :, None])
@@ -204,10 +286,27 @@ def _forward_chunk(reverse, A, h, u, step_size, B, C):
     return jax.lax.scan(step, h, (_decay(step_size, A), step_size * u, B, C), reverse=reverse)
 
 
-def _backward_chunk(reverse, A, carried, buffers, h_start, u, step_size, B, C, dy):
+def _backward_chunk(
+    reverse: bool,
+    A: Float[Array, "N width"],
+    carried: ChunkCarry,
+    buffers: Buffers,
+    h_start: Float[Array, "B N width"],
+    u: Float[Array, "T B width"],
+    step_size: Float[Array, "T B width"],
+    B: Float[Array, "T B N"],
+    C: Float[Array, "T B N"],
+    dy: Float[Array, "T B width"],
+) -> tuple[
+    ChunkCarry,
+    Buffers,
+    tuple[Float[Array, "T B width"], Float[Array, "T B width"], Float[Array, "T B width"]],
+    tuple[Float[Array, "T B N"], Float[Array, "T B N"]],
+]:
     """The adjoint recurrence from a chunk's last step to its first.
 
-    Let carry_t be the loss's gradient by h_{t-1} through step t, and so carry_{t+1} + dy_t C_t that by h_t:
+    Let carry_t be the gradient of the loss with respect to h_{t-1}, through step t and all later steps. The gradient
+    with respect to h_t is then carry_{t+1} + dy_t C_t, and
 
         carry_t     = exp(Δ_t A) (carry_{t+1} + dy_t C_t)
         dC_t        = Σ_d h_t dy_t
@@ -215,38 +314,50 @@ def _backward_chunk(reverse, A, carried, buffers, h_start, u, step_size, B, C, d
         d(Δ_t u_t)  = Σ_n (carry_{t+1} + dy_t C_t) B_t
         d(Δ_t A)    = carry_t h_{t-1}
 
-    The chunk stores h_t and carry_{t+1}. They line up in the last product too, one step on: carry_{t+1} h_t. So no sum
-    reads the decays, and the terms dy_t C_t need no sum over states of channels.
+    The chunk stores h_t and carry_{t+1}. The last product, taken for the next step, is carry_{t+1} h_t: it needs these
+    two arrays at the same index and no decays. The terms with dy_t C_t factor into sums over N or D alone, without an
+    array over both.
 
     Args:
-      carried: carry, dA so far, and the step size after the chunk's last step; returned for the chunk before.
-      buffers: two arrays (steps, batch, d_state, d_inner) to be written over.
+      reverse: as in the forward pass; this function goes the other way.
+      A: the block's, in the dtype of the computation.
+      carried: (carry, dA so far, step size after the chunk's last step). The result holds those for the chunk before.
+      buffers: two arrays to overwrite, for h_t and carry_{t+1} of all steps.
+      h_start: the state before the chunk's first scanned step.
+      u, step_size, B, C, dy: the chunk's windows, in the dtype of the computation.
 
     Returns:
-      carried, buffers, the gradients by u, Δ_t through Δ_t u_t, and Δ_{t+1} through Δ_{t+1} A, and those by B and C: dB
-      without Σ_d dy_t Δ_t u_t C_t.
+      carried; buffers; the gradients of u_t, of Δ_t through Δ_t u_t, and of Δ_{t+1} through Δ_{t+1} A; and dB and dC,
+      where dB lacks the term C_t Σ_d dy_t Δ_t u_t.
     """
     carry, dA, step_size_end = carried
     h_all, carry_all = buffers
     decay = _decay(step_size, A)
     drive = step_size * u
+    # Δ_{t+1} at index t, in the order of the scan; that of the chunk's last step comes from the chunk after it.
     if reverse:
         step_size_next = jnp.concatenate([step_size_end[None], step_size[:-1]])
     else:
         step_size_next = jnp.concatenate([step_size[1:], step_size_end[None]])
 
-    def recompute(h, t):
-        h = _at(decay, t) * h + _at(drive, t)[:, None, :] * _at(B, t)[:, :, None]
+    def recompute(
+        h: Float[Array, "B N width"], t: Index
+    ) -> tuple[Float[Array, "B N width"], Float[Array, "B N width"]]:
+        h = at_step(decay, t) * h + at_step(drive, t)[:, None, :] * at_step(B, t)[:, :, None]
         return h, h
 
-    def adjoint(accumulated, t):
+    def adjoint(
+        accumulated: tuple[Float[Array, "B N width"], Float[Array, "B N width"]], t: Index
+    ) -> tuple[tuple[Float[Array, "B N width"], Float[Array, "B N width"]], Float[Array, "B N width"]]:
         carry, dA = accumulated
-        dA = dA + carry * _at(h_all, t) * _at(step_size_next, t)[:, None, :]
-        return (_at(decay, t) * (carry + _at(dy, t)[:, None, :] * _at(C, t)[:, :, None]), dA), carry
+        dA = dA + carry * at_step(h_all, t) * at_step(step_size_next, t)[:, None, :]
+        return (at_step(decay, t) * (carry + at_step(dy, t)[:, None, :] * at_step(C, t)[:, :, None]), dA), carry
 
-    _, h_all = _loop_into(h_all, recompute, h_start, reverse)
-    (carry, dA), carry_all = _loop_into(carry_all, adjoint, (carry, dA), not reverse)
-    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)  # float32 sums on TPU and GPU too
+    _, h_all = loop_into(h_all, recompute, h_start, reverse)
+    (carry, dA), carry_all = loop_into(carry_all, adjoint, (carry, dA), not reverse)
+    # Sums over channels or states for all steps at once. HIGHEST: by default TPUs and GPUs round the factors of an
+    # einsum to bfloat16 or TF32.
+    dot = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     dC = dot("tbnd,tbd->tbn", h_all, dy)
     dB = dot("tbnd,tbd->tbn", carry_all, drive)
     d_drive = dot("tbnd,tbn->tbd", carry_all, B) + dy * dot("tbn,tbn->tb", B, C)[:, :, None]
@@ -255,76 +366,23 @@ def _backward_chunk(reverse, A, carried, buffers, h_start, u, step_size, B, C, d
     return carried, (h_all, carry_all), (d_drive * step_size, d_drive * u, d_step_size_next), (dB, dC)
 
 
-def _decay(step_size, A):
-    """exp(Δ A): (..., D) and (N, D) to (..., N, D)."""
+def _decay(step_size: Float[Array, "*steps D"], A: Float[Array, "N D"]) -> Float[Array, "*steps N D"]:
+    """exp(Δ A)."""
+    # Singleton axes instead of implicit rank promotion, which the tests forbid.
     return jnp.exp(step_size[..., None, :] * A.reshape((1,) * (step_size.ndim - 1) + A.shape))
 
 
-def _sum_states(*factors):
-    """The factors' product, (..., N, D), summed over N in pairs.
+def _sum_states(*factors: Float[Array, "... N #D"]) -> Float[Array, "... D"]:
+    """The sum over N of the product of the factors, added in pairs.
 
-    Written as additions because XLA's CPU backend hands such a reduction to a library routine that takes, at batch size
-    1, longer than all the rest of a step. Slices come before products, which then need no memory of their own.
+    It is written as additions, because XLA's CPU backend gives this reduction to a library routine that at batch size 1
+    takes longer than the rest of a step. Slices are taken before products, so that the products need no memory.
     """
     d_state = factors[0].shape[-2]
     slices = ([jax.lax.index_in_dim(x, n, -2, keepdims=False) for x in factors] for n in range(d_state))
     terms = [functools.reduce(jnp.multiply, factors_n) for factors_n in slices]
+    # A tree of additions has log2(N) dependent additions and as many roundings; a running sum would have N.
     while len(terms) > 1:
         odd = terms[-1:] if len(terms) % 2 else []
         terms = [a + b for a, b in zip(terms[0::2], terms[1::2], strict=False)] + odd
     return terms[0]
-
-
-def _loop_into(buffer, step, carry, reverse):
-    """`jax.lax.scan(step, carry, arange(len(buffer)))` that writes its outputs into buffer."""
-    steps = buffer.shape[0]
-
-    def body(i, loop):
-        carry, buffer = loop
-        t = steps - 1 - i if reverse else i
-        carry, output = step(carry, t)
-        return carry, jax.lax.dynamic_update_index_in_dim(buffer, output, t, 0, allow_negative_indices=False)
-
-    return jax.lax.fori_loop(0, steps, body, (carry, buffer))
-
-
-def _at(x, t):
-    return jax.lax.dynamic_index_in_dim(x, t, 0, keepdims=False, allow_negative_indices=False)
-
-
-def _for_windows(total, size, body, carry, reverse=False):
-    """carry = body((start, size), carry) for each window of size along an axis of total entries, or from the last."""
-    count = total // size
-
-    def window(i, carry):
-        return body(((count - 1 - i if reverse else i) * size, size), carry)
-
-    return jax.lax.fori_loop(0, count, window, carry)
-
-
-def _pad(sizes, *sequences):
-    """(B, L, ...) to whole chunks with zeros at the end: a step of size zero leaves the state as it is."""
-    padding = -sequences[0].shape[1] % sizes.steps
-    return [jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x for x in sequences]
-
-
-def _read(x, *windows):
-    """The part of x within windows, one an axis: (start, size), or None for all of it."""
-    windows = [window or (0, size) for window, size in zip(windows, x.shape, strict=True)]
-    starts, sizes = zip(*windows, strict=True)
-    return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
-
-
-def _write(x, part, *windows):
-    """x with its part within windows replaced."""
-    starts = [window[0] if window else 0 for window in windows]
-    return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), starts, allow_negative_indices=False)
-
-
-def _read_steps(x, steps, channels, dtype):
-    """A window of (B, L, ...), as (steps, batch, ...)."""
-    return jnp.swapaxes(_read(x, None, steps, channels), 0, 1).astype(dtype)
-
-
-def _write_steps(x, part, steps, channels):
-    return _write(x, jnp.swapaxes(part, 0, 1), None, steps, channels)

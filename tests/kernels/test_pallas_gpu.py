@@ -126,7 +126,7 @@ def test_float64_is_refused_by_name(name):
     with jax.enable_x64(True):
         inputs = {key: jnp.asarray(x, "float64" if key == name else "float32") for key, x in case.inputs().items()}
         with pytest.raises(
-            NotImplementedError, match=f"^{name}: got dtype float64, pallas_gpu wants float32 or bfloat16"
+            NotImplementedError, match=f"^{name}: got dtype float64, pallas_gpu supports float32 and bfloat16"
         ):
             interpreted(**inputs)
 

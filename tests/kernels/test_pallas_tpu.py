@@ -179,14 +179,14 @@ def test_block_sizes_cover_the_channels_and_fit_in_vmem(length, d_inner, d_state
 
 
 def test_states_too_large_for_vmem_are_refused():
-    with pytest.raises(NotImplementedError, match="4096 entries a channel do not fit in VMEM"):
+    with pytest.raises(NotImplementedError, match="4096 states per channel, which do not fit in VMEM"):
         pallas_tpu.block_sizes(1024, 1024, 4096, 4)
 
 
 def test_float64_is_refused_by_name():
     with jax.enable_x64(True):
         inputs = {name: jnp.asarray(x, "float64") for name, x in Case(1, 3, 4, 2, optional=()).inputs().items()}
-        with pytest.raises(NotImplementedError, match="u: got dtype float64, pallas_tpu wants float32 or bfloat16"):
+        with pytest.raises(NotImplementedError, match="u: got dtype float64, pallas_tpu supports float32 and bfloat16"):
             selective_scan(**inputs, implementation="pallas_tpu")
 
 

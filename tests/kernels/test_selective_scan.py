@@ -377,7 +377,8 @@ def test_what_a_kernel_does_not_support_another_implementation_takes(monkeypatch
         assert y.dtype == jnp.float64
     messages = [record.message for record in caplog.records if "selective_scan" in record.message]
     assert messages == [
-        "selective_scan takes 'xla' instead of 'pallas_tpu': u: got dtype float64, pallas_tpu wants float32 or bfloat16"
+        "selective_scan uses 'xla' instead of 'pallas_tpu': "
+        "u: got dtype float64, pallas_tpu supports float32 and bfloat16"
     ]
 
 

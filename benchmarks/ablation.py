@@ -2,8 +2,8 @@
 
     python benchmarks/ablation.py --root FOLDER [--workdir runs/ablation] [--seeds 0 1 2]
 
-FOLDER holds CelebAMask-HQ, or a part of it. Every run is one of `run.py` in a folder of its own: an ablation that was
-cut off goes on where it was. Prints the table of docs/ablation.md; all numbers are in WORKDIR/ablation.json.
+FOLDER holds CelebAMask-HQ, or a part of it. Every run has a folder of its own, so an interrupted ablation resumes.
+Prints the table of docs/ablation.md; all numbers are in WORKDIR/ablation.json.
 """
 
 import concurrent.futures
@@ -23,10 +23,14 @@ import jax
 import tyro
 
 from benchmarks import measure
-from sisma_jax import commands, config_files
+from sisma_jax import config_files
+from sisma_jax.commands.evaluate import load_or_train_segmenter
+from sisma_jax.commands.train import All
 from sisma_jax.config import Config
+from sisma_jax.data.dataset import DataSet
 from sisma_jax.models.factory import init_params
-from sisma_jax.runs.metrics import METRICS_NAME, read_metrics
+from sisma_jax.runs.folder import RunFolder
+from sisma_jax.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,13 +65,13 @@ def experiment(root: Path, cache_dir: Path, num_steps: int, seed: int, choices: 
 def run(experiment: Config, workdir: Path, segmenter: Path) -> dict:
     """Trains and evaluates, unless that is done, and returns the scores."""
     logging.getLogger("sisma_jax").setLevel(logging.INFO)
-    result = workdir / "evaluation.json"
-    if not result.exists():
-        commands.train(experiment, workdir)
-        shutil.copy(segmenter, workdir / segmenter.name)
-        commands.evaluate(experiment, workdir)
-    report = json.loads(result.read_text())
-    rates = [values["examples_per_sec"] for values in read_metrics(workdir / METRICS_NAME)]
+    folder = RunFolder(workdir, experiment)
+    if not folder.evaluation.exists():
+        workdir.mkdir(parents=True, exist_ok=True)
+        shutil.copy(segmenter, folder.segmenter)
+        All().run(experiment, workdir)
+    report = json.loads(folder.evaluation.read_text())
+    rates = [values["examples_per_sec"] for values in read_metrics(folder.metrics)]
     params = jax.eval_shape(lambda: init_params(experiment, jax.random.key(0)))
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
@@ -99,7 +103,7 @@ def main(
 
     Args:
       root: as --data.root of configs/celebamask_sample.py.
-      workdir: one folder a run.
+      workdir: one folder per run.
       seeds: of initialisation, order of data, noise.
       num_steps: of 8 faces each.
       cores: one run at a time on each.
@@ -113,16 +117,15 @@ def main(
     }
     any_experiment = next(iter(plan.values()))
     workdir.mkdir(parents=True, exist_ok=True)
-    commands.prepare(any_experiment)
-    commands.segmenter_of(any_experiment, workdir)
-    segmenter = commands.segmenter_path(any_experiment, workdir)
+    common = RunFolder(workdir, any_experiment)
+    load_or_train_segmenter(common, DataSet.prepare(any_experiment.data), out=common)
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for core in cores:
         free.put(core)
     with concurrent.futures.ProcessPoolExecutor(len(cores), context, use_one_core, (free,)) as pool:
         futures = {
-            (name, seed): pool.submit(run, one, workdir / f"{list(VARIANTS).index(name)}_{seed}", segmenter)
+            (name, seed): pool.submit(run, one, workdir / f"{list(VARIANTS).index(name)}_{seed}", common.segmenter)
             for (name, seed), one in plan.items()
         }
         results = {key: future.result() for key, future in futures.items()}
@@ -140,7 +143,9 @@ def main(
             ]
         )
     title = f"{num_steps} steps of 8, seeds {', '.join(map(str, seeds))}: mean ± half the range"
-    measure.print_table(title, ["", "parameters", "held-out loss", "mIoU", "pixel accuracy", "examples/s a core"], rows)
+    measure.print_table(
+        title, ["", "parameters", "held-out loss", "mIoU", "pixel accuracy", "examples/s per core"], rows
+    )
     problems = [{"variant": name, "seed": seed, **scores} for (name, seed), scores in results.items()]
     measure.write_json(workdir / "ablation.json", "ablation", settings={"num_steps": num_steps}, problems=problems)
 

@@ -1,4 +1,4 @@
-"""Times the compilation of a training step at two depths, its layers rolled into a loop and unrolled.
+"""Times the compilation of a training step at two depths, its layers run with `jax.lax.scan` and unrolled.
 
     python benchmarks/compile_time.py [--size B] [--depths 12 28] [--chip v5e] [--json FILE]
 
@@ -25,24 +25,24 @@ from flax import nnx
 
 from benchmarks import measure, tpu_compiler
 from sisma_jax.config import Config, TrainConfig, preset
-from sisma_jax.models import sisma
+from sisma_jax.models.layers import Stack
 from sisma_jax.training.state import init_state
 from sisma_jax.training.step import make_update
 
 
-def unrolled(blocks, x, condition, mask_features, paths, **_):
-    """Stands in for `run_stacked` of a flat denoiser: layer after layer in the program."""
-    graph, params = nnx.split(blocks)
-    depth = jax.tree.leaves(params)[0].shape[0]
-    for i in range(depth):
+def unrolled(self, x, embedding, condition):
+    """Stands in for `Stack.run` of a flat denoiser: layer after layer in the program."""
+    graph, params = nnx.split(self.stacked)
+    paths = self.paths(*x.shape[1:3])
+    for i in range(len(self.layers)):
         of_layer, its_paths = jax.tree.map(lambda leaf, i=i: leaf[i], (params, paths))
-        x = nnx.merge(graph, of_layer)(x, condition, mask_features, its_paths)
+        x = nnx.merge(graph, of_layer)(x, embedding, condition, its_paths)
     return x, None
 
 
 @contextlib.contextmanager
 def layers(arrangement: str) -> Iterator[None]:
-    with mock.patch.object(sisma, "run_stacked", unrolled) if arrangement == "unrolled" else contextlib.nullcontext():
+    with mock.patch.object(Stack, "run", unrolled) if arrangement == "unrolled" else contextlib.nullcontext():
         yield
 
 
@@ -77,7 +77,7 @@ def main(
       size: S, B, L or XL; its depth is replaced.
       depths: numbers of layers.
       chip: v5e, v5p or v6e; empty for the CPU.
-      arrangements: rolled, as the model is, or unrolled.
+      arrangements: rolled (`jax.lax.scan`, as the model is) or unrolled.
       json: the file for the numbers.
     """
     jax.config.update("jax_enable_compilation_cache", False)

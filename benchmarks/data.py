@@ -2,10 +2,10 @@
 
     python benchmarks/data.py [--root FOLDER] [--num-faces 1024] [--json FILE]
 
-256-px masks with JPEG images of 256 px, then with cached 32 x 32 x 4 latents; examples a second in batches of 64,
+256-px masks with JPEG images of 256 px, then with cached 32 x 32 x 4 latents; examples per second in batches of 64,
 medians of several passes, and by how much the process has grown meanwhile. The latents are random numbers: their values
-cost the same. Without --root, drawn faces are written as CelebAMask-HQ has them. Also how fast these become shards, and
-the steps' appetite: examples a second of a training step on this machine.
+cost the same. Without --root, drawn faces are written in the layout of CelebAMask-HQ. Also how fast these become
+shards, and the steps' appetite: examples per second of a training step on this machine.
 """
 
 import dataclasses
@@ -26,8 +26,10 @@ import tyro
 from benchmarks import measure
 from configs import demo as configs_demo
 from sisma_jax.config import AutoencoderConfig, Config, DataConfig, TrainConfig, preset
-from sisma_jax.data import images, latents, loading
+from sisma_jax.data import photos
+from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.drawing import draw_face
+from sisma_jax.data.latents import Encoder, LatentDataSet
 from sisma_jax.training.state import init_state
 from sisma_jax.training.step import make_update
 
@@ -41,11 +43,11 @@ def write_drawn_faces(root: Path, num_faces: int) -> None:
         (root / name).mkdir(parents=True)
     for index in range(num_faces):
         image, mask = draw_face((0, index), SIZE)
-        (root / "images" / f"{index:05d}.jpg").write_bytes(images.encode_jpeg(image))
-        (root / "labels" / f"{index:05d}.png").write_bytes(images.encode_png(mask))
+        (root / "images" / f"{index:05d}.jpg").write_bytes(photos.encode_jpeg(image))
+        (root / "labels" / f"{index:05d}.png").write_bytes(photos.encode_png(mask))
 
 
-def random_encoder() -> latents.Encoder:
+def random_encoder() -> Encoder:
     """Stands in for an autoencoder."""
     rng = np.random.default_rng(0)
 
@@ -53,7 +55,7 @@ def random_encoder() -> latents.Encoder:
         height, width, channels = LATENT
         return rng.standard_normal((len(image), height, width, 2 * channels), np.float32).astype(np.float16)
 
-    return latents.Encoder(encode, batch_size=16, fingerprint="random", scale=1.0, shift=0.0)
+    return Encoder(encode, batch_size=16, fingerprint="random", scale=1.0, shift=0.0)
 
 
 def take(iterator: Iterator, batches: int) -> float:
@@ -65,7 +67,7 @@ def take(iterator: Iterator, batches: int) -> float:
 
 
 def appetite(config: Config, batch: dict[str, np.ndarray], repeats: int) -> list[float]:
-    """Returns examples a second of a training step, once compiled."""
+    """Returns examples per second of a training step, once compiled."""
     update = jax.jit(make_update(config), donate_argnums=0)
     state = jax.jit(lambda: init_state(config))()
     batch = {name: batch[name][: config.train.batch_size] for name in ("moments", "mask")}
@@ -92,7 +94,7 @@ def main(
     Args:
       root: folder of CelebAMask-HQ or a part of it.
       num_faces: drawn without it.
-      batches: of 64 examples in a pass.
+      batches: of 64 examples, per pass.
       repeats: passes.
       num_threads: that read ahead.
       steps: also time training steps.
@@ -112,18 +114,14 @@ def main(
             num_threads=num_threads,
         )
         start = time.perf_counter()
-        loading.prepare(data)
-        count = loading.num_examples(data, "train") + loading.num_examples(data, "test")
+        dataset = DataSet.prepare(data)
+        count = sum(dataset.counts.values())
         samples = {"raw files to shards": [count / (time.perf_counter() - start)]}
-        latents.prepare(data, random_encoder())
-        readers = {
-            "JPEG at 256 px": lambda: loading.train_iterator(data, batch_size=BATCH_SIZE, seed=0),
-            "cached latents": lambda: latents.train_iterator(data, "random", batch_size=BATCH_SIZE, seed=0),
-        }
+        sources = {"JPEG at 256 px": dataset, "cached latents": LatentDataSet.prepare(dataset, random_encoder())}
         grown = {}
-        for name, reader in readers.items():
-            # One after the other: the threads of an iterator that has a rest fill its buffers.
-            iterator = reader()
+        for name, source in sources.items():
+            # One after the other: the threads of an idle iterator fill its buffers.
+            iterator = source.train_batches(BATCH_SIZE, seed=0)
             take(iterator, batches)
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             samples[name] = [batches * BATCH_SIZE / take(iterator, batches) for _ in range(repeats)]
@@ -141,7 +139,7 @@ def main(
             )
             samples[f"taken by a step: {name}"] = appetite(config, batch, min(repeats, 3))
     rows = [[name, f"{np.median(x):,.1f}", f"{np.min(x):,.1f} to {np.max(x):,.1f}"] for name, x in samples.items()]
-    measure.print_table("Examples a second", ["", "median", "range"], rows)
+    measure.print_table("Examples per second", ["", "median", "range"], rows)
     for name, mebibytes in grown.items():
         print(f"{name}: the process grew by {mebibytes:.0f} MiB over {repeats * batches} batches.")
     if json:

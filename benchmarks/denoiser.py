@@ -3,7 +3,7 @@
     python benchmarks/denoiser.py [--size B] [--tokens 1024 4096] [--no-parts] [--json FILE]
 
 Latents of 32, 64 and 128 positions a side, 4 channels, patch 1: images of 256, 512 and 1024 px. One image, float32,
-forward, parameters at random; the mask's features, made once for all steps of a sampler, are given.
+forward, parameters at random; the condition, encoded once for all steps of a sampler, is given.
 
 Every part of a layer is also run alone, at each resolution of the model; its share is its time at all layers over that
 of the call. FLOPs are those of the parts by XLA's cost analysis, which counts the body of a loop once: so for the scan
@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,13 +31,15 @@ from flax import nnx
 from benchmarks import measure
 from kernels import selective_scan
 from sisma_jax.config import ModelConfig, preset
-from sisma_jax.models.dit import Attention, Dit, attention, matched_dit
-from sisma_jax.models.layers import Block
+from sisma_jax.data.classes import CELEBAMASK_HQ
+from sisma_jax.models.condition import Condition
+from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.dit import Attention, attention
+from sisma_jax.models.factory import layer_parts
+from sisma_jax.models.layers import Block, FeedForward, make_block
 from sisma_jax.models.mamba import CrossMamba, OrderedScan, SelfMamba
-from sisma_jax.models.sisma import Sisma
 
 CHANNELS, DOWNSAMPLING = 4, 8
-CLASSES = {"sisma": Sisma, "dit": Dit}
 PARTS = ("scan", "projections", "convolution", "attention", "feed-forward")
 
 
@@ -66,6 +69,24 @@ class Work:
         return self.times * self.steps * jax.jit(function).lower(*arguments).cost_analysis()["flops"]
 
 
+def matched_dit(config: ModelConfig, mask_conditioning: str | None = None) -> ModelConfig:
+    """Returns the DiT of the same width whose depth brings it nearest to the parameters of `config`'s SISMA.
+
+    Args:
+      mask_conditioning: the DiT's, if not that of `config`: "concat" leaves it with self-attention alone.
+    """
+    conditioning = mask_conditioning or config.mask_conditioning
+    baseline = dataclasses.replace(config, backbone="dit", mask_conditioning=conditioning)
+
+    def block_size(config: ModelConfig) -> int:
+        parts = layer_parts(config.backbone)
+        block = nnx.eval_shape(lambda: make_block(config, parts, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+        return sum(x.size for x in jax.tree.leaves(nnx.state(block, nnx.Param)))
+
+    depth = max(round(config.depth * block_size(config) / block_size(baseline)), 1)
+    return dataclasses.replace(baseline, depth=depth)
+
+
 def models(size: str) -> dict[str, ModelConfig]:
     flat = preset(size, patch_size=1)
     return {
@@ -84,16 +105,16 @@ def random_parameters(state: nnx.State) -> nnx.State:
 
 def denoiser(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Returns the model's structure and its parameters' shapes."""
-    cls = CLASSES[config.backbone]
+    sizes = len(CELEBAMASK_HQ), CHANNELS, DOWNSAMPLING
 
     def make():
-        return cls(config, CHANNELS, DOWNSAMPLING, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        return Denoiser(config, layer_parts(config.backbone), *sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
 
     return nnx.split(nnx.eval_shape(make))
 
 
-def call(graph: nnx.GraphDef, params: nnx.State, x: jax.Array, t: jax.Array, features: jax.Array) -> jax.Array:
-    return nnx.merge(graph, params)(x, t, features)
+def call(graph: nnx.GraphDef, params: nnx.State, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+    return nnx.merge(graph, params)(x, t, condition)
 
 
 def layers_at(config: ModelConfig, side: int) -> dict[int, int]:
@@ -104,7 +125,7 @@ def layers_at(config: ModelConfig, side: int) -> dict[int, int]:
 
 def random_block(config: ModelConfig) -> Block:
     def make():
-        return CLASSES[config.backbone].make_block(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        return make_block(config, layer_parts(config.backbone), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
 
     graph, state = nnx.split(nnx.eval_shape(make))
     return nnx.merge(graph, random_parameters(state))
@@ -118,9 +139,11 @@ def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
         return jnp.asarray(rng.standard_normal((1, side, side, channels), np.float32))
 
     x = grid(d_model)
-    work = [_applied("feed-forward", block.feed_forward, x)] if block.feed_forward else []
-    for module in (block.mixer, block.reader):
-        if isinstance(module, Attention):
+    work = []
+    for module in (getattr(block, name) for name in block.names):
+        if isinstance(module, FeedForward):
+            work.append(_applied("feed-forward", module, x, Condition(x), ()))
+        elif isinstance(module, Attention):
             work += [_applied("projections", linear, x) for linear in (module.query_proj, module.key_value_proj)]
             work.append(_applied("projections", module.out_proj, x))
             heads = x.reshape(1, side * side, -1, module.d_head)
@@ -139,7 +162,7 @@ def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
     return work
 
 
-def _applied(part: str, function: Callable, *arguments: jax.Array) -> Work:
+def _applied(part: str, function: Callable, *arguments: Any) -> Work:
     if isinstance(function, nnx.Module):
         graph, params = nnx.split(function)
         return Work(part, lambda params, *args: nnx.merge(graph, params)(*args), (params, *arguments), 1)
@@ -217,14 +240,14 @@ def main(
     for length in tokens:
         side = math.isqrt(length)
         x = jnp.ones((1, side, side, CHANNELS))
-        t, features = jnp.full((1,), 0.5), jnp.ones((1, side, side, configs[f"SISMA-{size}"].d_model))
+        t, condition = jnp.full((1,), 0.5), Condition(jnp.ones((1, side, side, configs[f"SISMA-{size}"].d_model)))
         candidates, sizes = [], {}
         for name, config in configs.items():
             graph, state = denoiser(config)
             sizes[name] = sum(x.size for x in jax.tree.leaves(state))
             candidates.append(
                 measure.compiled_candidate(
-                    name, functools.partial(call, graph), random_parameters(state), x, t, features
+                    name, functools.partial(call, graph), random_parameters(state), x, t, condition
                 )
             )
         results = measure.measure(candidates, repeats, budget_secs, tolerance=0.0)

@@ -1,4 +1,4 @@
-"""Times `depthwise_conv2d`, a sum of shifted products, against `jax.lax.conv_general_dilated` with a group a channel.
+"""Times `depthwise_conv2d`, a sum of shifted products, against `jax.lax.conv_general_dilated` with a group per channel.
 
 python benchmarks/depthwise_conv.py [--json FILE]
 python benchmarks/depthwise_conv.py --tpu v5e       what the TPU's compiler says of both, without a TPU

@@ -27,7 +27,8 @@ import tyro
 
 from benchmarks import measure
 from sisma_jax import config_files
-from sisma_jax.data import loading
+from sisma_jax.data.dataset import DataSet
+from sisma_jax.runs.folder import RunFolder, TrainingFolder
 from sisma_jax.training import loop
 from sisma_jax.training.step import jit_update
 
@@ -79,13 +80,13 @@ def main(config: Path = Path("configs/demo.py"), blocks: int = 6, steps: int = 7
     settings = config_files.load(config)
     total = WARMUP_STEPS + blocks * steps + 1
     settings = dataclasses.replace(settings, train=dataclasses.replace(settings.train, num_steps=total))
-    loading.prepare(settings.data)
+    dataset = DataSet.prepare(settings.data)
     turns = None
 
-    def with_turns(job: loop.Job, workdir: Path) -> None:
+    def with_turns(job: loop.Job, folder: TrainingFolder) -> None:
         nonlocal turns
         turns = Turns(job.iterator, steps)
-        run(dataclasses.replace(job, iterator=turns, held_out=lambda params: {}), workdir)
+        run_job(dataclasses.replace(job, iterator=turns, held_out=lambda params: {}), folder)
 
     def with_bare_step(update: Callable, state: Any, mesh: jax.sharding.Mesh) -> Callable:
         jitted = jit_update(update, state, mesh)
@@ -104,11 +105,11 @@ def main(config: Path = Path("configs/demo.py"), blocks: int = 6, steps: int = 7
         turns.bare = bare
         return of_loop
 
-    run = loop.run
-    with tempfile.TemporaryDirectory() as workdir, contextlib.ExitStack() as patches:
-        patches.enter_context(mock.patch.object(loop, "run", with_turns))
-        patches.enter_context(mock.patch.object(loop, "jit_update", with_bare_step))
-        loop.train(settings, Path(workdir))
+    run_job = loop.run_job
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as resources:
+        resources.enter_context(mock.patch.object(loop, "run_job", with_turns))
+        resources.enter_context(mock.patch.object(loop, "jit_update", with_bare_step))
+        loop.train(resources.enter_context(RunFolder.writing(folder, settings)), dataset)
     pairs = list(zip(turns.loop_secs, turns.bare_secs, strict=False))[:blocks]
     ratios = [in_loop / bare for in_loop, bare in pairs]
     columns = ["", *(f"{i + 1}" for i in range(len(pairs))), "median"]

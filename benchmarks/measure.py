@@ -118,7 +118,7 @@ def _does_not_fit(candidate: Candidate) -> str:
 
 
 def available_bytes() -> int:
-    """Memory that can be had without swapping; where the system does not tell, all there is."""
+    """Memory that is available without swapping; where the system does not tell, all of it."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())

@@ -124,7 +124,7 @@ def _mambapy(inputs, cotangent):
 
 
 def _transformers(inputs, cotangent):
-    """The recurrence, a token at a time, by which transformers' Mamba runs where its CUDA package is missing."""
+    """The recurrence, a token at a time, by which transformers' Mamba runs without its CUDA package."""
     from transformers.models.mamba.modeling_mamba import mamba_selective_scan
 
     # Unwrapped, for it would call another package in its place where it finds one.

@@ -2,8 +2,8 @@
 
     python benchmarks/plan_table.py [--results runs/plan_table.jsonl] [--topologies v5e:2x2] [--document docs/plan.md]
 
-Each plan takes some minutes, most of them in the compiler, and is kept as a line of the results: a table that was cut
-off goes on where it was. After a change to the model or to how it is split, give another file. Needs the compiler
+Each plan takes some minutes, most of them in the compiler, and is kept as a line of the results, so that the same
+command resumes an interrupted table. After a change to the model or its sharding, give another file. Needs the compiler
 (`make tpu-compiler`).
 """
 
@@ -40,7 +40,7 @@ BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
 
 
 def experiment(preset: str, size: int, num_devices: int) -> Config:
-    """Returns the configuration of real faces at this size, with the model's preset, all split over all devices."""
+    """Returns the configuration of real faces at this size, with the model's preset, sharded over all devices."""
     base = config_files.load(ROOT / "configs" / f"celebamask_hq_{size}.py")
     return dataclasses.replace(
         base,
@@ -62,11 +62,11 @@ def plans_table(plans: dict[tuple[str, int, str], dict]) -> list[str]:
         "model",
         "px",
         "chips",
-        "GiB a chip",
+        "GiB per chip",
         "state",
         "step of 64: arguments + temporaries + program",
         "sampler of 16",
-        "TFLOPs a step",
+        "TFLOPs per step",
         "sent",
         "at least ms",
         "largest batch",
@@ -119,10 +119,10 @@ def state_table() -> list[str]:
         for parts in FSDP:
             mesh = jax.sharding.AbstractMesh((1, parts, 1), sharding.AXES)
             states.append(state_bytes(abstract_state(experiment(preset, 256, parts), mesh)))
-        for name in ("parameters", "average", "optimizer"):
+        for name in ("parameters", "ema", "optimizer"):
             sizes = [getattr(state, name) for state in states]
             cells = [f"{gib(size)} ({sizes[0] / size:.2f})" for size in sizes]
-            rows.append(f"| SISMA-{preset}, {name.replace('z', 's')} | {' | '.join(cells)} |")
+            rows.append(f"| SISMA-{preset}, {name} | {' | '.join(cells)} |")
     return rows
 
 
@@ -152,7 +152,7 @@ def main(
     """Plans what is missing and prints the tables.
 
     Args:
-      results: the plans, one a line.
+      results: the plans, one per line.
       document: whose tables are replaced.
       max_trials: batches that are compiled in search of the largest, the configured one included.
     """

@@ -3,9 +3,9 @@
     make tpu-compiler
     python benchmarks/selective_scan_tpu.py [--d-inner 1536] [--dtype bfloat16] [--json FILE]
 
-A TPU core issues a bundle of instructions a cycle, so that the bundles in the compiled kernel, those of a loop's body
-times its rounds, are the cycles that it takes where no copy keeps it waiting. They compare block sizes; they are no
-timing. The gradient's memory is the compiler's: exact.
+A TPU core issues one bundle of instructions per cycle, so that the bundles in the compiled kernel, those of a loop's
+body times its iterations, are the cycles that it takes where no copy keeps it waiting. They compare block sizes; they
+are no timing. The gradient's memory is the compiler's: exact.
 """
 
 import collections
@@ -26,7 +26,7 @@ from benchmarks import measure, tpu_compiler
 from kernels import selective_scan
 from kernels.selective_scan import pallas_tpu
 
-# Rounds of each loop in a kernel, in the order of its code, by the steps of a chunk.
+# Iterations of each loop in a kernel, in the order of its code, by the steps of a chunk.
 TILES, GROUPS = 16, 8
 LOOPS = {"forward": (TILES, GROUPS, TILES), "backward": (TILES, GROUPS, GROUPS, TILES)}
 
@@ -93,10 +93,10 @@ def _bundles(dump: Path, name: str, steps: int) -> int:
         if depth == 2 and line[1]:
             loop += 1
         by_loop[loop if depth == 2 else 0] += depth > 0
-    rounds = [steps // size for size in LOOPS[name]]
-    if loop != len(rounds):
-        raise RuntimeError(f"{listing.name} has {loop} loops, not {len(rounds)}: the kernel's code has changed")
-    return by_loop[0] + sum(count * by_loop[i + 1] for i, count in enumerate(rounds))
+    iterations = [steps // size for size in LOOPS[name]]
+    if loop != len(iterations):
+        raise RuntimeError(f"{listing.name} has {loop} loops, not {len(iterations)}: the kernel's code has changed")
+    return by_loop[0] + sum(count * by_loop[i + 1] for i, count in enumerate(iterations))
 
 
 def main(
@@ -135,7 +135,7 @@ def main(
         ]
         for choice in choices
     ]
-    title = f"{chip}, {dtype}, B={batch} L={length} D={d_inner} N={d_state}: bundles a time step of all channels"
+    title = f"{chip}, {dtype}, B={batch} L={length} D={d_inner} N={d_state}: bundles per time step of all channels"
     measure.print_table(title, ["block", *LOOPS, "both", "temp MiB"], rows)
     if json:
         records = [dataclasses.asdict(choice) for choice in choices]

@@ -21,10 +21,13 @@ from flax import nnx
 
 from benchmarks import measure
 from sisma_jax.config import preset
-from sisma_jax.data import celebamask_hq, images, labels
+from sisma_jax.data import celebamask_hq
+from sisma_jax.data.classes import CELEBAMASK_HQ
+from sisma_jax.data.masks import decode_mask, resize_mask
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 
+NUM_CLASSES = len(CELEBAMASK_HQ)
 TOKEN = 8
 RIDGE = 1e-3
 
@@ -40,14 +43,14 @@ def over_tokens(labels_of_tokens: np.ndarray) -> np.ndarray:
 
 
 def nearest(masks: np.ndarray) -> np.ndarray:
-    """Returns the masks that a resize of labels to one a token leaves."""
-    small = np.stack([images.resize_mask(mask, masks.shape[1] // TOKEN) for mask in masks])
+    """Returns the masks that a resize of labels to one per token leaves."""
+    small = np.stack([resize_mask(mask, masks.shape[1] // TOKEN) for mask in masks])
     return small.repeat(TOKEN, 1).repeat(TOKEN, 2)
 
 
 def majority(masks: np.ndarray) -> np.ndarray:
     """Returns the masks with each token's most frequent label all over it."""
-    counts = (under_tokens(masks)[..., None] == np.arange(labels.NUM_CLASSES)).sum(-2)
+    counts = (under_tokens(masks)[..., None] == np.arange(NUM_CLASSES)).sum(-2)
     return counts.argmax(-1).astype(np.uint8).repeat(TOKEN, 1).repeat(TOKEN, 2)
 
 
@@ -66,7 +69,7 @@ def read_back(encoder: MaskEncoder, fit: np.ndarray, test: np.ndarray) -> np.nda
     target = under_tokens(fit).reshape(len(x), -1)
     gram = x.T @ x + RIDGE * len(x) * np.eye(x.shape[1], dtype=np.float32)
     # One-hot targets a class at a time: all at once are 1,216 columns.
-    moments = np.stack([x.T @ (target == label).astype(np.float32) for label in range(labels.NUM_CLASSES)], -1)
+    moments = np.stack([x.T @ (target == label).astype(np.float32) for label in range(NUM_CLASSES)], -1)
     weights = np.linalg.solve(gram.astype(np.float64), moments.reshape(len(gram), -1).astype(np.float64))
     scores = features(encoder, test) @ weights.astype(np.float32)
     side = test.shape[1] // TOKEN
@@ -75,7 +78,7 @@ def read_back(encoder: MaskEncoder, fit: np.ndarray, test: np.ndarray) -> np.nda
 
 def iou(read: np.ndarray, true: np.ndarray) -> np.ndarray:
     """Returns the intersection over union of each class; NaN where it does not occur."""
-    classes = np.arange(labels.NUM_CLASSES)
+    classes = np.arange(NUM_CLASSES)
     both = np.array([((read == label) & (true == label)).sum() for label in classes])
     either = np.array([((read == label) | (true == label)).sum() for label in classes])
     return both / np.where(either, either, np.nan)
@@ -91,24 +94,28 @@ def main(root: Path, num_fit: int = 200, num_test: int = 100, size: int = 256, j
       size: of the masks in pixels; a multiple of 8.
       json: the file for the numbers.
     """
-    faces = celebamask_hq.list_raw_folder(root).faces[: num_fit + num_test]
-    masks = [images.decode_mask(face.read()["mask"], str(face.id)) for face in faces]
+    faces = celebamask_hq.list_raw_folder(root, CELEBAMASK_HQ).faces[: num_fit + num_test]
+    masks = [decode_mask(face.read(CELEBAMASK_HQ)["mask"], str(face.id), CELEBAMASK_HQ) for face in faces]
     own_size = masks[0].shape[0]
-    masks = np.stack([images.resize_mask(mask, size) for mask in masks])
+    masks = np.stack([resize_mask(mask, size) for mask in masks])
     fit, test = masks[:num_fit], masks[num_fit:]
     config = preset("B")
-    encoder = MaskEncoder(TOKEN, config.d_label, config.d_model, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    encoder = MaskEncoder(
+        TOKEN, NUM_CLASSES, config.d_label, config.d_model, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)
+    )
     kept = {
         "nearest label": iou(nearest(test), test),
         "most frequent label": iou(majority(test), test),
         "mask encoder": iou(read_back(encoder, fit, test), test),
     }
-    rows = [[name, *(f"{of_class[i]:.3f}" for of_class in kept.values())] for i, name in enumerate(labels.NAMES)]
+    rows = [[name, *(f"{of_class[i]:.3f}" for of_class in kept.values())] for i, name in enumerate(CELEBAMASK_HQ.names)]
     rows.append(["mean", *(f"{np.nanmean(of_class):.3f}" for of_class in kept.values())])
-    title = f"IoU of what is left of {len(test)} masks of {size} px (files of {own_size} px), a token for 8 x 8 pixels"
+    title = f"IoU of what is left of {len(test)} masks of {size} px (files of {own_size} px), a token per 8 x 8 pixels"
     measure.print_table(title, ["", *kept], rows)
     if json:
-        numbers = {name: dict(zip(labels.NAMES, of_class.tolist(), strict=True)) for name, of_class in kept.items()}
+        numbers = {
+            name: dict(zip(CELEBAMASK_HQ.names, of_class.tolist(), strict=True)) for name, of_class in kept.items()
+        }
         measure.write_json(json, "thin_parts", settings={"size": size, "num_fit": num_fit}, problems=numbers)
 
 

@@ -33,7 +33,7 @@ class Program:
 
 
 def device(chip: str = "v5e"):
-    """Returns one chip of a TPU that is not there; raises InputError without libtpu."""
+    """Returns one chip of a TPU that need not be present; raises InputError without libtpu."""
     return tpu_devices(TOPOLOGIES[chip])[0]
 
 

@@ -1,8 +1,10 @@
 """Keeps compiled programs on the disk, so that a run that starts again does not compile again."""
 
-from pathlib import Path
+import os
 
 import jax
+
+from sisma_jax.files import to_path
 
 NONE = "none"
 
@@ -17,5 +19,4 @@ def enable(folder: str = "") -> None:
     if folder == NONE:
         jax.config.update("jax_compilation_cache_dir", None)
     elif folder or jax.config.jax_compilation_cache_dir is None:
-        default = Path("~/.cache/sisma_jax")
-        jax.config.update("jax_compilation_cache_dir", folder or str(default.expanduser()))
+        jax.config.update("jax_compilation_cache_dir", os.fspath(to_path(folder or "~/.cache/sisma_jax")))

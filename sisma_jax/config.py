@@ -1,7 +1,7 @@
 """The schema of an experiment: one frozen dataclass per section, checked when it is made.
 
 A field states its default, its range and whether it may change when a run resumes, all in `schema.value`. The command
-line overrides single values (`--model.d_state=8`); `config_files.py` reads and writes whole configurations.
+line overrides single values; `config_files.py` reads and writes whole configurations.
 """
 
 import dataclasses

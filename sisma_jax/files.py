@@ -23,7 +23,7 @@ _SCHEME = "gs:"
 
 
 def to_path(path: str | os.PathLike) -> AnyPath:
-    """Returns the path of a file or folder on the disk, or in a bucket if it begins with gs://.
+    """Returns the path of a file or folder on the disk, where ~ is the home, or in a bucket if it begins with gs://.
 
     Raises:
       InputError: it is in a bucket, and what reaches buckets is not installed.
@@ -32,7 +32,7 @@ def to_path(path: str | os.PathLike) -> AnyPath:
         path = os.fspath(path)
     head, _, rest = str(path).partition("/")
     if head != _SCHEME:
-        return Path(path)
+        return Path(path).expanduser()
     if not _reaches_buckets():
         raise InputError(f"{path}: buckets need the package gcsfs; pip install gcsfs.")
     # TensorStore writes past gcsfs, which would go on listing what it has seen before.

@@ -12,7 +12,7 @@ from sisma_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes: bounds that are included, or not where `is_open`."""
+    """The numbers that a field takes; a bound belongs to them unless it is open."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -27,8 +27,8 @@ class Range:
         if self.high == math.inf:
             if self.low == 0:
                 return "positive" if self.low_is_open else "non-negative"
-            return "positive" if self.low == 1 else f"{self.low:g} or more"
-        return f"in {'(' if self.low_is_open else '['}{self.low:g}, {self.high:g}{')' if self.high_is_open else ']'}"
+            return "positive" if self.low == 1 else f"{self.low} or more"
+        return f"in {'(' if self.low_is_open else '['}{self.low}, {self.high}{')' if self.high_is_open else ']'}"
 
 
 # Ranges that many fields have. Every float is finite besides.

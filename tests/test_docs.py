@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sisma_jax.data import images
+from sisma_jax.data import photos
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
 from sisma_jax.runs.metrics import read_metrics
@@ -51,7 +51,7 @@ def test_the_way_to_a_pod_is_passable(tmp_path):
         "def get_config():\n    return tiny_latent_config(Path('data'))\n"
     )
     (tmp_path / "masks").mkdir()
-    (tmp_path / "masks/one.png").write_bytes(images.encode_png(np.zeros((16, 16), np.uint8)))
+    (tmp_path / "masks/one.png").write_bytes(photos.encode_png(np.zeros((16, 16), np.uint8)))
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
@@ -72,7 +72,7 @@ def test_the_way_to_a_pod_is_passable(tmp_path):
     for run in ("bucket/runs/faces", "runs/two", "runs/profiled"):
         assert read_metrics(tmp_path / run / "metrics.jsonl")[-1]["step"] == 16
     assert list((tmp_path / "runs/profiled/profile").rglob("*.xplane.pb"))
-    assert images.read_image_file(tmp_path / "painted/one_0.png").shape == (16, 16, 3)
+    assert photos.read_image_file(tmp_path / "painted/one_0.png").shape == (16, 16, 3)
 
 
 def test_a_run_is_started_again_until_it_is_done_or_wrong(tmp_path):

@@ -5,10 +5,10 @@ Two layouts of the raw files are read. The official download:
     CelebA-HQ-img/<id>.jpg
     CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png      white where the part is; no file, no part
 
-and label maps that somebody has already painted from the parts:
+and label maps that were already made from the parts, or that hold the classes of another set:
 
     images/<id>.jpg (or .png)
-    labels/<id>.png                                           one channel, class indices 0..18
+    labels/<id>.png                                           one channel, class indices
 
 A record holds the image as JPEG or PNG, the bytes of its file as they are unless it is stored smaller, the label map as
 a lossless PNG, and the id.
@@ -27,7 +27,8 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import images, labels, shards
+from sisma_jax.data import masks, photos, shards
+from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors
 
@@ -43,10 +44,10 @@ FACES_PER_SHARD = 512
 
 _OBTAIN = (
     "Expected are CelebA-HQ-img/<id>.jpg with CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png (the official "
-    "download, unpacked), or images/<id>.jpg with labels/<id>.png. The data set is to be had, for non-commercial "
-    "research only, by the Google Drive link at https://github.com/switchablenorms/CelebAMask-HQ."
+    "download, unpacked), or images/<id>.jpg with labels/<id>.png. The data set is available, for non-commercial "
+    "research only, from the Google Drive link at https://github.com/switchablenorms/CelebAMask-HQ."
 )
-_SKIP = "--data.skip_damaged leaves such faces out."
+_SKIP = "data.skip_damaged leaves such faces out."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,25 +59,26 @@ class Face:
     mask: str | tuple[str, ...]
     """The file of the label map, or the files of the parts in the order in which they are painted."""
     missing: str = ""
-    """Says which of the two there is not."""
+    """Says that the image or the mask does not exist."""
 
-    def read(self, stored_size: int = 0) -> dict[str, bytes | int]:
+    def read(self, classes: ClassSet, stored_size: int = 0) -> dict[str, bytes | int]:
         """Returns the example's record: encoded image, encoded label map, id.
 
         Args:
-          stored_size: side to which what is larger is brought; 0 leaves the bytes of the image as they are.
+          classes: that the labels or parts belong to.
+          stored_size: side to which larger images and masks are resized; 0 leaves the bytes of the image as they are.
 
         Raises:
-          InputError: a file is missing or damaged, holds a label that is no class, or image and mask differ in shape.
+          InputError: a file is missing or damaged, holds a value that is no label, or image and mask differ in shape.
         """
         if self.missing:
             raise InputError(self.missing)
-        image_bytes = images.read_bytes(self.image)
-        image = images.decode_image(image_bytes, self.image)
+        image_bytes = photos.read_bytes(self.image)
+        image = photos.decode_image(image_bytes, self.image)
         if isinstance(self.mask, str):
-            mask, source = images.read_mask_file(self.mask), self.mask
+            mask, source = masks.read_mask_file(self.mask, classes), self.mask
         else:
-            mask, source = paint_parts(self.mask), f"{self.mask[0]} and its sister parts"
+            mask, source = paint_parts(self.mask, classes), f"{self.mask[0]} with the other parts"
         (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
         # Equal up to the rounding of one pixel of the mask.
         if abs(height * mask_width - width * mask_height) >= max(height, width):
@@ -85,26 +87,26 @@ class Face:
                 "the mask of a face must have the same aspect ratio."
             )
         if stored_size and min(height, width) > stored_size:
-            image_bytes = images.encode_jpeg(images.resize_image(image, stored_size))
+            image_bytes = photos.encode_jpeg(photos.resize_image(image, stored_size))
         if stored_size and min(mask_height, mask_width) > stored_size:
-            mask = images.resize_mask(mask, stored_size)
-        return {"image": image_bytes, "mask": images.encode_png(mask), "id": self.id}
+            mask = masks.resize_mask(mask, stored_size)
+        return {"image": image_bytes, "mask": photos.encode_png(mask), "id": self.id}
 
 
-def paint_parts(files: Iterable[str]) -> np.ndarray:
-    """Returns the label map, uint8 (H, W), that part files `<id>_<part>.png` make, the later painted over the earlier.
+def paint_parts(files: Iterable[str], classes: ClassSet) -> np.ndarray:
+    """Returns the label map, uint8 (H, W), that part files `<id>_<part>.png` make, each painted over those before it.
 
     Raises:
       InputError: a file is damaged, or differs from the first in size.
     """
     mask = None
     for file in files:
-        part = images.decode_part(images.read_bytes(file), file)
+        part = masks.decode_part(photos.read_bytes(file), file)
         if mask is None:
             mask = np.zeros(part.shape, np.uint8)
         if part.shape != mask.shape:
             raise InputError(f"{file} has height and width {part.shape}; the other parts of this face, {mask.shape}.")
-        mask[part] = labels.INDEX[_part_name(file)]
+        mask[part] = classes.index[_part_name(file)]
     assert mask is not None, "a face without parts is refused when the folder is listed"
     return mask
 
@@ -140,8 +142,8 @@ def _list_folders(folder: Path) -> list[Path]:
         raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
 
 
-def _examples(items: Sequence) -> str:
-    """'3 (a, b, c)': how many, and the first few."""
+def _count(items: Sequence) -> str:
+    """Returns how many there are, and the first few: '3 (a, b, c)'."""
     return f"{len(items)} ({', '.join(map(str, items[:5]))}{', ...' if len(items) > 5 else ''})"
 
 
@@ -156,14 +158,14 @@ def _by_id(files: Iterable[_File]) -> dict[int, _File]:
     return found
 
 
-def _parts_by_id(folder: Path) -> dict[int, dict[str, _File]]:
+def _parts_by_id(folder: Path, classes: ClassSet) -> dict[int, dict[str, _File]]:
     found: dict[int, dict[str, _File]] = {}
     for subfolder in _list_folders(folder):
         for file in _list_files(subfolder, (".png",)):
             match = re.fullmatch("([0-9]+)_(.+)", file.stem)
-            if match is None or labels.INDEX.get(match[2], 0) == 0:
+            if match is None or classes.index.get(match[2], 0) == 0:
                 raise InputError(
-                    f"{file.path} is not named <id>_<part>.png with a part among {', '.join(labels.NAMES[1:])}."
+                    f"{file.path} is not named <id>_<part>.png with a part among {', '.join(classes.names[1:])}."
                 )
             other = found.setdefault(int(match[1]), {}).setdefault(match[2], file)
             if other is not file:
@@ -173,7 +175,7 @@ def _parts_by_id(folder: Path) -> dict[int, dict[str, _File]]:
 
 @dataclasses.dataclass(frozen=True)
 class RawFolder:
-    """What a listing of the raw folder tells, before any file is opened."""
+    """The listing of a raw folder, before any file is opened."""
 
     faces: tuple[Face, ...]
     """In the order of their ids."""
@@ -190,61 +192,62 @@ class RawFolder:
         return digest.hexdigest()[:10]
 
 
-def list_raw_folder(root: Path, *, skip_damaged: bool = False) -> RawFolder:
+def list_raw_folder(root: Path, classes: ClassSet, *, skip_damaged: bool = False) -> RawFolder:
     """Pairs the images and masks of a raw folder by id.
 
     Args:
-      skip_damaged: an image without a mask, a mask without an image and an empty file are no errors yet, but when the
-        face is read.
+      root: the folder.
+      classes: that parts are named by, and in whose order they are painted.
+      skip_damaged: an image without a mask, a mask without an image and an empty file are errors only when the face is
+        read.
 
     Raises:
       InputError: the folder is missing or holds neither layout, an image has no mask or a mask no image, or a file
         is empty or strangely named.
     """
     if not root.is_dir():
-        raise InputError(f"--data.root: there is no folder {root}. {_OBTAIN}")
+        raise InputError(f"data.root: there is no folder {root}. {_OBTAIN}")
     official = root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno"
     painted = root / "images", root / "labels"
     layout = official if any(folder.is_dir() for folder in official) else painted
     missing = [folder.name for folder in layout if not folder.is_dir()]
     if missing:
         nested = root / "CelebAMask-HQ"
-        hint = f" Did you mean --data.root {nested}?" if nested.is_dir() else ""
-        raise InputError(f"--data.root: {root} has no {' and no '.join(missing)} folder.{hint} {_OBTAIN}")
+        hint = f" Did you mean {nested}?" if nested.is_dir() else ""
+        raise InputError(f"data.root: {root} has no {' and no '.join(missing)} folder.{hint} {_OBTAIN}")
 
     image_folder, mask_folder = layout
-    image_files = _by_id(_list_files(image_folder, images.IMAGE_SUFFIXES))
+    image_files = _by_id(_list_files(image_folder, photos.IMAGE_SUFFIXES))
     if layout is official:
         parts = {
-            id: [files[name] for name in labels.NAMES if name in files]
-            for id, files in _parts_by_id(mask_folder).items()
+            id: [files[name] for name in classes.names if name in files]
+            for id, files in _parts_by_id(mask_folder, classes).items()
         }
         mask_files = [file for files in parts.values() for file in files]
-        masks = {id: tuple(file.path for file in files) for id, files in parts.items()}
+        mask_paths = {id: tuple(file.path for file in files) for id, files in parts.items()}
     else:
         label_maps = _by_id(_list_files(mask_folder, (".png",)))
         mask_files = list(label_maps.values())
-        masks = {id: file.path for id, file in label_maps.items()}
+        mask_paths = {id: file.path for id, file in label_maps.items()}
 
-    if not image_files and not masks:
-        raise InputError(f"--data.root: {image_folder} and {mask_folder} hold no faces. {_OBTAIN}")
-    without_mask, without_image = image_files.keys() - masks.keys(), masks.keys() - image_files.keys()
+    if not image_files and not mask_paths:
+        raise InputError(f"data.root: {image_folder} and {mask_folder} hold no faces. {_OBTAIN}")
+    without_mask, without_image = image_files.keys() - mask_paths.keys(), mask_paths.keys() - image_files.keys()
     files = (*image_files.values(), *mask_files)
     if not skip_damaged:
         if without_mask:
             raise InputError(
-                f"{mask_folder} has no mask for these ids of {image_folder}: {_examples(sorted(without_mask))}. {_SKIP}"
+                f"{mask_folder} has no mask for these ids of {image_folder}: {_count(sorted(without_mask))}. {_SKIP}"
             )
         if without_image:
             raise InputError(
-                f"{image_folder} has no image for these ids of {mask_folder}: {_examples(sorted(without_image))}. "
-                f"{_SKIP}"
+                f"{image_folder} has no image for these ids of {mask_folder}: {_count(sorted(without_image))}. {_SKIP}"
             )
         if empty := sorted(file.path for file in files if file.size == 0):
-            raise InputError(f"Empty files (0 bytes): {_examples(empty)}; copy or download them again. {_SKIP}")
+            raise InputError(f"Empty files (0 bytes): {_count(empty)}; copy or download them again. {_SKIP}")
     missing = {id: f"{mask_folder} has no mask for id {id}." for id in without_mask}
     missing |= {id: f"{image_folder} has no image for id {id}." for id in without_image}
-    faces = [Face(id, image_files[id].path, masks[id]) for id in image_files.keys() & masks.keys()]
+    faces = [Face(id, image_files[id].path, mask_paths[id]) for id in image_files.keys() & mask_paths.keys()]
     faces += [Face(id, "", "", reason) for id, reason in missing.items()]
     return RawFolder(tuple(sorted(faces, key=lambda face: face.id)), files)
 
@@ -256,7 +259,7 @@ def split_by_id(faces: Sequence[Face], num_test: int) -> dict[str, Sequence[Face
       InputError: no face would be left to train on.
     """
     if num_test >= len(faces):
-        raise InputError(f"--data.num_test {num_test} leaves no face to train on: --data.root holds {len(faces)}.")
+        raise InputError(f"data.num_test {num_test} leaves no face to train on: data.root holds {len(faces)}.")
     return {"train": faces[:-num_test], "test": faces[-num_test:]}
 
 
@@ -268,7 +271,7 @@ def split_by_celeba(faces: Sequence[Face], mapping_file: Path) -> dict[str, Sequ
     """
     original = read_mapping(mapping_file)
     if unknown := [face.id for face in faces if face.id not in original]:
-        raise InputError(f"{mapping_file} has no row for these ids: {_examples(unknown)}.")
+        raise InputError(f"{mapping_file} has no row for these ids: {_count(unknown)}.")
     splits: dict[str, list[Face]] = {"train": [], "val": [], "test": []}
     for face in faces:
         index = original[face.id]
@@ -277,8 +280,8 @@ def split_by_celeba(faces: Sequence[Face], mapping_file: Path) -> dict[str, Sequ
     for name in ("train", "test"):
         if not splits[name]:
             raise InputError(
-                f"--data.split celeba: by {mapping_file} none of the {len(faces)} faces is in the {name} split; "
-                "use --data.split by_id for a part of the data set."
+                f"data.split celeba: by {mapping_file} none of the {len(faces)} faces is in the {name} split; "
+                "use data.split by_id for a part of the data set."
             )
     return {name: members for name, members in splits.items() if members}
 
@@ -291,10 +294,10 @@ def read_mapping(file: Path) -> dict[int, int]:
     """
     if not file.is_file():
         raise InputError(
-            f"--data.split celeba needs {file}; it comes with the download. --data.split by_id does without."
+            f"data.split celeba needs {file}, which comes with the download; data.split by_id does not need it."
         )
     mapping = {}
-    for number, line in enumerate(images.read_bytes(file).decode(errors="replace").splitlines(), 1):
+    for number, line in enumerate(photos.read_bytes(file).decode(errors="replace").splitlines(), 1):
         fields = line.split()
         if not fields or (number == 1 and fields[0] == "idx"):
             continue
@@ -304,17 +307,19 @@ def read_mapping(file: Path) -> dict[int, int]:
     return mapping
 
 
-def read_faces(faces: Sequence[Face], stored_size: int) -> Iterator[dict[str, bytes | int] | InputError]:
+def read_faces(
+    faces: Sequence[Face], classes: ClassSet, stored_size: int
+) -> Iterator[dict[str, bytes | int] | InputError]:
     """Yields the record of each face, and in place of a damaged one what is wrong with it."""
     for face in faces:
         try:
-            yield face.read(stored_size)
+            yield face.read(classes, stored_size)
         except InputError as error:
             yield error
 
 
-def copied(config: DataConfig, cache_dir: AnyPath) -> AnyPath | None:
-    """Returns the prepared data set of a host that has no raw folder, and so cannot tell its fingerprint: a copy.
+def find_copy(config: DataConfig, cache_dir: AnyPath) -> AnyPath | None:
+    """Returns the folder of copied shards, on a host that has no raw folder and so cannot compute its fingerprint.
 
     None if the raw folder is there, or there is no copy.
 
@@ -331,27 +336,29 @@ def copied(config: DataConfig, cache_dir: AnyPath) -> AnyPath | None:
     if len(found) > 1:
         raise InputError(
             f"{folder} holds shards of several raw folders ({', '.join(sorted(path.parent.name for path in found))}), "
-            f"and --data.root {config.root} is not there to tell which are meant; delete the others."
+            f"and data.root {config.root} is not there to tell which are meant; delete the others."
         )
     return found[0] if found else None
 
 
 def _variant(config: DataConfig, fingerprint: str) -> str:
     selection = "celeba" if config.split == "celeba" else f"by_id-{config.num_test}"
-    return f"{selection}-{fingerprint}" + (f"-{config.stored_size}px" if config.stored_size else "")
+    size = f"-{config.stored_size}px" if config.stored_size else ""
+    meaning = config.classes.fingerprint
+    return f"{selection}-{fingerprint}{size}" + ("" if meaning == CELEBAMASK_HQ.fingerprint else f"-{meaning}")
 
 
-def dataset(config: DataConfig) -> shards.DataSet:
-    """Returns the data set that stands for the raw files in `config.root`.
+def recipe(config: DataConfig) -> shards.ShardRecipe:
+    """Returns how the shards of the raw files in `config.root` are built.
 
-    The raw folder is listed, not read; the variant is named by the split, the size and a fingerprint of the raw files,
-    so a changed folder is another data set and is prepared anew.
+    The raw folder is listed, not read. The variant is named by the split, the size, a fingerprint of the raw files and,
+    if they are not the default, one of the classes; so a changed folder is another data set and is prepared anew.
 
     Raises:
-      InputError: as `list_raw_folder`, `split_by_id` and `split_by_celeba` do.
+      InputError: as `list_raw_folder`, `split_by_id` and `split_by_celeba`.
     """
     root = Path(config.root).expanduser()
-    raw = list_raw_folder(root, skip_damaged=config.skip_damaged)
+    raw = list_raw_folder(root, config.classes, skip_damaged=config.skip_damaged)
     if config.split == "celeba":
         splits = split_by_celeba(raw.faces, root / MAPPING_FILE)
         fingerprint = raw.fingerprint(root, root / MAPPING_FILE)
@@ -363,20 +370,22 @@ def dataset(config: DataConfig) -> shards.DataSet:
         "mask": tfds.features.Image(shape=(None, None, 1), encoding_format="png"),
         "id": np.int64,
     }
-    return shards.DataSet(
+    return shards.ShardRecipe(
         name=NAME,
         variant=_variant(config, fingerprint),
         features=tfds.features.FeaturesDict(features),
         jobs={
             name: [
-                functools.partial(read_faces, faces[start : start + FACES_PER_SHARD], config.stored_size)
+                functools.partial(
+                    read_faces, faces[start : start + FACES_PER_SHARD], config.classes, config.stored_size
+                )
                 for start in range(0, len(faces), FACES_PER_SHARD)
             ]
             for name, faces in splits.items()
         },
         num_records=sum(map(len, splits.values())),
         information={
-            "description": "Faces with masks of 19 classes.",
+            "description": f"Faces with masks of {len(config.classes)} classes.",
             "homepage": "https://github.com/switchablenorms/CelebAMask-HQ",
             "license": "Non-commercial research only; no redistribution.",
         },

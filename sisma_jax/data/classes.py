@@ -6,6 +6,7 @@ same form describes the classes of a user's own data. A *mask* is an integer arr
 
 import dataclasses
 import functools
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -24,9 +25,10 @@ class ClassSet:
 
     Attributes:
       title: what messages call the set.
-      names: of the classes, in the order of their indices; parts are painted over one another in this order.
-      colors: of the classes, RGB in 0..255, for visualisation.
-      mirrored: pairs of classes that exchange under a horizontal flip (left and right are the subject's own).
+      names: of the classes, in the order of their indices. Masks that come as one file per part are painted in this
+        order, each part over those before it; the first class is where no part is.
+      colors: RGB in 0..255 of each class, for visualisation.
+      mirrored: pairs of classes that a horizontal flip exchanges (left and right are the subject's own).
       ignored: label of pixels that belong to no class, outside the range of indices; None if every pixel has a class.
 
     Raises:
@@ -62,10 +64,11 @@ class ClassSet:
         require(all(map(_is_color, self.colors)), "a color must be three whole numbers in 0..255")
         require(len(self.colors) == count, f"there are {len(self.colors)} colors for {count} names")
         require(len(set(self.colors)) == count, "colors must be distinct")
-        pairs = [name for pair in self.mirrored for name in pair]
-        require(all(len(pair) == 2 for pair in self.mirrored), "mirrored must hold pairs of names")
-        require(set(pairs) <= set(self.names), "mirrored must hold names of classes")
-        require(len(set(pairs)) == len(pairs), "a class can be mirrored into one other class only")
+        is_pair = [isinstance(pair, tuple) and len(pair) == 2 for pair in self.mirrored]
+        require(all(is_pair), "mirrored must hold pairs of names")
+        mirrored = [name for pair in self.mirrored for name in pair]
+        require(all(name in self.names for name in mirrored), "mirrored must hold names of classes")
+        require(len(set(mirrored)) == len(mirrored), "a class can be mirrored into one other class only")
         is_outside = self.ignored is None or (type(self.ignored) is int and count <= self.ignored <= 255)
         require(is_outside, f"ignored must be null or a label in {count}..255, got {self.ignored!r}")
 
@@ -109,6 +112,12 @@ class ClassSet:
         return len(self.names)
 
     @functools.cached_property
+    def fingerprint(self) -> str:
+        """A short hash of all that decides what a label means, which colours and the title do not."""
+        meaning = json.dumps([self.names, self.mirrored, self.ignored])
+        return hashlib.sha256(meaning.encode()).hexdigest()[:10]
+
+    @functools.cached_property
     def index(self) -> dict[str, int]:
         """The index of each name."""
         return {name: index for index, name in enumerate(self.names)}
@@ -134,6 +143,11 @@ class ClassSet:
         """Returns a mask (..., H, W) in the classes' colours: uint8 RGB, (..., H, W, 3); ignored pixels are grey."""
         return self._palette[mask]
 
+    def is_label(self, values: np.ndarray) -> np.ndarray:
+        """Returns, for each integer of an array, whether it is a class index or the ignored label."""
+        is_class = (values >= 0) & (values < len(self))
+        return is_class if self.ignored is None else is_class | (values == self.ignored)
+
     def check(self, mask: np.ndarray, source: str) -> np.ndarray:
         """Returns `mask` as uint8 after checking that every value is a class index or the ignored label.
 
@@ -146,13 +160,11 @@ class ClassSet:
         """
         if not np.issubdtype(mask.dtype, np.integer):
             raise InputError(f"{source}: a mask holds integer class indices, got dtype {mask.dtype}.")
-        is_outside = (mask < 0) | (mask >= len(self))
-        if self.ignored is not None:
-            is_outside &= mask != self.ignored
-        outside = np.unique(mask[is_outside])
+        outside = np.unique(mask[~self.is_label(mask)])
         if outside.size:
+            besides = "" if self.ignored is None else f" and not the ignored label {self.ignored}"
             raise InputError(
-                f"{source}: label {', '.join(map(str, outside[:5]))} is outside 0..{len(self) - 1}; "
+                f"{source}: label {', '.join(map(str, outside[:5]))} is outside 0..{len(self) - 1}{besides}; "
                 f"a mask holds class indices of {self.title} (0 {self.names[0]} ... {len(self) - 1} {self.names[-1]}), "
                 "not colours or another data set's classes."
             )

@@ -1,4 +1,4 @@
-"""The cache of encoded latents: what a data set is to an autoencoder, computed once.
+"""The cache of encoded latents: a data set as an autoencoder encodes it, computed once.
 
     CACHE/latents/VARIANT/1.0.0/     shards, and latents.json: which autoencoder, and statistics of its latents
 
@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,10 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from tensorflow_datasets.proto import tf_example_pb2
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import labels, loading, shards
+from sisma_jax.data import shards
+from sisma_jax.data.dataset import BatchSource, DataSet
 from sisma_jax.errors import InputError
-from sisma_jax.files import AnyPath, write_atomically
+from sisma_jax.files import AnyPath, to_path, write_atomically
 
 NAME = "latents"
 STATISTICS_NAME = "latents.json"
@@ -40,13 +41,13 @@ _FEATURES = {name: _BYTES for name in ("moments", "mirrored_moments", "mask", "m
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """An autoencoder's part in the cache.
+    """What the cache needs of an autoencoder.
 
     Attributes:
       encode: uint8 images (batch_size, S, S, 3) to moments, float16 (batch_size, h, w, 2 C).
-      batch_size: images a call.
-      fingerprint: tells this autoencoder from others.
-      scale, shift: that the moments have undergone; noted beside them.
+      batch_size: images per call.
+      fingerprint: distinguishes this autoencoder from others.
+      scale, shift: that were applied to the moments; stored beside them.
     """
 
     encode: Callable[[np.ndarray], np.ndarray]
@@ -56,50 +57,90 @@ class Encoder:
     shift: float
 
 
-def prepare(config: DataConfig, encoder: Encoder) -> AnyPath:
-    """Encodes the prepared data set, unless this autoencoder has done so; an interrupted call is taken up.
+class LatentDataSet(BatchSource):
+    """The latents of a data set; a batch holds "moments", "mask" and "id".
 
-    Returns:
-      The folder of the cache.
-
-    Raises:
-      InputError: the data set is not prepared, or the cache folder cannot be written.
+    Attributes:
+      statistics: what `latents.json` says.
     """
-    data_set, cache_dir = _data_set(config, encoder), loading.cache_dir_of(config)
-    with loading.naming_cache_dir(config):
-        shards.build(data_set, cache_dir)
-    return data_set.path(cache_dir)
+
+    key = "moments"
+
+    def __init__(self, config: DataConfig, path: AnyPath):
+        """Reads the metadata of complete shards; see `prepare` and `open`."""
+        self.statistics = _read_statistics(path)
+        super().__init__(config, path)
+
+    @classmethod
+    def prepare(cls, dataset: DataSet, encoder: Encoder) -> "LatentDataSet":
+        """Encodes the data set unless this autoencoder has done so, and opens the latents; resumes after interruption.
+
+        Raises:
+          InputError: the cache folder cannot be written.
+        """
+        return cls(dataset.config, shards.build(_recipe(dataset, encoder), to_path(dataset.config.cache_dir)))
+
+    @classmethod
+    def open(cls, dataset: DataSet, fingerprint: str) -> "LatentDataSet":
+        """Opens the latents that the autoencoder with a fingerprint has encoded.
+
+        Raises:
+          InputError: there are none, or they cannot be read.
+        """
+        config = dataset.config
+        path = to_path(config.cache_dir) / NAME / _variant(dataset, fingerprint) / shards.VERSION
+        if not shards.exist(path):
+            raise InputError(
+                f"There are no latents of {config.name} by this run's autoencoder ({fingerprint}) in "
+                f"{path.parent.parent}; run the `latents` command first."
+            )
+        latents = cls(config, path)
+        if latents.statistics["autoencoder"] != fingerprint:
+            raise InputError(
+                f"{path} holds latents of the autoencoder {latents.statistics['autoencoder']}, this run has "
+                f"{fingerprint}; delete the folder and run the `latents` command."
+            )
+        return latents
+
+    def _records(self, split: str) -> Sequence[int]:
+        return range(self.counts[split])
+
+    def _to_examples(self, records: grain.MapDataset, *, flip: bool) -> grain.MapDataset:
+        return records.random_map(_MirrorHalf()) if flip else records.map(_unmirrored)
+
+    def _finish(self, batches: grain.MapDataset, split: str) -> grain.MapDataset:
+        shapes = (tuple(self.statistics[name]) for name in ("moments_shape", "mask_shape"))
+        return batches.map(_Load(self._reader.as_data_source(split).data_source, *shapes))
 
 
-def _data_set(config: DataConfig, encoder: Encoder) -> shards.DataSet:
-    counts = {split: loading.num_examples(config, split) for split in loading.splits(config)}
+def _recipe(dataset: DataSet, encoder: Encoder) -> shards.ShardRecipe:
     features = tfds.features.FeaturesDict(_FEATURES)
-    return shards.DataSet(
+    return shards.ShardRecipe(
         name=NAME,
-        variant=_variant(config, encoder.fingerprint),
+        variant=_variant(dataset, encoder.fingerprint),
         features=features,
         jobs={
             split: [
-                functools.partial(_encode, config, encoder, split, start, min(start + EXAMPLES_PER_SHARD, count))
+                functools.partial(_encode, dataset, encoder, split, start, min(start + EXAMPLES_PER_SHARD, count))
                 for start in range(0, count, EXAMPLES_PER_SHARD)
             ]
-            for split, count in counts.items()
+            for split, count in dataset.counts.items()
         },
-        num_records=sum(counts.values()),
-        information={"description": f"Latents of {config.name}."},
-        finish=functools.partial(_describe, config, encoder, features),
+        num_records=sum(dataset.counts.values()),
+        information={"description": f"Latents of {dataset.config.name}."},
+        finish=functools.partial(_write_statistics, dataset.config.image_size, encoder, features),
         in_process=True,
     )
 
 
-def _variant(config: DataConfig, fingerprint: str) -> str:
-    variant = loading.location(config).parent
-    return f"{variant.parent.name}-{variant.name}-{config.image_size}px-{fingerprint}"
+def _variant(dataset: DataSet, fingerprint: str) -> str:
+    variant = dataset.path.parent
+    return f"{variant.parent.name}-{variant.name}-{dataset.config.image_size}px-{fingerprint}"
 
 
-def _encode(config: DataConfig, encoder: Encoder, split: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
-    for batch in loading.eval_batches(config, split, batch_size=encoder.batch_size, start=start, limit=stop - start):
-        # The last batch is filled up, so that one shape compiles.
+def _encode(dataset: DataSet, encoder: Encoder, split: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    for batch in dataset.eval_batches(split, encoder.batch_size, start=start, limit=stop - start):
+        # The last batch is padded, so that one shape compiles.
         image = np.resize(batch["image"], (encoder.batch_size, *batch["image"].shape[1:]))
         moments, mirrored = encoder.encode(image), encoder.encode(image[:, :, ::-1])
         for i, mask in enumerate(batch["mask"]):
@@ -107,14 +148,14 @@ def _encode(config: DataConfig, encoder: Encoder, split: str, start: int, stop: 
                 "moments": moments[i].tobytes(),
                 "mirrored_moments": mirrored[i].tobytes(),
                 "mask": zlib.compress(mask.tobytes()),
-                "mirrored_mask": zlib.compress(labels.flip_mask(mask).tobytes()),
+                "mirrored_mask": zlib.compress(dataset.classes.flip(mask).tobytes()),
                 "id": int(batch["id"][i]),
             }
 
 
-def _describe(config: DataConfig, encoder: Encoder, features: tfds.features.FeaturesDict, folder: Path) -> None:
-    """Writes which autoencoder the latents are of, and what those of the training split are like."""
-    shape = encoder.encode(np.zeros((encoder.batch_size, config.image_size, config.image_size, 3), np.uint8)).shape[1:]
+def _write_statistics(size: int, encoder: Encoder, features: tfds.features.FeaturesDict, folder: Path) -> None:
+    """Writes which autoencoder encoded the latents, and the statistics of those of the training split."""
+    shape = encoder.encode(np.zeros((encoder.batch_size, size, size, 3), np.uint8)).shape[1:]
     with ArrayRecordDataSource(sorted(map(str, folder.glob(f"{NAME}-train.*")))) as records:
         moments = np.stack(
             [
@@ -129,39 +170,14 @@ def _describe(config: DataConfig, encoder: Encoder, features: tfds.features.Feat
         "scale": encoder.scale,
         "shift": encoder.shift,
         "moments_shape": shape,
-        "mask_shape": (config.image_size, config.image_size),
+        "mask_shape": (size, size),
         "mean": mean.mean(axes).tolist(),
         "standard_deviation": np.sqrt(np.exp(log_variance).mean(axes) + mean.var(axes)).tolist(),
     }
     write_atomically(folder / STATISTICS_NAME, json.dumps(statistics, indent=2) + "\n")
 
 
-def _open(config: DataConfig, fingerprint: str, split: str) -> "_Load":
-    path = loading.cache_dir_of(config) / NAME / _variant(config, fingerprint) / shards.VERSION
-    if not shards.exist(path):
-        raise InputError(
-            f"There are no latents of {config.name} by this run's autoencoder ({fingerprint}) in {path.parent.parent}; "
-            "run the `latents` command first."
-        )
-    statistics = read_statistics(path)
-    if statistics["autoencoder"] != fingerprint:
-        raise InputError(
-            f"{path} holds latents of the autoencoder {statistics['autoencoder']}, this run has {fingerprint}; delete "
-            "the folder and run the `latents` command."
-        )
-    builder = shards.read(path)
-    loading.split_of(builder, split)
-    return _Load(
-        builder.as_data_source(split).data_source, tuple(statistics["moments_shape"]), tuple(statistics["mask_shape"])
-    )
-
-
-def read_statistics(path: AnyPath) -> dict[str, Any]:
-    """Returns what `latents.json` of a cache says.
-
-    Raises:
-      InputError: it cannot be read.
-    """
+def _read_statistics(path: AnyPath) -> dict[str, Any]:
     try:
         return json.loads((path / STATISTICS_NAME).read_text())
     except (OSError, ValueError) as error:
@@ -174,24 +190,23 @@ class _Load(grain.transforms.Map):
     """A batch of record numbers and of flags, whether the mirror image is meant, to the batch itself.
 
     Whole batches, and the records as protocol buffers: record by record and by the parser of TFDS, Python's own work
-    leaves half as many examples a second (see `benchmarks/data.py`).
+    leaves half as many examples per second (see `benchmarks/data.py`).
     """
 
     def __init__(self, records: ArrayRecordDataSource, moments_shape: tuple[int, ...], mask_shape: tuple[int, ...]):
-        self.records = records
-        self._moments_shape, self._mask_shape = moments_shape, mask_shape
+        self._records, self._moments_shape, self._mask_shape = records, moments_shape, mask_shape
 
-    def map(self, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
-        numbers, mirrored = batch
+    def map(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        numbers, mirrored = batch["number"], batch["is_mirrored"]
         moments = np.empty((len(numbers), *self._moments_shape), np.float16)
         mask = np.empty((len(numbers), *self._mask_shape), np.uint8)
         ids = np.empty(len(numbers), np.int64)
-        for i, record in enumerate(self.records.__getitems__(numbers.tolist())):
+        for i, record in enumerate(self._records.__getitems__(numbers.tolist())):
             fields = tf_example_pb2.Example.FromString(record).features.feature
             prefix = "mirrored_" if mirrored[i] else ""
             moments[i] = np.frombuffer(_bytes_in(fields, f"{prefix}moments"), np.float16).reshape(self._moments_shape)
-            labels_of_pixels = zlib.decompress(_bytes_in(fields, f"{prefix}mask"), bufsize=mask[i].size)
-            mask[i] = np.frombuffer(labels_of_pixels, np.uint8).reshape(self._mask_shape)
+            labels = zlib.decompress(_bytes_in(fields, f"{prefix}mask"), bufsize=mask[i].size)
+            mask[i] = np.frombuffer(labels, np.uint8).reshape(self._mask_shape)
             ids[i] = fields["id"].int64_list.value[0]
         return {"moments": moments, "mask": mask, "id": ids}
 
@@ -203,38 +218,9 @@ def _bytes_in(fields: Any, name: str) -> bytes:
 class _MirrorHalf(grain.transforms.RandomMap):
     """A record's number, and at random whether its mirror image is meant."""
 
-    def random_map(self, number: int, rng: np.random.Generator) -> tuple[int, bool]:
-        return number, rng.random() >= 0.5
+    def random_map(self, number: int, rng: np.random.Generator) -> dict[str, int | bool]:
+        return {"number": number, "is_mirrored": rng.random() >= 0.5}
 
 
-def _as_it_is(number: int) -> tuple[int, bool]:
-    return number, False
-
-
-def train_iterator(
-    config: DataConfig, fingerprint: str, *, batch_size: int, seed: int, share: loading.Share = loading.WHOLE
-) -> grain.DatasetIterator:
-    """Returns an endless iterator over cached latents, otherwise as `loading.train_iterator`.
-
-    Raises:
-      InputError: this autoencoder has not encoded the data set, or as `loading.train_iterator`.
-    """
-    load = _open(config, fingerprint, "train")
-    dataset = loading.shuffled(range(len(load.records)), seed)
-    dataset = dataset.random_map(_MirrorHalf()) if config.flip else dataset.map(_as_it_is)
-    batches = loading.dealt(dataset, batch_size, share).map(load)
-    return iter(batches.to_iter_dataset(loading.read_options(config)))
-
-
-def eval_batches(
-    config: DataConfig, fingerprint: str, split: str, *, batch_size: int, limit: int | None = None
-) -> Iterator[dict[str, np.ndarray]]:
-    """Returns one pass over cached latents, otherwise as `loading.eval_batches`.
-
-    Raises:
-      InputError: this autoencoder has not encoded the data set, or it has no such split.
-    """
-    load = _open(config, fingerprint, split)
-    dataset = grain.MapDataset.source(range(len(load.records))[:limit]).map(_as_it_is)
-    batches = dataset.batch(batch_size, drop_remainder=False).map(load)
-    return iter(batches.to_iter_dataset(loading.read_options(config)))
+def _unmirrored(number: int) -> dict[str, int | bool]:
+    return {"number": number, "is_mirrored": False}

@@ -7,8 +7,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import images, shards
+from sisma_jax.data import photos
 from sisma_jax.data.drawing.portrait import draw_face
+from sisma_jax.data.shards import ShardRecipe
 
 # The seed of the faces themselves. Fixed, so that runs with different training seeds see the same data.
 SEED = 0
@@ -19,13 +20,13 @@ def draw_faces(ids: range, size: int) -> Iterator[dict[str, bytes | int]]:
     """Yields the record of each face: image and mask as PNG, and its id."""
     for index in ids:
         image, mask = draw_face((SEED, index), size)
-        yield {"image": images.encode_png(image), "mask": images.encode_png(mask), "id": index}
+        yield {"image": photos.encode_png(image), "mask": photos.encode_png(mask), "id": index}
 
 
-def dataset(config: DataConfig) -> shards.DataSet:
-    """Returns the data set that a configuration asks for. The ids of the test split follow those of the training split.
+def recipe(config: DataConfig) -> ShardRecipe:
+    """Returns how the faces of a configuration are drawn. The ids of the test split follow those of the training split.
 
-    The variant is to be renamed whenever the same seed gives another picture.
+    The variant must be renamed whenever the same seed gives another image.
     """
     size, num_train, total = config.image_size, config.num_train, config.num_train + config.num_test
     splits = {"train": range(num_train), "test": range(num_train, total)}
@@ -34,7 +35,7 @@ def dataset(config: DataConfig) -> shards.DataSet:
         "mask": tfds.features.Image(shape=(size, size, 1), encoding_format="png"),
         "id": np.int64,
     }
-    return shards.DataSet(
+    return ShardRecipe(
         name="synthetic_faces",
         variant=f"size{size}_train{num_train}_test{config.num_test}_seed{SEED}",
         features=tfds.features.FeaturesDict(features),
@@ -46,5 +47,5 @@ def dataset(config: DataConfig) -> shards.DataSet:
             for name, ids in splits.items()
         },
         num_records=total,
-        information={"description": "Drawn faces with masks of 19 classes."},
+        information={"description": f"Drawn faces with masks of {len(config.classes)} classes."},
     )

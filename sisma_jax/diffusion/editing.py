@@ -1,29 +1,29 @@
-"""Repaints a part of a photograph: where, along which path what is kept goes, and how the two are joined."""
+"""Generates a part of a photograph anew: where, along which path the rest goes, and how the two are joined."""
 
 import cv2
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from sisma_jax.diffusion.solvers import Latent, Velocity
+from sisma_jax.diffusion.solvers import Point, Velocity
 
 
 def keeping(
-    velocity: Velocity, noise: Latent, kept: Float[Array, "#B H W C"], is_repainted: Bool[Array, "#B H W 1"]
+    velocity: Velocity, noise: Point, kept: Float[Array, "#B H W C"], is_generated: Bool[Array, "#B H W 1"]
 ) -> Velocity:
-    """Returns the velocity that paints where `is_repainted` and brings all else to `kept`.
+    """Returns the given velocity where `is_generated`, and elsewhere the one that ends in `kept`.
 
     What is kept moves along its own straight path from the noise, t kept + (1 - t) noise, whose velocity is constant:
-    every solver follows it exactly, and at every time the network sees it at the noise level that it knows. So what is
-    painted comes to fit to what is around it.
+    every solver follows it exactly, and at every time the network sees it at the noise level of that time. So the
+    generated part fits its surroundings.
 
     Args:
       noise: where the integration starts at t = 0.
       kept: latent of the photograph, the same for all of a batch or one for each.
-      is_repainted: where to paint.
+      is_generated: where the velocity applies.
     """
     of_kept = kept - noise
-    return lambda x, t: jnp.where(is_repainted, velocity(x, t), of_kept)
+    return lambda x, t: jnp.where(is_generated, velocity(x, t), of_kept)
 
 
 def to_latent_grid(region: Bool[Array, "B H W"], downsampling: int) -> Bool[Array, "B h w 1"]:
@@ -52,21 +52,21 @@ def feather(region: Bool[np.ndarray, "H W"], margin: float | int) -> Float[np.nd
 
 
 def composite(
-    photo: UInt8[np.ndarray, "H W 3"], painted: UInt8[np.ndarray, "S S 3"], weight: Float[np.ndarray, "P P"]
+    photo: UInt8[np.ndarray, "H W 3"], generated: UInt8[np.ndarray, "S S 3"], weight: Float[np.ndarray, "P P"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the photograph with its central square of side P painted over; where the weight is 0, bit for bit itself.
+    """Returns the photograph with its central square of side P replaced; where the weight is 0, it is bit-identical.
 
     Args:
-      painted: of any size; resized to the square.
-      weight: share of what is painted, from 0 to 1.
+      generated: of any size; resized to the square.
+      weight: share of the generated image, from 0 to 1.
     """
     side = len(weight)
     top, left = (photo.shape[0] - side) // 2, (photo.shape[1] - side) // 2
-    if len(painted) != side:
-        interpolation = cv2.INTER_AREA if len(painted) > side else cv2.INTER_CUBIC
-        painted = cv2.resize(painted, (side, side), interpolation=interpolation)
+    if len(generated) != side:
+        interpolation = cv2.INTER_AREA if len(generated) > side else cv2.INTER_CUBIC
+        generated = cv2.resize(generated, (side, side), interpolation=interpolation)
     result = photo.copy()
     square = result[top : top + side, left : left + side]
-    mixed = weight[..., None] * painted + (1 - weight[..., None]) * square
+    mixed = weight[..., None] * generated + (1 - weight[..., None]) * square
     square[...] = np.where(weight[..., None] > 0, np.round(mixed), square).astype(np.uint8)
     return result

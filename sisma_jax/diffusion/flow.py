@@ -19,7 +19,7 @@ MIN_REMAINING = 1e-3
 
 def sample_time(key: Key[Array, ""], batch: int, mean: float, std: float) -> Float[Array, " B"]:
     """Returns logit-normal times in (0, 1): sigmoid(Normal(mean, std)) (arXiv 2403.03206, section 3.1)."""
-    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,)))
+    return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), jnp.float32))
 
 
 def shift_time(t: Float[Array, "*T"], shift: float | Float[Array, ""]) -> Float[Array, "*T"]:

@@ -1,4 +1,4 @@
-"""Solvers of dx/dt = v(x, t) from noise (t = 0) to data (t = 1), rolled into one loop for `jax.jit`."""
+"""Solvers of dx/dt = v(x, t) from noise (t = 0) to data (t = 1), as one loop for `jax.jit`."""
 
 from collections.abc import Callable
 
@@ -8,16 +8,17 @@ from jaxtyping import Array, Float
 
 from sisma_jax.diffusion.flow import shift_time
 
-Latent = Float[Array, "B H W C"]
-Velocity = Callable[[Latent, Float[Array, " B"]], Latent]
+Point = Float[Array, "B H W C"]
+"""Of the flow: noise, data, or what is between."""
+Velocity = Callable[[Point, Float[Array, " B"]], Point]
 
-# A solver as a table with one row an evaluation of the velocity: its time, and how far its slope carries the point of
+# A solver as a table with one row per evaluation of the velocity: its time, and how far its slope carries the point of
 # the next evaluation and the base that the row after it starts from. See `integrate`.
 Evaluations = tuple[Float[Array, " E"], Float[Array, " E"], Float[Array, " E"]]
 
 
 def time_grid(steps: int, shift: float | Float[Array, ""] = 1.0) -> Float[Array, " T"]:
-    """Returns `steps` + 1 times increasing from 0 to 1.
+    """Returns `steps` + 1 times increasing from 0 to 1, float32.
 
     Args:
       steps: at least 1.
@@ -31,10 +32,10 @@ def time_grid(steps: int, shift: float | Float[Array, ""] = 1.0) -> Float[Array,
         raise ValueError(f"steps must be positive, got {steps}")
     if isinstance(shift, int | float) and not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}")
-    return shift_time(jnp.linspace(0.0, 1.0, steps + 1), shift)
+    return shift_time(jnp.linspace(0.0, 1.0, steps + 1, dtype=jnp.float32), shift)
 
 
-def integrate(velocity: Velocity, x0: Latent, times: Float[Array, " T"], solver: str) -> Latent:
+def integrate(velocity: Velocity, x0: Point, times: Float[Array, " T"], solver: str) -> Point:
     """Returns x at the last of `times`, starting from `x0` at the first.
 
     | solver            | order | evaluations | exact where dx/dt is                                        |
@@ -52,7 +53,7 @@ def integrate(velocity: Velocity, x0: Latent, times: Float[Array, " T"], solver:
     p and q from the solver's table. Float32 or wider, as `times` are.
 
     Args:
-      velocity: (x, t) -> dx/dt, with one t an example.
+      velocity: (x, t) -> dx/dt, with one t per example.
       times: increasing, at least two.
       solver: a key of `SOLVERS`.
 
@@ -62,7 +63,7 @@ def integrate(velocity: Velocity, x0: Latent, times: Float[Array, " T"], solver:
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
 
-    def evaluate(carry: tuple[Latent, Latent], row: tuple[Array, Array, Array]) -> tuple[tuple[Latent, Latent], None]:
+    def evaluate(carry: tuple[Point, Point], row: tuple[Array, Array, Array]) -> tuple[tuple[Point, Point], None]:
         point, base = carry
         time, to_point, to_base = row
         slope = velocity(point, jnp.full((point.shape[0],), time))

@@ -1,4 +1,4 @@
-"""Pictures of a run for people: a grid of masks and the faces painted into them, and the curve of the loss."""
+"""Images of a run for people: a grid of masks and the faces sampled for them, and the curve of the loss."""
 
 import io
 import os
@@ -9,7 +9,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from sisma_jax.data import images, labels
+from sisma_jax.data import photos
+from sisma_jax.data.classes import ClassSet
 from sisma_jax.files import write_atomically
 
 SEPARATOR = 2
@@ -19,17 +20,23 @@ HEADER_HEIGHT = 20
 
 
 def sample_grid(
-    masks: np.ndarray, samples: np.ndarray, originals: np.ndarray | None = None, *, scale: int = 1
+    masks: np.ndarray,
+    samples: np.ndarray,
+    originals: np.ndarray | None = None,
+    *,
+    classes: ClassSet,
+    scale: int = 1,
 ) -> np.ndarray:
-    """Returns a picture with one row a mask: the mask in colours | its samples | the original photograph.
+    """Returns an image with one row per mask: the mask in colours | its samples | the original photograph.
 
     The cell in row i and column j has its upper left pixel at
     (HEADER_HEIGHT + SEPARATOR + i (scale H + SEPARATOR), SEPARATOR + j (scale W + SEPARATOR)).
 
     Args:
-      masks: uint8 (n, H, W), class indices.
+      masks: uint8 (n, H, W), labels.
       samples: uint8 (n, k, H, W, 3).
       originals: uint8 (n, H, W, 3), or None for no such column.
+      classes: of the masks.
       scale: factor by which each pixel is repeated, so that a small face can be seen.
 
     Returns:
@@ -45,7 +52,7 @@ def sample_grid(
         raise ValueError(f"originals must be ({count}, {height}, {width}, 3), got {originals.shape}.")
     if scale < 1:
         raise ValueError(f"scale must be a positive integer, got {scale}.")
-    columns = [labels.colorize(masks), *np.swapaxes(samples, 0, 1)]
+    columns = [classes.colorize(masks), *np.swapaxes(samples, 0, 1)]
     titles = {0: "mask", 1: "sample" if samples.shape[1] == 1 else "samples"}
     if originals is not None:
         titles[len(columns)] = "original"
@@ -76,7 +83,7 @@ def _draw_title(header: np.ndarray, title: str, left: int, width: int) -> None:
 
 def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
     """Writes a uint8 RGB image (H, W, 3) as PNG; a reader sees the whole file or none."""
-    write_atomically(path, images.encode_png(image))
+    write_atomically(path, photos.encode_png(image))
 
 
 def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.PathLike) -> None:
@@ -87,8 +94,8 @@ def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.Path
 
     Args:
       metrics: lines of metrics.jsonl in order of step. Those with "loss" make the curve, those with "held_out_loss",
-        if any, a second one. Other lines are passed over.
-      path: where the picture goes.
+        if any, a second one. Other lines are ignored.
+      path: of the PNG file.
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="training step", ylabel="flow-matching loss")

@@ -24,8 +24,8 @@ def held_out_loss(
     Args:
       losses: (params, batch, number of the batch) -> loss of each example; see `training.step.make_held_out_loss`.
       params: the denoiser's.
-      batches: of examples as in training, but for their ids; the last may be smaller. Every process has all of them.
-      batch_size: examples a call; the last batch is filled up with copies that do not count.
+      batches: as in training; the last may be smaller. Every process has all of them.
+      batch_size: examples per call; the last batch is padded with copies that do not count.
       mesh: of the devices that share a batch; in context for `losses`.
     """
     total, count = 0.0, 0

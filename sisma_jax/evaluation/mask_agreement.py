@@ -1,4 +1,4 @@
-"""How well painted faces follow their masks: a segmenter reads each image and its answer is compared with the mask.
+"""How well sampled faces follow their masks: a segmenter reads each image and its answer is compared with the mask.
 
 Intersection over union as in semantic segmentation (and as SPADE, arXiv 1903.07291, and its successors use it): one
 confusion matrix over the whole set, never a mean of per-image scores.
@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from sisma_jax.data import labels
-from sisma_jax.evaluation import segmenter
+from sisma_jax.data.classes import ClassSet
+from sisma_jax.evaluation.segmenter import Segmenter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,30 +25,31 @@ class MaskAgreement:
     """NaN for a class that no target has. Pixels wrongly given such a class still count against their true class."""
 
 
-def confusion_matrix(predicted: np.ndarray, target: np.ndarray) -> np.ndarray:
+def confusion_matrix(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> np.ndarray:
     """Returns counts: int64 (K, K), element [i, j] the pixels of true class i that were given class j.
 
-    Matrices of batches may be added.
+    Matrices of batches may be added. Pixels whose target is the ignored label do not count.
 
     Args:
       predicted: uint8 (..., H, W), class indices.
-      target: uint8 (..., H, W), class indices.
+      target: uint8 (..., H, W), class indices or the ignored label.
+      classes: of both.
 
     Raises:
       ValueError: the shapes differ.
-      InputError: a value is no class index.
+      InputError: a value is no label, or a predicted one is the ignored label.
     """
     if predicted.shape != target.shape:
         raise ValueError(f"predicted has shape {predicted.shape}, target has {target.shape}; they must be equal.")
-    num_classes = labels.NUM_CLASSES
-    predicted = labels.check_mask(predicted, "predicted")
-    target = labels.check_mask(target, "target")
-    pairs = target.astype(np.int64) * num_classes + predicted
-    return np.bincount(pairs.ravel(), minlength=num_classes**2).reshape(num_classes, num_classes)
+    predicted = dataclasses.replace(classes, ignored=None).check(predicted, "predicted")
+    target = classes.check(target, "target")
+    counted = target < len(classes)
+    pairs = target[counted].astype(np.int64) * len(classes) + predicted[counted]
+    return np.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), len(classes))
 
 
-def agreement_from_confusion(confusion: np.ndarray) -> MaskAgreement:
-    """Returns the scores of a confusion matrix, int64 (K, K), rows the true classes."""
+def agreement_from_confusion(confusion: np.ndarray, classes: ClassSet) -> MaskAgreement:
+    """Returns the scores of a confusion matrix, int64 (K, K), whose rows are the true classes."""
     correct = np.diag(confusion)
     true, given = confusion.sum(axis=1), confusion.sum(axis=0)
     present = true > 0
@@ -58,13 +59,13 @@ def agreement_from_confusion(confusion: np.ndarray) -> MaskAgreement:
     return MaskAgreement(
         miou=float(iou[present].mean()) if total else math.nan,
         pixel_accuracy=float(correct.sum() / total) if total else math.nan,
-        iou_per_class=dict(zip(labels.NAMES, iou.tolist(), strict=True)),
+        iou_per_class=dict(zip(classes.names, iou.tolist(), strict=True)),
     )
 
 
-def measure(predicted: np.ndarray, target: np.ndarray) -> MaskAgreement:
+def measure(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> MaskAgreement:
     """Returns the agreement of predicted masks, uint8 (N, H, W), with target masks of the same shape."""
-    return agreement_from_confusion(confusion_matrix(predicted, target))
+    return agreement_from_confusion(confusion_matrix(predicted, target, classes), classes)
 
 
 def derangement(size: int, seed: int) -> np.ndarray:
@@ -87,17 +88,17 @@ def agreement_report(
     samples: np.ndarray,
     originals: np.ndarray,
     masks: np.ndarray,
-    segmenter_params: segmenter.Params,
+    segmenter: Segmenter,
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Returns what the segmenter makes of painted faces, beside what bounds that number from above and below.
+    """Returns the agreement of sampled faces with their masks, and bounds of it from above and below.
 
     Args:
-      samples: painted faces, uint8 (N, H, W, 3); sample i was painted into mask i.
+      samples: uint8 (N, H, W, 3); sample i was generated from mask i.
       originals: the held-out photographs that the masks belong to, uint8 (N, H, W, 3).
       masks: uint8 (N, H, W).
-      segmenter_params: a segmenter trained on other pairs of the same data set.
+      segmenter: trained on other pairs of the same data set.
       seed: decides which masks are exchanged for `floor`.
 
     Returns:
@@ -112,17 +113,19 @@ def agreement_report(
         raise ValueError(
             f"samples, originals and masks must correspond, got {len(samples)}, {len(originals)} and {len(masks)}."
         )
-    read_in_samples = segmenter.predict(segmenter_params, samples)
-    read_in_originals = segmenter.predict(segmenter_params, originals)
+    in_samples, in_originals = segmenter.predict(samples), segmenter.predict(originals)
+    others = masks[derangement(len(masks), seed)] if len(masks) > 1 else None
     return {
         "num_images": len(masks),
-        "samples": _row(measure(read_in_samples, masks)),
-        "ceiling": _row(measure(read_in_originals, masks)),
-        "floor": _row(measure(read_in_samples, masks[derangement(len(masks), seed)])) if len(masks) > 1 else None,
+        "samples": _row(in_samples, masks, segmenter.classes),
+        "ceiling": _row(in_originals, masks, segmenter.classes),
+        "floor": None if others is None else _row(in_samples, others, segmenter.classes),
     }
 
 
-def _row(agreement: MaskAgreement) -> dict[str, Any]:
+def _row(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> dict[str, Any]:
+    agreement = measure(predicted, target, classes)
+
     def number(value: float) -> float | None:
         return None if math.isnan(value) else value  # JSON has no NaN.
 
@@ -141,13 +144,14 @@ _ROWS = {
 
 
 def format_report(report: dict[str, Any]) -> str:
-    """Returns the report as an aligned table, best bound first, with what its numbers are worth."""
+    """Returns the report as an aligned table, best bound first, and a note on what its numbers mean."""
 
     def cell(value: float | None) -> str:
         return f"{'-':>8}" if value is None else f"{value:8.3f}"
 
     rows = {name: report[name] for name in _ROWS if report[name] is not None}
-    title_width = max(map(len, _ROWS.values()))
+    names = report["samples"]["iou_per_class"]
+    title_width = max(map(len, [*_ROWS.values(), *names]))
     lines = [
         f"Mask agreement of {report['num_images']} held-out masks",
         f"{'':{title_width}} {'mIoU':>8} {'accuracy':>8}",
@@ -158,8 +162,8 @@ def format_report(report: dict[str, Any]) -> str:
         "",
         f"{'IoU by class':{title_width}} " + " ".join(f"{name:>8}" for name in rows),
         *(
-            f"{label:{title_width}} " + " ".join(cell(row["iou_per_class"][label]) for row in rows.values())
-            for label in labels.NAMES
+            f"{name:{title_width}} " + " ".join(cell(row["iou_per_class"][name]) for row in rows.values())
+            for name in names
         ),
         "",
         "The masks were read by a small segmenter trained on real pairs of the same data set:",

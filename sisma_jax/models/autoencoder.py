@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, UInt8
 
 Image = Float[Array, "B H W 3"]
 Latent = Float[Array, "B h w C"]
@@ -21,6 +21,18 @@ Features = Float[Array, "B H W D"]
 NORM_EPSILON = 1e-6
 # Log variances beyond these bounds count as these, as in diffusers.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
+# Latents of more positions per side are decoded in tiles of so many: 1024 px at the usual downsampling of 8.
+DECODE_TILE = 128
+
+
+def from_uint8(image: UInt8[Array, "B H W 3"]) -> Image:
+    """Returns 8-bit images as float32 in [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(image: Image) -> UInt8[Array, "B H W 3"]:
+    """Returns images in [-1, 1] as 8 bits, values outside clipped."""
+    return jnp.round(jnp.clip((image + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
 
 
 class IdentityAutoencoder(nnx.Module):
@@ -50,7 +62,7 @@ class KlConfig:
     Attributes:
       latent_channels: 4, or 16 in Stable Diffusion 3 and FLUX.
       block_channels: of each resolution, from that of the image on; each after the first halves it.
-      layers_per_block: residual blocks a resolution in the encoder; the decoder has one more.
+      layers_per_block: residual blocks per resolution in the encoder; the decoder has one more.
       norm_groups: groups of channels that are normalised together.
       has_quant_conv: 1x1 convolutions at both sides of the latent.
       scale, shift: of the latents that leave and enter: scale (x - shift). Bring them to a variance of about one.
@@ -82,12 +94,13 @@ class _ResidualBlock(nnx.Module):
         self.conv1 = _conv(channels_in, channels_out, 3, rngs)
         self.norm2 = nnx.GroupNorm(channels_out, groups, epsilon=NORM_EPSILON, rngs=rngs)
         self.conv2 = _conv(channels_out, channels_out, 3, rngs)
-        self.conv_shortcut = None if channels_in == channels_out else _conv(channels_in, channels_out, 1, rngs)
+        is_same = channels_in == channels_out
+        self.conv_shortcut = nnx.identity if is_same else _conv(channels_in, channels_out, 1, rngs)
 
     def __call__(self, x: Features) -> Float[Array, "B H W E"]:
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
-        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return y + self.conv_shortcut(x)
 
 
 class _Attention(nnx.Module):
@@ -197,15 +210,13 @@ class KlAutoencoder(nnx.Module):
     Latents are scaled and shifted as the denoiser sees them; `moments` alone gives them as the encoder does.
     """
 
-    def __init__(self, config: KlConfig, *, decode_tile: int | None = None, rngs: nnx.Rngs):
-        """Args: decode_tile: latents of more positions a side are decoded in tiles of so many."""
+    def __init__(self, config: KlConfig, *, rngs: nnx.Rngs):
         self.config = config
-        self.decode_tile = decode_tile
         self.encoder = _Encoder(config, rngs=rngs)
         self.decoder = _Decoder(config, rngs=rngs)
         channels = config.latent_channels
-        self.quant_conv = _conv(2 * channels, 2 * channels, 1, rngs) if config.has_quant_conv else None
-        self.post_quant_conv = _conv(channels, channels, 1, rngs) if config.has_quant_conv else None
+        self.quant_conv = _conv(2 * channels, 2 * channels, 1, rngs) if config.has_quant_conv else nnx.identity
+        self.post_quant_conv = _conv(channels, channels, 1, rngs) if config.has_quant_conv else nnx.identity
 
     @property
     def channels(self) -> int:
@@ -226,8 +237,7 @@ class KlAutoencoder(nnx.Module):
         multiple = self.config.downsampling
         if image.shape[1] % multiple or image.shape[2] % multiple:
             raise ValueError(f"image is {image.shape[1:3]}, want multiples of {multiple} pixels")
-        x = self.encoder(image)
-        mean, log_variance = jnp.split(x if self.quant_conv is None else self.quant_conv(x), 2, axis=-1)
+        mean, log_variance = jnp.split(self.quant_conv(self.encoder(image)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
     def distribution(self, image: Image) -> tuple[Latent, Latent]:
@@ -241,14 +251,13 @@ class KlAutoencoder(nnx.Module):
         return mean if key is None else draw(key, mean, log_variance)
 
     def decode(self, latent: Latent) -> Image:
-        """Returns the images, nominally in [-1, 1]."""
-        if self.decode_tile is not None and max(latent.shape[1:3]) > self.decode_tile:
-            return self.decode_in_tiles(latent, self.decode_tile, self.decode_tile // 4)
+        """Returns the images, nominally in [-1, 1]; of large latents by tiles."""
+        if max(latent.shape[1:3]) > DECODE_TILE:
+            return self.decode_in_tiles(latent, DECODE_TILE, DECODE_TILE // 4)
         return self._decode(latent)
 
     def _decode(self, latent: Latent) -> Image:
-        x = latent / self.config.scale + self.config.shift
-        return self.decoder(x if self.post_quant_conv is None else self.post_quant_conv(x))
+        return self.decoder(self.post_quant_conv(latent / self.config.scale + self.config.shift))
 
     def decode_in_tiles(self, latent: Latent, tile: int = 64, overlap: int = 16) -> Image:
         """Returns what `decode` would, from square pieces of the latent: large images in the memory of small ones.
@@ -274,28 +283,26 @@ class KlAutoencoder(nnx.Module):
         weight = jnp.minimum(
             _ramp(tile_height * factor, overlap * factor)[:, None], _ramp(tile_width * factor, overlap * factor)[None]
         )[None, :, :, None]
-        corners = jnp.array(list(itertools.product(rows, columns)))
+        corners = jnp.array([(0, row, column, 0) for row, column in itertools.product(rows, columns)], jnp.int32)
+        tile_shape = (batch, tile_height, tile_width, latent.shape[3])
 
         def add(carry: tuple[Array, Array], corner: Array) -> tuple[tuple[Array, Array], None]:
             image, total = carry
-            piece = jax.lax.dynamic_slice(
-                latent, (0, corner[0], corner[1], 0), (batch, tile_height, tile_width, latent.shape[3])
-            )
-            where = (0, corner[0] * factor, corner[1] * factor, 0)
+            piece, where = jax.lax.dynamic_slice(latent, corner, tile_shape), corner * factor
             before = jax.lax.dynamic_slice(image, where, (batch, tile_height * factor, tile_width * factor, 3))
             of_weights = jax.lax.dynamic_slice(total, where, weight.shape)
             image = jax.lax.dynamic_update_slice(image, before + weight * self._decode(piece), where)
             return (image, jax.lax.dynamic_update_slice(total, of_weights + weight, where)), None
 
-        image = jnp.zeros((batch, height * factor, width * factor, 3))
-        total = jnp.zeros((1, height * factor, width * factor, 1))
+        image = jnp.zeros((batch, height * factor, width * factor, 3), jnp.float32)
+        total = jnp.zeros((1, height * factor, width * factor, 1), jnp.float32)
         (image, total), _ = jax.lax.scan(add, (image, total), corners)
         return image / total
 
 
 def draw(key: Key[Array, ""], mean: Latent, log_variance: Latent) -> Latent:
     """Returns a latent from each of the normal distributions."""
-    return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape)
+    return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, jnp.float32)
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
@@ -306,5 +313,6 @@ def _starts(length: int, tile: int, overlap: int) -> list[int]:
 
 def _ramp(length: int, overlap: int) -> Float[Array, " length"]:
     """Weights of a piece along one axis: falling towards both ends over the overlap, nowhere zero."""
-    from_end = jnp.minimum(jnp.arange(length), jnp.arange(length)[::-1]) + 1.0
+    from_start = jnp.arange(1, length + 1, dtype=jnp.float32)
+    from_end = jnp.minimum(from_start, from_start[::-1])
     return jnp.minimum(from_end / (overlap + 1), 1.0)

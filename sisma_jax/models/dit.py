@@ -1,6 +1,8 @@
-"""A diffusion transformer (DiT, arXiv 2212.09748): what SISMA's blocks stand in for. Quadratic in the tokens."""
+"""The layer's parts of a diffusion transformer (DiT, arXiv 2212.09748): attention, quadratic in the tokens.
 
-import dataclasses
+The baseline that SISMA is compared with: all else is the same.
+"""
+
 from typing import Any
 
 import jax
@@ -9,8 +11,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from sisma_jax.config import ModelConfig
-from sisma_jax.models.mamba import Grid, Paths
-from sisma_jax.models.sisma import Sisma
+from sisma_jax.errors import InputError
+from sisma_jax.models.condition import Condition
+from sisma_jax.models.layers import LayerParts
+from sisma_jax.models.patches import Grid
+from sisma_jax.models.scan_orders import Paths
+
+# Channels of an attention head, or all channels of a narrower model.
+HEAD_CHANNELS = 64
 
 # Queries that attend at a time. All of 16,384 at once would need their logits in memory, 13 GB at 12 heads; and a CPU
 # is quicker at a few, whose logits stay in its caches.
@@ -37,12 +45,19 @@ class Attention(nnx.Module):
     """Multi-head softmax attention of the tokens of `x` to those of `context`.
 
     Args:
-      d_model: channels of a token, a multiple of `d_head`.
-      d_head: channels of a head.
+      d_model: channels of a token, a multiple of `HEAD_CHANNELS` or fewer than those.
+
+    Raises:
+      InputError: heads do not divide the channels.
     """
 
-    def __init__(self, d_model: int, d_head: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.d_head = d_head
+    def __init__(self, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.d_head = min(HEAD_CHANNELS, d_model)
+        if d_model % self.d_head:
+            raise InputError(
+                f"model.d_model must be a multiple of {HEAD_CHANNELS}, the channels of an attention head, or less; "
+                f"got {d_model}."
+            )
         self.query_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
         self.key_value_proj = nnx.Linear(d_model, 2 * d_model, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
@@ -59,42 +74,23 @@ class Attention(nnx.Module):
 class SelfAttention(Attention):
     """Mixes the image tokens; paths mean nothing to it."""
 
-    def __call__(self, x: Grid, paths: Paths) -> Grid:
+    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
         return self.attend(x, x)
 
 
 class CrossAttention(Attention):
     """Lets every image token read the mask features of all."""
 
-    def __call__(self, x: Grid, mask_features: Grid, paths: Paths) -> Grid:
-        return self.attend(x, mask_features)
+    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        return self.attend(x, condition.mask)
 
 
-class Dit(Sisma):
-    """The denoiser with self-attention for Self-Mamba and cross-attention for Cross-Mamba; all else is SISMA's."""
-
-    @staticmethod
-    def make_mixer(config: ModelConfig, **options: Any) -> nnx.Module:
-        return SelfAttention(config.d_model, config.d_head, **options)
-
-    @staticmethod
-    def make_cross_reader(config: ModelConfig, **options: Any) -> nnx.Module:
-        return CrossAttention(config.d_model, config.d_head, **options)
+def _mixer(config: ModelConfig, **options: Any) -> SelfAttention:
+    return SelfAttention(config.d_model, **options)
 
 
-def matched_dit(config: ModelConfig, mask_conditioning: str | None = None) -> ModelConfig:
-    """Returns the DiT of the same width whose depth brings it nearest to the parameters of `config`'s SISMA.
+def _cross_reader(config: ModelConfig, **options: Any) -> CrossAttention:
+    return CrossAttention(config.d_model, **options)
 
-    Args:
-      mask_conditioning: the DiT's, if not that of `config`: "concat" leaves it with self-attention alone.
-    """
-    baseline = dataclasses.replace(
-        config, backbone="dit", mask_conditioning=mask_conditioning or config.mask_conditioning
-    )
 
-    def block_size(cls: type[Sisma], config: ModelConfig) -> int:
-        block = nnx.eval_shape(lambda: cls.make_block(config, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0)))
-        return sum(x.size for x in jax.tree.leaves(nnx.state(block, nnx.Param)))
-
-    depth = max(round(config.depth * block_size(Sisma, config) / block_size(Dit, baseline)), 1)
-    return dataclasses.replace(baseline, depth=depth)
+PARTS = LayerParts(mixer=_mixer, cross_reader=_cross_reader)

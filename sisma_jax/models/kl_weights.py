@@ -3,10 +3,12 @@
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,7 @@ CONFIG_NAME = "config.json"
 
 _OBTAIN = (
     f"Expected is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or such a .safetensors file. Stable Diffusion's "
-    f"autoencoder is to be had at https://huggingface.co/stabilityai/sd-vae-ft-mse: download these two files into one "
+    f"autoencoder is available at https://huggingface.co/stabilityai/sd-vae-ft-mse: download these two files into one "
     "folder and name it."
 )
 
@@ -46,6 +48,18 @@ _IMPLEMENTED = {
 }
 
 
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+# Fields whose values are used: what they must be.
+_VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "norm_num_groups": ("a positive integer", lambda value: type(value) is int and value > 0),
+    "scaling_factor": ("a positive number", lambda value: _is_finite(value) and value > 0),
+    "shift_factor": ("a number or null", lambda value: value is None or _is_finite(value)),
+}
+
+
 def exist(folder: AnyPath) -> bool:
     """Whether `save` has written a whole autoencoder to the folder."""
     try:
@@ -55,17 +69,14 @@ def exist(folder: AnyPath) -> bool:
         raise InputError(f"{folder} cannot be read ({error}).") from error
 
 
-def load(path: str | os.PathLike, *, decode_tile: int | None = None) -> KlAutoencoder:
+def load(path: str | os.PathLike) -> KlAutoencoder:
     """Returns the autoencoder of a folder or file, its parameters in float32.
 
     Without config.json beside them, the weights are taken for those of Stable Diffusion 1 or 2.
 
-    Args:
-      decode_tile: see `KlAutoencoder`.
-
     Raises:
       InputError: there is no such file, it is damaged or of another model, or has latents of other than 4 channels and
-        no config.json, which alone tells their scale.
+        no config.json, which alone tells their scale; or a value in config.json is out of range.
     """
     path = to_path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
@@ -73,9 +84,7 @@ def load(path: str | os.PathLike, *, decode_tile: int | None = None) -> KlAutoen
         raise InputError(f"the autoencoder's weights {file} do not exist. {_OBTAIN}")
     weights = _read(file)
     config = _config(weights, file.parent / CONFIG_NAME, file)
-    graph, abstract = nnx.split(
-        nnx.eval_shape(lambda: KlAutoencoder(config, decode_tile=decode_tile, rngs=nnx.Rngs(0)))
-    )
+    graph, abstract = nnx.split(nnx.eval_shape(lambda: KlAutoencoder(config, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, convert(weights, nnx.to_pure_dict(abstract), str(file)))
 
 
@@ -171,15 +180,7 @@ def _read(file: AnyPath) -> dict[str, jax.Array]:
 
 def _config(weights: Weights, config_file: AnyPath, source: AnyPath) -> KlConfig:
     """Sizes are those of the weights; what these do not tell comes from config.json."""
-    given = {}
-    if config_file.exists():
-        try:
-            given = json.loads(config_file.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{config_file} is not JSON ({error}); copy or download it again.") from error
-    for field, implemented in _IMPLEMENTED.items():
-        if given.get(field, implemented[0]) not in implemented:
-            raise InputError(f"{config_file} has {field} = {given[field]!r}, which is not implemented.")
+    given = _read_config(config_file)
     firsts = (weights.get(f"encoder.down_blocks.{i}.resnets.0.conv1.weight") for i in range(len(weights)))
     widths = tuple(x.shape[0] for x in firsts if x is not None)
     if not widths or "decoder.conv_in.weight" not in weights:
@@ -201,6 +202,25 @@ def _config(weights: Weights, config_file: AnyPath, source: AnyPath) -> KlConfig
         scale=given.get("scaling_factor", 0.18215),
         shift=given.get("shift_factor") or 0.0,
     )
+
+
+def _read_config(file: AnyPath) -> dict[str, Any]:
+    """Returns the values of config.json, of which those that are used are checked; none if there is no such file."""
+    if not file.exists():
+        return {}
+    try:
+        given = json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not JSON ({error}); copy or download it again.") from error
+    if not isinstance(given, dict):
+        raise InputError(f"{file} is not a JSON object; copy or download it again.")
+    for field, implemented in _IMPLEMENTED.items():
+        if given.get(field, implemented[0]) not in implemented:
+            raise InputError(f"{file} has {field} = {given[field]!r}, which is not implemented.")
+    for field, (wanted, is_valid) in _VALID.items():
+        if field in given and not is_valid(given[field]):
+            raise InputError(f"{file} has {field} = {given[field]!r}, want {wanted}; copy or download it again.")
+    return given
 
 
 def _parameters(autoencoder: KlAutoencoder) -> dict[tuple, jax.Array]:

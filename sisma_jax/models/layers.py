@@ -1,20 +1,39 @@
-"""The layer of a denoiser: residual sub-layers modulated by the time, and many layers rolled into one loop."""
+"""The layer of a denoiser: residual sub-layers modulated by the time; and stacks of layers that run as one loop."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
-from sisma_jax.models.mamba import DepthwiseConv, Grid, Paths
+from kernels.partition import row_parts
+from sisma_jax.config import ModelConfig
+from sisma_jax.models.condition import Condition
+from sisma_jax.models.convolution import DepthwiseConv
+from sisma_jax.models.patches import Grid
+from sisma_jax.models.scan_orders import Paths, paths_of_layers
 from sisma_jax.parallel import sharding
 
-# What a block's forward pass keeps for its backward pass; the rest is computed again.
+# What a layer's forward pass keeps for its backward pass; the rest is computed again.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerParts:
+    """What distinguishes a backbone: each part maps (config, dtype=, rngs=) to a sub-layer of `Block`.
+
+    Attributes:
+      mixer: mixes the image tokens.
+      cross_reader: lets the image tokens read the mask.
+    """
+
+    mixer: Callable[..., nnx.Module]
+    cross_reader: Callable[..., nnx.Module]
 
 
 def modulate(x: Grid, shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Grid:
@@ -31,13 +50,13 @@ def layer_norm(x: Grid) -> Grid:
 
 
 class FeedForward(nnx.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear: the sub-layer that works on each token alone."""
 
     def __init__(self, d_model: int, d_hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.up = nnx.Linear(d_model, d_hidden, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(d_hidden, d_model, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Grid) -> Grid:
+    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
         return self.down(jax.nn.gelu(self.up(x)))
 
 
@@ -49,94 +68,113 @@ class Spade(nnx.Module):
         self.scale_and_shift = nnx.Linear(d_model, 2 * d_model, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Grid, mask_features: Grid, paths: Paths) -> Grid:
-        scale, shift = jnp.split(self.scale_and_shift(self.conv(mask_features)), 2, axis=-1)
+    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        scale, shift = jnp.split(self.scale_and_shift(self.conv(condition.mask)), 2, axis=-1)
         return self.out_proj(jax.nn.silu((layer_norm(x) * (1 + scale) + shift).astype(x.dtype)))
 
 
 class Block(nnx.Module):
     """Residual sub-layers, each shifted and scaled by the time before and gated by it after (adaLN-zero).
 
-    x += g1 mixer(modulate(LN(x))); x += g2 reader(modulate(LN(x)), S_M); x += g3 feed_forward(modulate(LN(x))).
-    The gates start at zero, so a new block is the identity.
+    For each sub-layer in turn: x += gate sublayer(modulate(LN(x), shift, scale)). The gates start at zero, so a new
+    block is the identity.
 
     Args:
-      mixer: (tokens, paths) -> tokens: Self-Mamba.
-      reader: (tokens, mask features, paths) -> tokens: Cross-Mamba. None leaves this sub-layer out.
-      feed_forward: tokens -> tokens. None leaves this sub-layer out.
+      sublayers: by name, each (tokens, condition, paths) -> tokens.
     """
 
-    def __init__(
-        self,
-        d_model: int,
-        mixer: nnx.Module,
-        reader: nnx.Module | None,
-        feed_forward: nnx.Module | None,
-        *,
-        rngs: nnx.Rngs,
-    ):
-        self.mixer = mixer
-        self.reader = reader
-        self.feed_forward = feed_forward
+    def __init__(self, d_model: int, sublayers: Mapping[str, nnx.Module], *, rngs: nnx.Rngs):
+        self.names = tuple(sublayers)
+        for name, sublayer in sublayers.items():
+            setattr(self, name, sublayer)
         zeros = nnx.initializers.zeros
-        num_sublayers = 1 + (reader is not None) + (feed_forward is not None)
         self.modulation = nnx.Linear(
-            d_model, 3 * num_sublayers * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs
+            d_model, 3 * len(sublayers) * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs
         )
 
-    def __call__(self, x: Grid, condition: Float[Array, "B D"], mask_features: Grid, paths: Paths) -> Grid:
-        sublayers = [lambda x: self.mixer(x, paths)]
-        if self.reader is not None:
-            sublayers.append(lambda x: self.reader(x, mask_features, paths))
-        if self.feed_forward is not None:
-            sublayers.append(self.feed_forward)
-        modulation = jnp.split(self.modulation(jax.nn.silu(condition)), 3 * len(sublayers), axis=-1)
-        for i, sublayer in enumerate(sublayers):
+    def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition, paths: Paths) -> Grid:
+        """Returns the tokens after all sub-layers.
+
+        Args:
+          embedding: of the time, and of what else conditions the whole image.
+          condition: at the resolution of x.
+          paths: the scan orders of this layer.
+        """
+        modulation = jnp.split(self.modulation(jax.nn.silu(embedding)), 3 * len(self.names), axis=-1)
+        for i, name in enumerate(self.names):
             shift, scale, gate = modulation[3 * i : 3 * i + 3]
-            y = sublayer(modulate(layer_norm(x), shift, scale).astype(x.dtype))
+            y = getattr(self, name)(modulate(layer_norm(x), shift, scale).astype(x.dtype), condition, paths)
             x = x + y * gate.astype(y.dtype)[:, None, None]
         return x
 
 
-def stacked(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Returns `depth` modules as one, whose parameters have a leading axis of layers."""
-    return nnx.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
+def make_block(config: ModelConfig, parts: LayerParts, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
+    """Returns one layer: what mixes the tokens, what reads the mask unless it is concatenated, feed-forward."""
+    options = {"dtype": dtype, "rngs": rngs}
+    sublayers = {"mixer": parts.mixer(config, **options)}
+    if config.mask_conditioning == "cross":
+        sublayers["reader"] = parts.cross_reader(config, **options)
+    elif config.mask_conditioning == "spade":
+        sublayers["reader"] = Spade(config.d_model, **options)
+    if d_hidden := int(config.mlp_ratio * config.d_model):
+        sublayers["feed_forward"] = FeedForward(config.d_model, d_hidden, **options)
+    return Block(config.d_model, sublayers, rngs=rngs)
 
 
-def run_stacked(
-    blocks: nnx.Module,
-    x: Grid,
-    condition: Float[Array, "B D"],
-    mask_features: Grid,
-    paths: Paths,
-    *,
-    remat: str,
-    skips: Float[Array, "layers B H W D"] | None = None,
-    keep: bool = False,
-) -> tuple[Grid, Float[Array, "layers B H W D"] | None]:
-    """Runs stacked blocks one after the other, rolled into a loop: compile time does not grow with depth.
+class Stack(nnx.Module):
+    """Consecutive layers as one module, whose parameters have a leading axis of layers.
 
     Args:
-      blocks: of `stacked`.
-      paths: their arrays have a leading axis of layers.
-      remat: "none" or a key of `REMAT_POLICIES`.
-      skips: for each block, what is given to it as its skip connection.
-      keep: return the output of every block, too.
-
-    Returns:
-      The last block's output, and those of all or None.
+      config: of the model, for scan orders and rematerialisation.
+      make_layer: one layer, with fresh parameters.
+      layers: their numbers in the model, by which scan orders rotate.
     """
-    graph, params = nnx.split(blocks)
 
-    def run(x: Grid, layer: tuple) -> tuple[Grid, Grid | None]:
-        params, paths, skip = layer
-        block = nnx.merge(graph, sharding.gather(params))
-        # Else XLA may split activations as it does the parameters that they meet.
-        x = sharding.constrain(x)
-        inputs = (x,) if skip is None else (x, skip)
-        x = block(*inputs, condition, mask_features, paths)
-        return x, x if keep else None
+    def __init__(
+        self, config: ModelConfig, make_layer: Callable[[nnx.Rngs], nnx.Module], layers: range, *, rngs: nnx.Rngs
+    ):
+        self.layers = layers
+        self.orders_per_layer = config.orders_per_layer
+        self.order_rotation = config.order_rotation
+        self.remat = config.remat
+        keys = jax.random.split(rngs.params(), len(layers))
+        setattr(self, sharding.STACKED, nnx.vmap(lambda key: make_layer(nnx.Rngs(key)))(keys))
 
-    if remat != "none":
-        run = jax.checkpoint(run, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(run, x, (params, paths, skips))
+    def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition) -> Grid:
+        """Returns the output of the last layer."""
+        return self.run(x, embedding, condition)[0]
+
+    def paths(self, height: int, width: int) -> Paths:
+        """Returns the scan orders of all layers, with a leading axis of layers."""
+        parts = row_parts(height, width)
+        return paths_of_layers(self.layers, self.orders_per_layer, height, width, self.order_rotation, parts)
+
+    def run(
+        self,
+        x: Grid,
+        embedding: Float[Array, "B D"],
+        condition: Condition,
+        *per_layer: PyTree[Array],
+        keep: bool = False,
+    ) -> tuple[Grid, Float[Array, "layers B H W D"] | None]:
+        """Runs the layers one after the other with `jax.lax.scan`: compile time does not grow with depth.
+
+        Args:
+          per_layer: further arguments of the layers, with a leading axis of layers.
+          keep: return the output of every layer, too.
+
+        Returns:
+          The last layer's output, and those of all or None.
+        """
+        graph, params = nnx.split(getattr(self, sharding.STACKED))
+
+        def run(x: Grid, layer: tuple) -> tuple[Grid, Grid | None]:
+            params, *arguments = layer
+            # Else XLA may split activations as it does the parameters that they meet.
+            x = sharding.constrain(x)
+            x = nnx.merge(graph, sharding.gather(params))(x, embedding, condition, *arguments)
+            return x, x if keep else None
+
+        if self.remat != "none":
+            run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        return jax.lax.scan(run, x, (params, self.paths(*x.shape[1:3]), *per_layer))

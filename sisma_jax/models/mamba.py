@@ -13,29 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels import depthwise_conv2d, selective_scan, sequence_parallel_scan
+from kernels import selective_scan, sequence_parallel_scan
 from kernels.partition import SEQUENCE_AXIS, batch_axes, channel_axes, map_parts
-from sisma_jax.models.scan_orders import Path, SplitPath
+from sisma_jax.models.condition import Condition
+from sisma_jax.models.convolution import DepthwiseConv
+from sisma_jax.models.patches import Grid
+from sisma_jax.models.scan_orders import Paths, ScanPath, SplitScanPath
 
 # Mamba's range of initial step sizes: log-uniform in [DT_MIN, DT_MAX].
 DT_MIN, DT_MAX = 1e-3, 1e-1
-
-Grid = Float[Array, "B H W D"]
-Paths = tuple[Path | SplitPath, ...]
-
-
-class DepthwiseConv(nnx.Module):
-    """3x3 (or `kernel_size`) depthwise convolution with a bias, followed by SiLU."""
-
-    def __init__(self, channels: int, kernel_size: int, *, rngs: nnx.Rngs):
-        bound = 1 / kernel_size  # PyTorch's default for a fan-in of kernel_size ** 2, which Mamba keeps
-        shape = (kernel_size, kernel_size, channels)
-        self.kernel = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
-        self.bias = nnx.Param(jnp.zeros((channels,)))
-
-    def __call__(self, x: Grid) -> Grid:
-        y = depthwise_conv2d(x, self.kernel[...].astype(x.dtype))
-        return jax.nn.silu(y + self.bias[...].astype(x.dtype)[None, None, None])
 
 
 class OrderedScan(nnx.Module):
@@ -60,16 +46,19 @@ class OrderedScan(nnx.Module):
         self.dt_rank = dt_rank
         self.drive_proj = nnx.Linear(d_inner, dt_rank + d_state, use_bias=False, dtype=dtype, rngs=rngs)
         self.readout_proj = nnx.Linear(d_inner, d_state, use_bias=False, dtype=dtype, rngs=rngs)
+
+        def uniform(shape: tuple[int, ...], low: float, high: float) -> Array:
+            return jax.random.uniform(rngs.params(), shape, jnp.float32, minval=low, maxval=high)
+
         bound = dt_rank**-0.5
-        self.dt_proj = nnx.Param(jax.random.uniform(rngs.params(), (dt_rank, d_inner), minval=-bound, maxval=bound))
-        log_dt = jax.random.uniform(rngs.params(), (d_inner,), minval=math.log(DT_MIN), maxval=math.log(DT_MAX))
-        dt = jnp.exp(log_dt)
+        self.dt_proj = nnx.Param(uniform((dt_rank, d_inner), -bound, bound))
+        dt = jnp.exp(uniform((d_inner,), math.log(DT_MIN), math.log(DT_MAX)))
         self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # the inverse of softplus
         # S4D-real initialisation: A[d, n] = -(n + 1).
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=jnp.float32))[None], (d_inner, 1)))
-        self.D = nnx.Param(jnp.ones((d_inner,)))
+        self.D = nnx.Param(jnp.ones((d_inner,), jnp.float32))
 
-    def __call__(self, u: Grid, drive: Grid, readout: Grid, path: Path | SplitPath) -> Grid:
+    def __call__(self, u: Grid, drive: Grid, readout: Grid, path: ScanPath | SplitScanPath) -> Grid:
         # Projections act on each token alone, so they come before the path and the narrow results are reordered.
         dt, B = jnp.split(self.drive_proj(drive), [self.dt_rank], axis=-1)
         C = self.readout_proj(readout)
@@ -79,7 +68,7 @@ class OrderedScan(nnx.Module):
             "D": self.D[...],
             "dt_bias": self.dt_bias[...],
         }
-        if isinstance(path, SplitPath):
+        if isinstance(path, SplitScanPath):
             return self._scan_in_parts(u, jnp.concatenate([dt, B, C], axis=-1), parameters, path)
         height, width = u.shape[1:3]
         u, dt, B, C = (path.to_sequence(x) for x in (u, dt, B, C))
@@ -87,7 +76,7 @@ class OrderedScan(nnx.Module):
         return path.to_grid(y, height, width)
 
     def _scan_in_parts(
-        self, u: Grid, projected: Float[Array, "B H W P"], parameters: dict[str, Array], path: SplitPath
+        self, u: Grid, projected: Float[Array, "B H W P"], parameters: dict[str, Array], path: SplitScanPath
     ) -> Grid:
         """Each device scans its part of the sequence, from the state in which the parts before it left off.
 
@@ -96,7 +85,7 @@ class OrderedScan(nnx.Module):
         """
         ends_of_dt_and_B = [self.dt_rank, self.dt_rank + self.d_state]
 
-        def scan(u: Array, projected: Array, parameters: dict[str, Array], path: SplitPath) -> Array:
+        def scan(u: Array, projected: Array, parameters: dict[str, Array], path: SplitScanPath) -> Array:
             width = u.shape[2]
             dt, B, C = jnp.split(path.to_sequence(projected), ends_of_dt_and_B, axis=-1)
             y, _ = sequence_parallel_scan(
@@ -166,27 +155,27 @@ class _Mixer(nnx.Module):
 
 
 class SelfMamba(_Mixer):
-    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image.
+    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image."""
 
-    Args:
-      d_model: channels of a token.
-      has_skip: whether the input, times a learned scale a channel, is added to the output.
-      mixer: as for `_Mixer`.
-    """
-
-    def __init__(self, d_model: int, *, has_skip: bool = False, **mixer: Any):
-        super().__init__(d_model, **mixer)
-        self.skip_scale = nnx.Param(jnp.ones((d_model,))) if has_skip else None
-
-    def __call__(self, x: Grid, paths: Paths) -> Grid:
+    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u = self.conv(u)
-        y = self._scan_and_gate(u, z, paths, drive=u, readout=u)
-        return y if self.skip_scale is None else y + x * self.skip_scale[...].astype(x.dtype)[None, None, None]
+        return self._scan_and_gate(u, z, paths, drive=u, readout=u)
+
+
+class SkippingSelfMamba(SelfMamba):
+    """Self-Mamba that adds its input, times a learned scale per channel, to its output."""
+
+    def __init__(self, d_model: int, **mixer: Any):
+        super().__init__(d_model, **mixer)
+        self.skip_scale = nnx.Param(jnp.ones((d_model,), jnp.float32))
+
+    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        return super().__call__(x, condition, paths) + x * self.skip_scale[...].astype(x.dtype)[None, None, None]
 
 
 class CrossMamba(_Mixer):
-    """Lets the image read the mask, in linear time: the only place where the mask enters the denoiser.
+    """Lets the image read the mask in linear time: the only place where the mask enters the denoiser.
 
     The scan's input u always comes from the mask features and the gate from the image. With the wiring
     `state_from_mask`, Δ and B (what the state keeps) come from the mask and C (what is read) from the image;
@@ -203,9 +192,9 @@ class CrossMamba(_Mixer):
         self.wiring = wiring
         self.mask_proj = nnx.Linear(d_model, self.d_inner, use_bias=False, dtype=mixer["dtype"], rngs=mixer["rngs"])
 
-    def __call__(self, x: Grid, mask_features: Grid, paths: Paths) -> Grid:
+    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
         image, z = jnp.split(self.in_proj(x), 2, axis=-1)
         image = self.conv(image)
-        mask = self.conv(self.mask_proj(mask_features))
+        mask = self.conv(self.mask_proj(condition.mask))
         drive, readout = (mask, image) if self.wiring == "state_from_mask" else (image, mask)
         return self._scan_and_gate(mask, z, paths, drive=drive, readout=readout)

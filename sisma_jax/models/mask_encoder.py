@@ -1,15 +1,14 @@
-"""Integer labels at image resolution -> S_M, one mask feature a token, without losing sub-token geometry."""
+"""Integer labels at image resolution -> S_M, one mask feature per token, without losing sub-token geometry."""
 
 import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Integer
+from jaxtyping import Array, Float, Integer
 
-from sisma_jax.data.labels import NUM_CLASSES
-from sisma_jax.models.mamba import DepthwiseConv
-from sisma_jax.models.patches import space_to_depth
+from sisma_jax.models.convolution import DepthwiseConv
+from sisma_jax.models.patches import Grid, space_to_depth
 from sisma_jax.parallel import sharding
 
 
@@ -20,7 +19,7 @@ class Stage(nnx.Module):
         self.merge = nnx.Linear(4 * channels, features, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(features, dtype=jnp.float32, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+    def __call__(self, x: Grid) -> Float[Array, "B h w E"]:
         return jax.nn.gelu(self.norm(self.merge(space_to_depth(x, 2))).astype(x.dtype))
 
 
@@ -33,6 +32,7 @@ class MaskEncoder(nnx.Module):
 
     Args:
       downsampling: image pixels along the side of a token; a power of two.
+      num_classes: of the mask's labels.
       d_label: channels of the label embedding; they double at every merge, up to `d_model`.
       d_model: channels of a feature.
       dtype: type of the matrix products.
@@ -41,28 +41,28 @@ class MaskEncoder(nnx.Module):
       ValueError: `downsampling` is not a power of two.
     """
 
-    def __init__(self, downsampling: int, d_label: int, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self, downsampling: int, num_classes: int, d_label: int, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
         if downsampling & (downsampling - 1):
             raise ValueError(f"downsampling {downsampling} is not a power of two")
         self.downsampling = downsampling
+        self.num_classes = num_classes
         self.dtype = dtype
-        self.embedding = nnx.Linear(NUM_CLASSES, d_label, use_bias=False, dtype=dtype, rngs=rngs)
+        self.embedding = nnx.Linear(num_classes, d_label, use_bias=False, dtype=dtype, rngs=rngs)
         num_stages = downsampling.bit_length() - 1
         widths = [min(d_label * 2**i, d_model) for i in range(num_stages + 1)]
         self.stages = nnx.List([Stage(a, b, dtype=dtype, rngs=rngs) for a, b in itertools.pairwise(widths)])
         self.proj = nnx.Linear(widths[-1], d_model, dtype=dtype, rngs=rngs)
         self.context = nnx.List([DepthwiseConv(d_model, 3, rngs=rngs) for _ in range(2)])
         self.norm = nnx.LayerNorm(d_model, dtype=jnp.float32, rngs=rngs)
-        self.null = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d_model,)))
+        self.null = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d_model,), jnp.float32))
 
-    def __call__(
-        self, mask: Integer[Array, "B H W"], is_dropped: Bool[Array, " B"] | None = None
-    ) -> Float[Array, "B h w D"]:
-        """Returns one feature a token, h = H / downsampling.
+    def __call__(self, mask: Integer[Array, "B H W"]) -> Float[Array, "B h w D"]:
+        """Returns one feature per token, h = H / downsampling.
 
         Args:
-          mask: class indices in 0..18.
-          is_dropped: examples whose tokens all become the learned null feature (no mask given).
+          mask: class indices; the features of pixels with another label are those of no class.
 
         Raises:
           ValueError: H or W is not a multiple of `downsampling`.
@@ -70,16 +70,13 @@ class MaskEncoder(nnx.Module):
         if mask.shape[1] % self.downsampling or mask.shape[2] % self.downsampling:
             raise ValueError(f"mask is {mask.shape[1:]}, want multiples of {self.downsampling} pixels")
         # One-hot times a matrix, not a lookup: the gradient of a gather is a scatter, slow on every accelerator.
-        x = self.embedding(jax.nn.one_hot(mask, NUM_CLASSES, dtype=self.dtype))
+        x = self.embedding(jax.nn.one_hot(mask, self.num_classes, dtype=self.dtype))
         for stage in self.stages:
             x = stage(x)
         x = self.proj(x)
         for conv in self.context:
             x = x + conv(x)
-        x = sharding.constrain(self.norm(x).astype(self.dtype))
-        if is_dropped is None:
-            return x
-        return jnp.where(is_dropped[:, None, None, None], self.null_features(x.shape), x)
+        return sharding.constrain(self.norm(x).astype(self.dtype))
 
     def null_features(self, shape: tuple[int, ...]) -> Float[Array, "B h w D"]:
         """Returns the features of "no mask" in the given shape."""

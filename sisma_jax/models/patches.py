@@ -1,7 +1,10 @@
 """Squares of pixels to channels and back: how an image becomes tokens."""
 
 import numpy as np
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
+
+Grid = Float[Array, "B H W D"]
+"""Tokens of an image, or what is known of each, in rows and columns."""
 
 
 def space_to_depth(x: Shaped[Array | np.ndarray, "B H W C"], factor: int) -> Shaped[Array | np.ndarray, "B h w D"]:

@@ -31,7 +31,7 @@ class ScanOrder:
     flip: Literal["odd", "even"]
     reverse: bool
 
-    def path(self, height: int, width: int) -> "Path":
+    def path(self, height: int, width: int) -> "ScanPath":
         """Returns the path over a grid, as NumPy arrays of int32."""
         grid = np.arange(height * width, dtype=np.int32).reshape(height, width)
         grid = (grid if self.lines == "rows" else grid.T).copy()
@@ -39,9 +39,9 @@ class ScanOrder:
         grid[start::2] = grid[start::2, ::-1]
         tokens = grid.reshape(-1)
         tokens = tokens[::-1] if self.reverse else tokens
-        return Path(tokens, np.argsort(tokens).astype(np.int32))
+        return ScanPath(tokens, np.argsort(tokens).astype(np.int32))
 
-    def split_path(self, height: int, width: int, parts: int) -> "SplitPath":
+    def split_path(self, height: int, width: int, parts: int) -> "SplitScanPath":
         """Returns the path over a grid whose lines are on so many devices, which has to divide their number."""
         by_part = self.path(height, width).tokens.reshape(parts, -1)
         by_device = by_part[::-1] if self.reverse else by_part
@@ -52,10 +52,10 @@ class ScanOrder:
         else:
             tokens = rows * (width // parts) + columns - device * (width // parts)
         places = np.argsort(tokens, axis=1).astype(np.int32)
-        return SplitPath(tokens, places, np.array(self.lines == "columns"), np.array(self.reverse))
+        return SplitScanPath(tokens, places, np.array(self.lines == "columns"), np.array(self.reverse))
 
 
-class Path(NamedTuple):
+class ScanPath(NamedTuple):
     """Where the tokens of a sequence come from in a grid, and back; or several, along leading axes."""
 
     tokens: Int[Array | np.ndarray, "*layers L"]
@@ -73,7 +73,7 @@ class Path(NamedTuple):
         return x.reshape(x.shape[0], height, width, x.shape[2])
 
 
-class SplitPath(NamedTuple):
+class SplitScanPath(NamedTuple):
     """A path over a grid whose rows are on several devices; or several, along leading axes.
 
     A path along rows goes through a device's rows before those of the next. For one along columns the devices first
@@ -88,9 +88,9 @@ class SplitPath(NamedTuple):
     along_columns: Bool[Array | np.ndarray, "*layers"]
     parts_reversed: Bool[Array | np.ndarray, "*layers"]
 
-    def specs(self) -> "SplitPath":
+    def specs(self) -> "SplitScanPath":
         """Returns how `jax.shard_map` is to split the arrays of one layer, for `to_sequence` and `to_rows`."""
-        return SplitPath(jax.P(SEQUENCE_AXIS), jax.P(SEQUENCE_AXIS), jax.P(), jax.P())
+        return SplitScanPath(jax.P(SEQUENCE_AXIS), jax.P(SEQUENCE_AXIS), jax.P(), jax.P())
 
     def to_sequence(self, x: Float[Array, "B h W D"]) -> Float[Array, "B L D"]:
         """Returns this device's part of the sequence. For use inside `jax.shard_map`, as what follows.
@@ -116,6 +116,10 @@ class SplitPath(NamedTuple):
             lambda x: x.reshape(batch, -1, width, channels),
             x,
         )
+
+
+Paths = tuple[ScanPath | SplitScanPath, ...]
+"""The paths that one mixer scans."""
 
 
 def _flat(x: Float[Array, "B H W D"]) -> Float[Array, "B L D"]:
@@ -184,14 +188,14 @@ def orders_of_layer(layer: int, count: int, rotation: Rotation = "interleaved") 
 
 def paths_of_layers(
     layers: Sequence[int], count: int, height: int, width: int, rotation: Rotation = "interleaved", parts: int = 1
-) -> tuple[Path | SplitPath, ...]:
+) -> Paths:
     """Returns the `count` paths of each of the layers, stacked over the layers.
 
     Args:
-      parts: on how many devices the grid's rows are; a `SplitPath` if it is more than one.
+      parts: on how many devices the grid's rows are; a `SplitScanPath` if it is more than one.
     """
 
-    def path(order: ScanOrder) -> Path | SplitPath:
+    def path(order: ScanOrder) -> ScanPath | SplitScanPath:
         return order.path(height, width) if parts == 1 else order.split_path(height, width, parts)
 
     by_layer = ([path(order) for order in orders_of_layer(layer, count, rotation)] for layer in layers)

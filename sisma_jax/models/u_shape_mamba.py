@@ -4,9 +4,9 @@
     config = Config(model=model_config(weights), ...)
     params = convert(weights, init_params(config, jax.random.key(0)))
 
-What U-Shape Mamba has no weights for, the reading of the mask, keeps its initial values, and lets nothing in until it
-is trained. Its flow is ours: t x1 + (1 - t) x0 in latents of Stable Diffusion's autoencoder, time features at 1000 t,
-velocity.
+Parameters that U-Shape Mamba has no weights for, those that read the mask, keep their initial values and let nothing in
+until they are trained. Its flow is ours: t x1 + (1 - t) x0 in latents of Stable Diffusion's autoencoder, time features
+at 1000 t, velocity.
 
 Not converted, with an error that says so: text conditioning, blocks without a gate (`skip_gate`), upsampling by pixel
 shuffle, a learned variance. Models of 57 layers (XL) do not exist: at commit 431af0f that size goes up once more than
@@ -26,6 +26,7 @@ import numpy as np
 from sisma_jax.config import ModelConfig
 from sisma_jax.errors import InputError
 from sisma_jax.models.factory import Params
+from sisma_jax.parallel.sharding import STACKED
 
 Weights = Mapping[str, np.ndarray]
 
@@ -96,32 +97,31 @@ def convert(weights: Weights, params: Params) -> Params:
     embed = get("x_embedder.proj.weight")
     positions = get("pos_embed")[0]
     side = round(len(positions) ** 0.5)
-    block = functools.partial(_block, get, num_modulations=params["blocks"]["modulation"]["bias"].shape[-1])
+    bottom = params["layers"]["bottom"][STACKED]
+    block = functools.partial(_block, get, num_modulations=bottom["modulation"]["bias"].shape[-1])
     values = {
         "embed": {"kernel": _patches_in(embed), "bias": get("x_embedder.proj.bias")},
-        "positions": positions.reshape(side, side, -1),
-        "time_up": _linear(get, "t_embedder.mlp.0"),
-        "time_down": _linear(get, "t_embedder.mlp.2"),
-        "modulation": _linear(get, "final_layer.adaLN_modulation.1"),
-        "head": _linear(get, "final_layer.linear"),
-        "blocks": _stack([block("middle_block")]),
-        "levels": {},
+        "positions": {"grid": positions.reshape(side, side, -1)},
+        "time": {"up": _linear(get, "t_embedder.mlp.0"), "down": _linear(get, "t_embedder.mlp.2")},
+        "head": {
+            "modulation": _linear(get, "final_layer.adaLN_modulation.1"),
+            "out_proj": _linear(get, "final_layer.linear"),
+        },
+        "layers": {"bottom": _stack([block("middle_block")]), "levels": {}},
     }
     if "merge" in params:
         identity = np.eye(len(embed), dtype=np.float32)
-        values["merge"] = {
-            "kernel": np.concatenate([identity, np.zeros_like(identity)]),
-            "bias": np.zeros(len(embed), np.float32),
-        }
+        kernel = np.concatenate([identity, np.zeros_like(identity)])
+        values["merge"] = {"proj": {"kernel": kernel, "bias": np.zeros(len(embed), np.float32)}}
     (encoder, downs), (decoder, ups) = (_levels(weights, side) for side in ("enc_blocks", "dec_blocks"))
     levels = zip(encoder[:-1], downs, reversed(ups), reversed(decoder[1:]), strict=True)
     for i, (encoder_blocks, down, up, decoder_blocks) in enumerate(levels):
         up_kernel = get(f"{up}.weight").transpose(0, 2, 3, 1)
-        values["levels"][i] = {
-            "encoder_blocks": _stack([block(name) for name in encoder_blocks]),
+        values["layers"]["levels"][i] = {
+            "encoder": _stack([block(name) for name in encoder_blocks]),
             "down": {"kernel": _patches_in(get(f"{down}.weight")), "bias": get(f"{down}.bias")},
             "up": {"kernel": up_kernel.reshape(len(up_kernel), -1), "bias": np.tile(get(f"{up}.bias"), 4)},
-            "decoder_blocks": _stack(
+            "decoder": _stack(
                 [{"merge": _linear(get, f"{name}.skip"), "block": block(name)} for name in decoder_blocks]
             ),
         }
@@ -187,7 +187,7 @@ def _block(get: Callable, name: str, num_modulations: int) -> dict:
 
 
 def _stack(blocks: list[dict]) -> dict:
-    return jax.tree.map(lambda *layers: np.stack(layers), *blocks)
+    return {STACKED: jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
 
 def _filled(params: dict, values: dict, path: str) -> dict:

@@ -1,4 +1,4 @@
-"""What the processes of one job have to agree on: they go on together, or fail together with the same message.
+"""What the processes of one job have to agree on: they continue together, or fail together with the same message.
 
 Every function is to be called by every process, at the same place of the program; with one process each is free.
 """

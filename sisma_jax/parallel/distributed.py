@@ -33,8 +33,8 @@ class DistributedOptions:
 def initialize(options: DistributedOptions, *, devices: Path = Path("/dev")) -> int:
     """Joins this process to its job, if there is one; to be called before JAX is asked for anything.
 
-    By flags or environment if they name a coordinator; by JAX's own detection on a TPU VM and under a launcher of
-    several tasks; if that finds none, this process is a job of its own.
+    By the options or the environment if they name a coordinator; by JAX's own detection on a TPU VM and under a
+    launcher of several tasks; if that finds none, this process is a job of its own.
 
     Args:
       devices: folder of device files, where a TPU VM shows its chips.
@@ -43,7 +43,7 @@ def initialize(options: DistributedOptions, *, devices: Path = Path("/dev")) -> 
       Number of processes.
 
     Raises:
-      InputError: flags and environment are contradictory or not complete, or the other processes do not come.
+      InputError: options and environment are contradictory or not complete, or the other processes do not come.
     """
     given = _given(options, os.environ)
     if given is None and not (_has_chips(devices) or _is_launched(os.environ)):
@@ -56,7 +56,7 @@ def initialize(options: DistributedOptions, *, devices: Path = Path("/dev")) -> 
             jax.distributed.initialize()
         return jax.process_count()
     except RuntimeError as error:
-        where = f" with --coordinator {given[0]}" if given else ""
+        where = f" with `coordinator` {given[0]}" if given else ""
         raise InputError(
             f"This process could not join the others{where} ({str(error).splitlines()[0]}); start the same command on "
             "all hosts, and let the coordinator's port be open."
@@ -68,8 +68,8 @@ def _given(options: DistributedOptions, environment: Mapping[str, str]) -> tuple
     coordinator = options.coordinator or environment.get(_COORDINATOR, "")
     count = _integer(options.num_processes, _COUNT, environment)
     index = _integer(options.process_id, _INDEX, environment)
-    named = {f"--coordinator ({_COORDINATOR})": coordinator or None}
-    named |= {f"--num_processes ({_COUNT})": count, f"--process_id ({_INDEX})": index}
+    named = {f"`coordinator` ({_COORDINATOR})": coordinator or None}
+    named |= {f"`num_processes` ({_COUNT})": count, f"`process_id` ({_INDEX})": index}
     missing = [name for name, value in named.items() if value is None]
     if len(missing) == len(named):
         return None
@@ -77,11 +77,11 @@ def _given(options: DistributedOptions, environment: Mapping[str, str]) -> tuple
         raise InputError(f"A job of several processes also needs {' and '.join(missing)}.")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise InputError(f"--coordinator {coordinator} is not of the form HOST:PORT, such as 10.0.0.1:8476.")
+        raise InputError(f"`coordinator` {coordinator} is not of the form HOST:PORT, such as 10.0.0.1:8476.")
     if count < 1:
-        raise InputError(f"--num_processes must be positive, got {count}.")
+        raise InputError(f"`num_processes` must be positive, got {count}.")
     if not 0 <= index < count:
-        raise InputError(f"--process_id must be in 0..{count - 1} for {count} processes, got {index}.")
+        raise InputError(f"`process_id` must be in 0..{count - 1} for {count} processes, got {index}.")
     return coordinator, count, index
 
 

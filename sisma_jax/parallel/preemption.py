@@ -1,4 +1,4 @@
-"""When a training has to stop because its machine is wanted back: SIGTERM, to any one of its processes."""
+"""When a training has to stop because its machine is needed elsewhere: SIGTERM, to any one of its processes."""
 
 import contextlib
 import signal
@@ -18,7 +18,7 @@ def stopping() -> Iterator[None]:
     """Makes SIGTERM raise `Preempted` in the block: for a single process, whose work may be cut off anywhere."""
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Preempted("Told to stop; the same command goes on from what is saved.")
+        raise Preempted("Told to stop; the same command resumes from what is saved.")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:

@@ -1,10 +1,10 @@
-"""The mesh, and how state, batches and activations lie on it: the one place that says so.
+"""The mesh, and how state, batches and activations are placed on it: the one place that says so.
 
 Axes of the mesh, each of any size:
 
-    data   copies of the state; splits the batch
-    fsdp   splits parameters, their average and the optimiser's state, and the batch too (ZeRO, arXiv 1910.02054)
-    seq    splits the rows of an image and of its grid of tokens; see `kernels.partition`
+    data   data-parallel replicas of the state, which share the batch
+    fsdp   parameters, EMA and optimizer state are sharded over it, and the batch too (ZeRO, arXiv 1910.02054)
+    seq    the rows of an image and of its grid of tokens are sharded over it; see `kernels.partition`
 
 Axes are of type auto: XLA places what is not named here, and adds the collectives.
 """
@@ -26,9 +26,12 @@ from sisma_jax.errors import InputError
 AXES = ("data", "fsdp", SEQUENCE_AXIS)
 BATCH_AXES = ("data", "fsdp")
 
-# Smaller arrays are whole on every device: they take next to no memory, and to gather one takes as long as ten times
-# its bytes would.
+# Smaller arrays are replicated: they take next to no memory, and to gather one takes as long as ten times its bytes
+# would.
 MIN_SPLIT_ENTRIES = 1 << 16
+
+STACKED = "stacked"
+"""The key under which `models.layers.Stack` keeps the parameters of its layers, which have a leading axis of layers."""
 
 PyTree = Any
 
@@ -41,12 +44,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.seq]
-    named = " x ".join(f"--mesh.{axis}={size}" for axis, size in zip(AXES, sizes, strict=True))
+    named = " x ".join(f"mesh.{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
     if config.data == 0:
         sizes[0], rest = divmod(len(devices), math.prod(sizes[1:]))
         if rest or not sizes[0]:
             raise InputError(
-                f"--mesh.fsdp {config.fsdp} times --mesh.seq {config.seq} does not divide {len(devices)} devices."
+                f"mesh.fsdp {config.fsdp} times mesh.seq {config.seq} does not divide {len(devices)} devices."
             )
     elif math.prod(sizes) != len(devices):
         raise InputError(f"{named} are {math.prod(sizes)} devices, but there are {len(devices)}.")
@@ -54,25 +57,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def require_fit(
-    config: Config, mesh: Mesh, batch_size: int, accumulate_steps: int = 1, name: str = "--train.batch_size"
+    config: Config, mesh: Mesh, batch_size: int, accumulate_steps: int = 1, name: str = "train.batch_size"
 ) -> None:
     """Raises InputError unless the devices can share a batch, and the rows of an image, equally."""
     shards = num_batch_shards(mesh)
     if batch_size % (shards * accumulate_steps):
-        parts = f" times --train.accumulate_steps {accumulate_steps}" if accumulate_steps > 1 else ""
+        parts = f" times train.accumulate_steps {accumulate_steps}" if accumulate_steps > 1 else ""
         raise InputError(
-            f"{name} {batch_size} is not a multiple of the {shards} devices (--mesh.data times --mesh.fsdp) that "
+            f"{name} {batch_size} is not a multiple of the {shards} devices (mesh.data times mesh.fsdp) that "
             f"share it{parts}."
         )
     rows, parts = config.token_rows, mesh.shape[SEQUENCE_AXIS]
     if rows % parts:
         raise InputError(
-            f"--mesh.{SEQUENCE_AXIS} {parts} does not divide the {rows} rows of the (coarsest) grid of tokens."
+            f"mesh.{SEQUENCE_AXIS} {parts} does not divide the {rows} rows of the (coarsest) grid of tokens."
         )
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Returns in how many equal parts a batch is split."""
+    """Returns over how many devices a batch is sharded."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
@@ -83,12 +86,14 @@ def round_up(batch_size: int, mesh: Mesh) -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what every device holds whole."""
+    """Returns the sharding of what is replicated."""
     return NamedSharding(mesh, PartitionSpec())
 
 
-def over_batch(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of images, masks and latents (B, H, W, ...): examples apart, and rows over `seq`."""
+def over_batch(mesh: Mesh, ndim: int = 4) -> NamedSharding:
+    """Returns the sharding of a batch's array: of its examples, and of rows where these are images (B, H, W, ...)."""
+    if ndim < 3:
+        return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     rows = SEQUENCE_AXIS if mesh.shape[SEQUENCE_AXIS] > 1 else None
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, rows))
 
@@ -96,9 +101,9 @@ def over_batch(mesh: Mesh) -> NamedSharding:
 def of_state(abstract: PyTree, mesh: Mesh) -> PyTree:
     """Returns the sharding of each array of a training state, or of parameters alone.
 
-    Every large array is split over `fsdp` along the longest axis that this divides, but not along the axis of layers,
-    which the loop over the layers cuts. Gradients and the optimiser's moments have the shapes of their parameters and
-    so lie with them.
+    Every large array is sharded over `fsdp` along the longest axis that this divides, but not along the axis of layers,
+    which the scan over the layers slices. Gradients and the optimizer's moments have the shapes of their parameters and
+    so are placed like them.
 
     Args:
       abstract: arrays or `jax.ShapeDtypeStruct`s.
@@ -110,16 +115,16 @@ def _state_spec(
     path: tuple[Any, ...], x: Array | jax.ShapeDtypeStruct, mesh: Mesh | jax.sharding.AbstractMesh
 ) -> PartitionSpec:
     parts = mesh.shape["fsdp"]
-    axes = [i for i in range(is_stacked(path), len(x.shape)) if x.shape[i] % parts == 0]
+    axes = [i for i in range(has_layer_axis(path), len(x.shape)) if x.shape[i] % parts == 0]
     if parts == 1 or not axes or math.prod(x.shape) < MIN_SPLIT_ENTRIES:
         return PartitionSpec()
     longest = max(axes, key=lambda i: (x.shape[i], i))
     return PartitionSpec(*[None] * longest, "fsdp")
 
 
-def is_stacked(path: tuple[Any, ...]) -> bool:
+def has_layer_axis(path: tuple[Any, ...]) -> bool:
     """Whether the leaf at this path of a tree of parameters has a leading axis of layers."""
-    return any(str(getattr(part, "key", "")).endswith("blocks") for part in path)
+    return any(getattr(part, "key", None) == STACKED for part in path)
 
 
 def constrain_state(tree: PyTree) -> PyTree:
@@ -135,9 +140,9 @@ def constrain_state(tree: PyTree) -> PyTree:
 
 
 def gather(params: PyTree) -> PyTree:
-    """Returns a layer's parameters whole on every device, inside of `jax.jit`; their gradient is summed over devices.
+    """Returns a layer's parameters replicated, inside of `jax.jit`; their gradient is summed over devices.
 
-    For the mesh in context; without one the tree itself. Left alone, XLA may split the layer's activations as the
+    For the mesh in context; without one the tree itself. Left alone, XLA may shard the layer's activations as the
     parameters are: SISMA-XL's step on 16 chips then sends twelve times as much (benchmarks/plan_table.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
@@ -152,7 +157,7 @@ def place(abstract: PyTree, shardings: PyTree) -> PyTree:
 
 
 def distribute(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns arrays placed so, of which this process has all, or has its part already."""
+    """Returns arrays with these shardings; this process has each whole, or its own part already."""
 
     def one(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
         is_whole = not isinstance(x, jax.Array) or x.is_fully_addressable
@@ -162,16 +167,16 @@ def distribute(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns the whole arrays on this process's first device; every process has to call this."""
+    """Returns the global arrays on this process's first device; every process has to call this."""
     whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(jnp.asarray, jax.device_get(whole))
 
 
 def constrain(x: Array) -> Array:
-    """Returns activations (B, H, W, ...) placed as batches are: examples apart, and rows over `seq`.
+    """Returns activations (B, H, W, ...) sharded as batches are: examples, and rows over `seq`.
 
     For the mesh in context; without one, and inside a `jax.shard_map`, x itself. XLA otherwise may move activations to
-    where a parameter's parts are, instead of gathering the parameter.
+    the shards of a parameter, instead of gathering the parameter.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
@@ -193,7 +198,7 @@ def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict
     """Returns the global batch of which this process holds rows: all, or those of its `batch_shards`, in order.
 
     Args:
-      rows: arrays (rows, H, W, ...).
+      rows: arrays (rows, ...): of images and the like (rows, H, W, ...).
       batch_size: of the global batch.
     """
     count = num_batch_shards(mesh)
@@ -201,13 +206,12 @@ def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict
     shards = range(count) if has_all else batch_shards(mesh, jax.process_index())
     size = batch_size // count
     first_row = {shard * size: i * size for i, shard in enumerate(shards)}
-    sharding = over_batch(mesh)
 
     def place(x: np.ndarray) -> Array:
         def local(index: tuple[slice, ...]) -> np.ndarray:
             start = first_row[index[0].start or 0]
             return x[(slice(start, start + size), *index[1:])]
 
-        return jax.make_array_from_callback((batch_size, *x.shape[1:]), sharding, local)
+        return jax.make_array_from_callback((batch_size, *x.shape[1:]), over_batch(mesh, x.ndim), local)
 
     return {name: place(x) for name, x in rows.items()}

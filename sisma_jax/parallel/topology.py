@@ -11,7 +11,7 @@ from jax.experimental import topologies
 
 from sisma_jax.errors import InputError
 
-# One host of four chips, named here because there is no host to ask. The lock is for those who run on a chip.
+# One host of four chips, named here because there is no host to ask. libtpu's lock is for those who run on a chip.
 _ABSENT_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

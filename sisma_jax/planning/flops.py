@@ -46,13 +46,14 @@ _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod cumsum cum
 def count(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Flops:
     """Returns the operations of a traced function (`jax.jit(f).trace(...).jaxpr`).
 
-    Of a branch the costliest side counts, and of a loop without a known number of rounds (`jax.lax.while_loop`) one.
+    Of a conditional the costliest branch counts, and of a loop without a known length (`jax.lax.while_loop`) one
+    iteration.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-    return sum((_of_equation(equation) for equation in jaxpr.eqns), Flops())
+    return sum((_count_equation(equation) for equation in jaxpr.eqns), Flops())
 
 
-def _of_equation(equation: core.JaxprEqn) -> Flops:
+def _count_equation(equation: core.JaxprEqn) -> Flops:
     name, params = equation.primitive.name, equation.params
     entries = sum(math.prod(x.aval.shape) for x in equation.outvars)
     match name:

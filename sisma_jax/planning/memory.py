@@ -1,4 +1,4 @@
-"""Bytes a device: of the training state, exactly, and of a compiled program, as its compiler counts them."""
+"""Bytes per device: of the training state, exactly, and of a compiled program, as its compiler counts them."""
 
 import contextlib
 import dataclasses
@@ -14,19 +14,15 @@ from sisma_jax.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class StateBytes:
-    """The training state on each device.
-
-    Attributes:
-      optimizer: Adam's two moments.
-    """
+    """The training state on each device; `optimizer` is mostly Adam's two moments."""
 
     parameters: int
-    average: int
+    ema: int
     optimizer: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.average + self.optimizer
+        return self.parameters + self.ema + self.optimizer
 
 
 def state_bytes(state: TrainState) -> StateBytes:
@@ -44,10 +40,10 @@ class Memory:
     """Bytes on each device while a program runs.
 
     Attributes:
-      arguments: among them the state, and what of the results takes its place.
-      outputs: results that do not take the place of arguments.
+      arguments: among them the state, which is donated: results reuse its buffers.
+      outputs: results in buffers of their own.
       temporaries: all that lives in between, activations foremost.
-      code: the program itself; on TPUs it lies in the same memory.
+      code: the program itself; on TPUs it is in the same memory.
     """
 
     arguments: int
@@ -60,8 +56,8 @@ class Memory:
         return self.arguments + self.outputs + self.temporaries + self.code
 
 
-def memory_of(compiled: jax.stages.Compiled) -> Memory:
-    """Returns what the compiler says of a program."""
+def read_memory(compiled: jax.stages.Compiled) -> Memory:
+    """Returns the compiler's account of a program."""
     stats = compiled.memory_analysis()
     return Memory(
         arguments=stats.argument_size_in_bytes,
@@ -73,11 +69,7 @@ def memory_of(compiled: jax.stages.Compiled) -> Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Shortage:
-    """A program that the compiler refuses, because the device's memory cannot hold it.
-
-    Attributes:
-      needed: bytes that it would take at least, if the compiler says so.
-    """
+    """A program that the compiler refuses for want of memory; `needed` is what it says that it would take at least."""
 
     needed: int | None
 

@@ -1,7 +1,8 @@
-"""Compiles what a run would execute for devices that need not be there, and says what it takes."""
+"""Compiles what a run would execute, for devices that need not be present, and reports what it takes."""
 
 import logging
 import math
+import operator
 import time
 
 import jax
@@ -11,11 +12,22 @@ from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.parallel import sharding, topology
 from sisma_jax.planning import collectives, flops, memory, programs
-from sisma_jax.planning.memory import Shortage
 from sisma_jax.planning.report import Plan, Program
 from sisma_jax.planning.search import LargestBatch, Trial, largest_batch
 
 logger = logging.getLogger(__name__)
+
+SETTINGS = (
+    "data.image_size",
+    "autoencoder.kind",
+    "model.patch_size",
+    "model.remat",
+    "model.scan_implementation",
+    "train.compute_dtype",
+    "train.accumulate_steps",
+    "sample.steps",
+)
+"""Those of the configuration on which the numbers depend most, beside the sizes that a plan shows anyway."""
 
 
 def plan(
@@ -31,25 +43,24 @@ def plan(
     Args:
       topology_name: of a TPU, as libtpu names it ("v5e:4x4", "v5p:2x2x1"), or "cpu:8", virtual devices of a CPU.
       search: whether to search the largest batch that fits.
-      memory_gib: of a device, if programs are to make do with less than it has, or it is not known.
+      memory_gib: of a device, if programs may use less than it has, or if it is not known.
       max_trials: how many batches the search compiles at most, the configured one included.
 
     Raises:
-      InputError: there is no such topology or compiler; the mesh does not fit its devices or the batch the mesh; the
-        configured scan does not run there.
+      InputError: `memory_gib` is not positive; there is no such topology or compiler; the mesh does not fit its devices
+        or the batch the mesh; the configured scan does not run there.
     """
-    if memory_gib is not None and memory_gib <= 0:
-        raise InputError(f"--memory_gib must be positive, got {memory_gib}.")
+    if memory_gib is not None and not 0 < memory_gib < math.inf:
+        raise InputError(f"`memory_gib` must be positive and finite, got {memory_gib}.")
     devices = topology.devices(topology_name)
     mesh = sharding.make_mesh(config.mesh, devices)
-    settings = config.train
-    sharding.require_fit(config, mesh, settings.batch_size, settings.accumulate_steps)
-    _check_scan(config, devices[0], topology_name)
+    sharding.require_fit(config, mesh, config.train.batch_size, config.train.accumulate_steps)
+    config = programs.for_devices(config, mesh)
     limit = topology.memory_limit(devices[0])
     if memory_gib is not None:
         limit = min(int(memory_gib * 2**30), limit or math.inf)
     state = programs.abstract_state(config, mesh)
-    train = train_program(config, mesh, settings.batch_size, limit)
+    train = train_program(config, mesh, config.train.batch_size, limit)
     sampler = sampler_program(config, mesh, sharding.round_up(config.sample.batch_size, mesh), limit)
     found = None
     if search and limit is not None:
@@ -66,46 +77,36 @@ def plan(
         train=train,
         sampler=sampler,
         largest_batch=found,
-        settings={
-            "data.image_size": config.data.image_size,
-            "autoencoder.kind": config.autoencoder.kind,
-            "model.patch_size": config.model.patch_size,
-            "model.remat": config.model.remat,
-            "model.scan_implementation": programs.for_devices(config, mesh).model.scan_implementation,
-            "train.compute_dtype": settings.compute_dtype,
-            "train.accumulate_steps": settings.accumulate_steps,
-            "sample.steps": config.sample.steps,
-        },
+        settings={name: operator.attrgetter(name)(config) for name in SETTINGS},
     )
 
 
 def train_program(config: Config, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
-    """Returns what the compiler makes of one update of the training state with a batch of this size."""
+    """Returns the compiled update of the training state, for a batch of this size."""
     logger.info("Compiling the training step of batch %d for %d devices", batch_size, mesh.size)
     return _compile(programs.trace_update(config, mesh, batch_size), mesh, batch_size, limit)
 
 
 def sampler_program(config: Config, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
-    """Returns what the compiler makes of one call of the sampler with so many masks."""
+    """Returns the compiled sampler, for this number of masks."""
     logger.info("Compiling the sampler of batch %d for %d devices", batch_size, mesh.size)
     return _compile(programs.trace_sampler(config, mesh, batch_size), mesh, batch_size, limit)
 
 
 def search_batch(config: Config, mesh: Mesh, limit: int, first: Program, fixed: int, max_trials: int) -> LargestBatch:
-    """Returns the largest batch found to fit, from one program on."""
-    unit = sharding.num_batch_shards(mesh) * config.train.accumulate_steps
+    """Returns the largest batch found to fit; `first` has been compiled."""
+
+    def trial(program: Program) -> Trial:
+        return Trial(program.batch_size, bool(program.fits), program.needed)
+
     return largest_batch(
-        lambda batch_size: _trial(train_program(config, mesh, batch_size, limit)),
-        _trial(first),
-        unit=unit,
+        lambda batch_size: trial(train_program(config, mesh, batch_size, limit)),
+        trial(first),
+        unit=sharding.num_batch_shards(mesh) * config.train.accumulate_steps,
         fixed=fixed,
         limit=limit,
         max_trials=max_trials,
     )
-
-
-def _trial(program: Program) -> Trial:
-    return Trial(program.batch_size, bool(program.fits), program.needed)
 
 
 def _compile(traced: jax.stages.Traced, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
@@ -113,19 +114,9 @@ def _compile(traced: jax.stages.Traced, mesh: Mesh, batch_size: int, limit: int 
     compiled = memory.compile_or_shortage(traced, mesh.devices.flat[0])
     secs = round(time.perf_counter() - start, 1)
     operations = flops.count(traced.jaxpr)
-    if isinstance(compiled, Shortage):
+    if isinstance(compiled, memory.Shortage):
         return Program(batch_size, False, None, compiled.needed, operations, None, secs)
-    used = memory.memory_of(compiled)
+    used = memory.read_memory(compiled)
     fits = None if limit is None else used.total <= limit
-    traffic = collectives.traffic(compiled.as_text())
-    return Program(batch_size, fits, used, used.total, operations, traffic, secs)
-
-
-def _check_scan(config: Config, device: jax.Device, topology_name: str) -> None:
-    kernels = {"pallas_tpu": "tpu", "pallas_gpu": "gpu"}
-    wanted = kernels.get(config.model.scan_implementation)
-    if wanted is not None and wanted != device.platform:
-        raise InputError(
-            f"--model.scan_implementation {config.model.scan_implementation} does not run on {topology_name}; "
-            "leave it at auto."
-        )
+    (module,) = compiled.runtime_executable().hlo_modules()
+    return Program(batch_size, fits, used, used.total, operations, collectives.traffic(module), secs)

@@ -1,18 +1,14 @@
-"""Checkpoints of a run: the only module that knows Orbax.
+"""Checkpoints of a run: what is saved comes back bit for bit, or a damaged checkpoint is stepped over.
 
 A checkpoint is a folder named after its step and holds three items:
 
-    ema/           the averaged parameters alone, which is all that sampling reads
-    state/         everything else that training needs: parameters, optimiser, step, key
+    ema/           the EMA parameters alone, which are all that sampling reads
+    state/         everything else that training needs: parameters, optimizer state, step, key
     description/   JSON: name, dtype and shape of every array in ema/ and state/; position in the data; metrics
 
-Arrays are stored flat, under the path of their leaf ("params.blocks.0.kernel"), so a checkpoint depends on no class
-of Flax or Optax, and global, so it depends neither on the devices nor on the processes that saved it. On a disk the
-folder is written under another name and renamed when it is complete, in a bucket a file says that it is: an interrupted
-save is never taken for a checkpoint.
-
-Each item has a `checksums.json` over its files, which is read before anything else is. Orbax has no such thing: of 20
-flipped bits in a stored array, Orbax 0.12.8 noticed none, and it reads a truncated file with a page of tracebacks.
+Arrays are stored flat, under the path of their leaf ("params.layers.stacked.mixer.in_proj.kernel"), so a checkpoint
+depends on no class of Flax or Optax, and global, so it depends neither on the devices nor on the processes that saved
+it. Arrays that are not finite are neither saved nor restored. `store.py` writes and reads the files.
 
 In a job of several processes each calls every method, at the same place: all see the same folder, and all of them agree
 on what is damaged and on the step that is restored.
@@ -20,38 +16,32 @@ on what is damaged and on the step that is restored.
 
 import contextlib
 import dataclasses
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, SupportsFloat, TypeVar
 
 import grain
 import jax
-import orbax.checkpoint as ocp
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, to_path
 from sisma_jax.parallel import agreement
 from sisma_jax.parallel.agreement import together
 from sisma_jax.runs import flat_trees
-from sisma_jax.runs.checksums import DamagedError, verify_checksums, write_checksums
+from sisma_jax.runs.checksums import DamagedError, verify_checksums
 from sisma_jax.runs.ranking import BestMetric, Ranking
-from sisma_jax.runs.write_failures import TIMEOUT_SECS, LateError, UnwrittenError, require_writable, writing
+from sisma_jax.runs.store import DESCRIPTION, LateError, Store, UnwrittenError, require_writable
 
-_DESCRIPTION_NAME = "description.json"
+HELD_OUT_LOSS = BestMetric("held_out_loss", "min")
+"""What makes a checkpoint of a denoiser the best."""
 
 PyTree = Any
 Result = TypeVar("Result")
 
 logger = logging.getLogger(__name__)
-
-# Orbax narrates every save through absl, errors included, and raises those as well; all that matters of it leaves this
-# module as an exception or as a warning in our own words.
-logging.getLogger("absl").addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,40 +82,20 @@ class Checkpoints:
         """
         directory = to_path(directory)
         self.directory = directory if is_bucket(directory) else directory.absolute()
-        self._keep = keep
+        self._keep = None if read_only else keep
         self._ranking = Ranking(best, keep_best)
-        self._read_only = read_only
         if not read_only:
             with together():
                 require_writable(self.directory)
-        self._open_manager()
+        self._open()
 
-    def _open_manager(self) -> None:
-        newest = ocp.checkpoint_managers.LatestN(None if self._read_only else self._keep)
-        self._manager = ocp.CheckpointManager(
-            self.directory,
-            handler_registry=_handlers(),
-            options=ocp.CheckpointManagerOptions(
-                save_interval_steps=0 if self._read_only else 1,
-                preservation_policy=ocp.checkpoint_managers.AnyPreservationPolicy([newest, self._ranking]),
-                create=not self._read_only,
-                # What a killed save left behind; complete checkpoints are not touched.
-                cleanup_tmp_directories=not self._read_only,
-                enable_async_checkpointing=True,
-                # Folders are made before `save` returns: when one cannot be made, Orbax's writers of its content
-                # would wait for it for ten minutes and hold up the end of the process.
-                async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=TIMEOUT_SECS),
-                enable_background_delete=False,
-                # All processes see the steps that the first one sees.
-                single_host_load_and_broadcast=True,
-                read_only=self._read_only,
-            ),
-        )
+    def _open(self) -> None:
+        self._store = Store(self.directory, ("ema", "state"), keep=self._keep, ranking=self._ranking)
         self._read_scores()
 
     def _reload(self) -> None:
         """Looks at the folder again."""
-        self._manager.reload()
+        self._store.reload()
         self._read_scores()
 
     def _read_scores(self) -> None:
@@ -139,8 +109,8 @@ class Checkpoints:
 
     def _score(self, step: int) -> float | None:
         try:
-            verify_checksums(self.directory / str(step) / "description")
-            return self._ranking.score(self._description(step)["metrics"])
+            verify_checksums(self.directory / str(step) / DESCRIPTION)
+            return self._ranking.score(self._store.describe(step)["metrics"])
         except (DamagedError, InputError, OSError):  # told when it is restored
             return None
 
@@ -176,12 +146,12 @@ class Checkpoints:
         Args:
           step: training step that the checkpoint is named after.
           state: arrays that training needs besides `ema`.
-          ema: averaged parameters.
+          ema: EMA parameters.
           iterator: data iterator whose position is saved, if any: a state that is the same in every process.
           metrics: measurements of `ema`, the same in every process.
 
         Raises:
-          InputError: this save could not start, or the one before it failed.
+          InputError: an array is not finite, this save could not start, or the one before it failed.
         """
         self.wait()
         if step in self.steps():
@@ -190,6 +160,8 @@ class Checkpoints:
             with together():  # a process that fails within Orbax's `save` leaves the others waiting there
                 require_writable(self.directory)
         trees = {"ema": flat_trees.flatten(ema), "state": flat_trees.flatten(state)}
+        if bad := _first_not_finite(trees):
+            raise InputError(f"The checkpoint of step {step} is not saved: {bad} is not finite. {self._last_good()}")
         values = {name: float(value) for name, value in (metrics or {}).items()}
         description = {
             "arrays": {name: flat_trees.forms(tree) for name, tree in trees.items()},
@@ -197,12 +169,8 @@ class Checkpoints:
             "metrics": {name: value for name, value in values.items() if math.isfinite(value)},
         }
         self._ranking.add(step, description["metrics"])
-        items: dict[str, Any] = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        items["description"] = ocp.args.JsonSave(description)
         try:
-            # force: without it Orbax declines, silently, a step that is not the newest.
-            with writing(self.directory):
-                self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+            self._store.save(step, trees, description)
         except (UnwrittenError, LateError) as error:
             # Alone: the others may wait in Orbax for this process, and end when it does.
             raise self._failure(str(error), reopen=jax.process_count() == 1) from error
@@ -214,35 +182,37 @@ class Checkpoints:
           InputError: it failed, in this process or in another.
         """
         try:
-            with together(UnwrittenError, LateError), writing(self.directory):
-                self._manager.wait_until_finished()
+            with together(UnwrittenError, LateError):
+                self._store.wait()
         except (UnwrittenError, LateError) as error:
             raise self._failure(str(error), reopen=True) from error
 
     def close(self) -> None:
         """Waits as `wait` does and releases the threads."""
         self.wait()
-        self._manager.close()
+        self._store.close()
 
     def _failure(self, reason: str, *, reopen: bool) -> InputError:
         if reopen:
-            # A manager whose save failed keeps the failed step and its thread; a fresh one reads the folder again.
+            # A store whose save failed keeps the failed step and its thread; a fresh one reads the folder again.
             with contextlib.suppress(Exception):
-                self._manager.close()
+                self._store.close()
             with contextlib.suppress(Exception):
-                self._open_manager()
-        last = self.latest_step()
+                self._open()
         return InputError(
-            f"A checkpoint could not be written to {self.directory} ({reason}). "
-            + (f"The last good checkpoint is step {last}. " if last is not None else "There is no checkpoint yet. ")
-            + "Free disk space or mend the folder, then run the same command again: it resumes."
+            f"A checkpoint could not be written to {self.directory} ({reason}). {self._last_good()} "
+            "Free disk space or fix the folder, then run the same command again: it resumes."
         )
+
+    def _last_good(self) -> str:
+        last = self.latest_step()
+        return "There is no checkpoint yet." if last is None else f"The last good checkpoint is step {last}."
 
     # Reading
 
     def steps(self) -> list[int]:
         """Returns the steps that have a complete checkpoint, readable or not, in rising order."""
-        return sorted(map(int, self._manager.all_steps()))  # of NumPy where they were broadcast
+        return self._store.steps()
 
     def latest_step(self) -> int | None:
         """Returns the newest step that has a complete checkpoint, readable or not."""
@@ -255,14 +225,14 @@ class Checkpoints:
     def restore(
         self, abstract_state: PyTree, abstract_ema: PyTree, iterator: grain.DatasetIterator | None
     ) -> Restored | None:
-        """Reads the newest checkpoint that is whole.
+        """Reads the newest checkpoint that is whole and finite.
 
         A damaged one is stepped over with a warning and renamed to `damaged-STEP`, so that its step can be saved again.
 
         Args:
           abstract_state: tree of `jax.ShapeDtypeStruct` (or arrays) like the one saved; a leaf's sharding is honoured,
             a leaf without one goes to the default device.
-          abstract_ema: the same for the averaged parameters.
+          abstract_ema: the same for the EMA parameters.
           iterator: data iterator to set to the saved position, if any.
 
         Returns:
@@ -273,7 +243,7 @@ class Checkpoints:
         """
 
         def read(step: int) -> Restored:
-            position = self._description(step)["data"]
+            position = self._store.describe(step)["data"]
             if iterator is not None and position is None:
                 raise DamagedError(f"{self.directory / str(step)} holds no position in the data")
             trees = self._read_trees(step, {"state": abstract_state, "ema": abstract_ema})
@@ -282,29 +252,31 @@ class Checkpoints:
                 iterator.start_prefetch()
             return Restored(step, trees["state"], trees["ema"])
 
-        return self._first_readable(self._newest_first, ["description", "state", "ema"], read)
+        return self._first_readable(self._newest_first, [DESCRIPTION, "state", "ema"], read)
 
-    def restore_ema(self, abstract_ema: PyTree, step: int | Literal["best"] | None = None) -> tuple[int, PyTree]:
-        """Returns step and averaged parameters of a checkpoint that is whole; changes nothing on the disk.
+    def restore_ema(
+        self, abstract_ema: PyTree, checkpoint: int | Literal["newest", "best"] = "newest"
+    ) -> tuple[int, PyTree]:
+        """Returns step and EMA parameters of a checkpoint that is whole and finite; changes nothing on the disk.
 
         Args:
           abstract_ema: see `restore`.
-          step: of the checkpoint; "best": the best of those that are whole; None: the newest.
+          checkpoint: that of a step, or the best or the newest of those that are whole.
 
         Raises:
           InputError: there is no such checkpoint, it holds other arrays than asked for, or cannot be read.
         """
 
         def candidates() -> list[int]:
-            if step is None:
+            if checkpoint == "newest":
                 return self._newest_first()
-            if step == "best":
+            if checkpoint == "best":
                 return self._best_first()
-            return [step] if step in self.steps() else []
+            return [checkpoint] if checkpoint in self.steps() else []
 
         restored = self._first_readable(
             candidates,
-            ["description", "ema"],
+            [DESCRIPTION, "ema"],
             lambda step: (step, self._read_trees(step, {"ema": abstract_ema})["ema"]),
             set_aside=False,
         )
@@ -312,7 +284,7 @@ class Checkpoints:
             return restored
         if not self.steps():
             raise InputError(f"There is no checkpoint in {self.directory}; train first: python run.py ... train")
-        wanted = f"whose {self._ranking.best.name} is known" if step == "best" else f"of step {step}"
+        wanted = f"whose {self._ranking.best.name} is known" if checkpoint == "best" else f"of step {checkpoint}"
         listed = ", ".join(map(str, self.steps()))
         raise InputError(f"There is no checkpoint {wanted} in {self.directory}; it has the steps {listed}.")
 
@@ -343,20 +315,20 @@ class Checkpoints:
             except Exception as error:
                 is_damage = isinstance(error, DamagedError)  # on which all processes agree
                 if (is_damage or jax.process_count() == 1) and not self._exists(step):
-                    # Deleted by a training that goes on: look again.
+                    # Deleted by a training that continues: look again.
                     return self._first_readable(candidates, items, read, set_aside=set_aside)
                 if not is_damage:
                     raise
                 logger.warning("The checkpoint of step %d is damaged: %s.", step, error)
                 damaged.append(step)
                 continue
-            if damaged and set_aside and not self._read_only:
+            if damaged and set_aside and self._keep is not None:
                 self._set_aside(damaged)
             return result
         if damaged:
             raise InputError(
                 f"None of the checkpoints in {self.directory} can be read (steps {sorted(damaged)}). Restore the "
-                "folder from a copy, or start again with another --workdir."
+                "folder from a copy, or start again in another folder."
             )
         return None
 
@@ -380,18 +352,19 @@ class Checkpoints:
                 (self.directory / str(step)).rename(target)
         except OSError as error:
             raise InputError(
-                f"The damaged checkpoint {self.directory / str(step)} cannot be renamed ({error}); mend the folder's "
-                "permissions or choose another --workdir."
+                f"The damaged checkpoint {self.directory / str(step)} cannot be renamed ({error}); fix the folder's "
+                "permissions or name another folder."
             ) from error
         return target
 
-    def _description(self, step: int) -> dict[str, Any]:
-        return json.loads((self.directory / str(step) / "description" / _DESCRIPTION_NAME).read_bytes())
+    def _verify(self, step: int, items: Sequence[str]) -> None:
+        with together(InputError, DamagedError):
+            self._store.verify(step, items)
 
     def _read_trees(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Restores items of a checkpoint whose files are whole."""
+        """Restores items of a checkpoint whose files are whole. Raises DamagedError if an array is not finite."""
         targets = {item: flat_trees.flatten_abstract(tree) for item, tree in abstract.items()}
-        saved = self._description(step)["arrays"]
+        saved = self._store.describe(step)["arrays"]
         different = [
             line
             for item, target in targets.items()
@@ -400,52 +373,15 @@ class Checkpoints:
         if different:
             raise InputError(
                 f"{self.directory / str(step)} was saved by a run of another configuration:"
-                f"{flat_trees.shorten(different)}\nGive the configuration of that run, or another --workdir."
+                f"{flat_trees.shorten(different)}\nGive the configuration of that run, or name another folder."
             )
-        items = {item: ocp.args.StandardRestore(target) for item, target in targets.items()}
-        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        restored = self._store.read(step, targets)
+        if bad := _first_not_finite(restored):
+            raise DamagedError(f"{bad} in {self.directory / str(step)} is not finite")
         return {item: flat_trees.unflatten(tree, restored[item]) for item, tree in abstract.items()}
 
-    def _verify(self, step: int, items: Sequence[str]) -> None:
-        """Raises DamagedError unless every file of the items has the bytes that were saved.
 
-        Processes share the work, which for a large state takes as long as to read it.
-        """
-        with together(InputError, DamagedError):
-            for item in items:
-                verify_checksums(self.directory / str(step) / item, jax.process_index(), jax.process_count())
-
-
-# Items with checksums
-
-
-class _Checksummed:
-    """Mix-in of a handler: adds checksums when the item's files are complete and not yet declared to be.
-
-    Orbax calls `finalize` in the first process, when all have written their part and it has put these together, and
-    from the thread that writes, so the training step does not wait for it.
-    """
-
-    def finalize(self, directory: PathLike) -> None:
-        super().finalize(directory)
-        write_checksums(to_path(directory))
-
-
-class _TreeHandler(_Checksummed, ocp.handlers.StandardCheckpointHandler):
-    pass
-
-
-class _JsonHandler(_Checksummed, ocp.handlers.JsonCheckpointHandler):
-    pass
-
-
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
-    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
-    for item, handler, arguments in (
-        ("ema", _TreeHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
-        ("state", _TreeHandler(), (ocp.args.StandardSave, ocp.args.StandardRestore)),
-        ("description", _JsonHandler(_DESCRIPTION_NAME), (ocp.args.JsonSave, ocp.args.JsonRestore)),
-    ):
-        for argument in arguments:
-            registry.add(item, argument, handler)
-    return registry
+def _first_not_finite(trees: Mapping[str, Mapping[str, jax.Array]]) -> str | None:
+    return flat_trees.first_not_finite(
+        {f"{item}/{name}": x for item, tree in trees.items() for name, x in tree.items()}
+    )

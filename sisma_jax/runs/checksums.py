@@ -65,7 +65,7 @@ def _read(path: AnyPath, read: Callable[[AnyPath], Result]) -> Result:
         with bucket_errors(path):
             return read(path)
     except PermissionError as error:
-        raise InputError(f"{path} may not be read; mend its permissions.") from error
+        raise InputError(f"{path} may not be read; fix its permissions.") from error
     except OSError as error:
         if is_bucket(path) and not isinstance(error, FileNotFoundError):  # the network, which comes back
             raise InputError(f"{path} cannot be read ({error}); try again.") from error

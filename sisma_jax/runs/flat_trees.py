@@ -1,4 +1,4 @@
-"""Trees of arrays as flat dictionaries, under the path of each leaf: "blocks.mixer.in_proj.kernel"."""
+"""Trees of arrays as flat dictionaries, under the path of each leaf: "layers.stacked.mixer.in_proj.kernel"."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -42,6 +42,27 @@ def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
 def forms(arrays: Mapping[str, Any]) -> dict[str, str]:
     """Returns {path: "float32[64, 48]"}."""
     return {path: f"{array.dtype}{list(array.shape)}" for path, array in arrays.items()}
+
+
+def first_not_finite(arrays: Mapping[str, jax.Array]) -> str | None:
+    """Returns the path of the first array that holds NaN or infinity, or None.
+
+    One reduction per array where it lies, and one transfer to the host: of global arrays, every process has to call
+    this, and gets the same answer.
+    """
+    by_devices: dict[frozenset[jax.Device], dict[str, jax.Array]] = {}
+    for path, x in arrays.items():
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            by_devices.setdefault(frozenset(x.devices()), {})[path] = x
+    is_finite = {}
+    for same_devices in jax.device_get([_are_finite(group) for group in by_devices.values()]):
+        is_finite |= same_devices
+    return next((path for path in arrays if not is_finite.get(path, True)), None)
+
+
+@jax.jit
+def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {path: jnp.isfinite(x).all() for path, x in arrays.items()}
 
 
 def list_differences(

@@ -18,28 +18,26 @@ from tensorboardX.summary import scalar
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, write_atomically
 from sisma_jax.parallel.agreement import is_primary, together
+from sisma_jax.runs.folder import TrainingFolder
 
 logger = logging.getLogger(__name__)
 
-METRICS_NAME = "metrics.jsonl"
-TENSORBOARD_NAME = "tensorboard"
-
 
 class MetricWriter:
-    """Appends to `metrics.jsonl` and to the events in `tensorboard/` of a run's folder. A context manager.
+    """Appends to the JSON lines and to the TensorBoard events of a training. A context manager.
 
     A line reads {"step": 50, "loss": 0.5, ...}. JSON has no numbers that are not finite: they are the strings "nan",
     "inf" and "-inf", which `read_metrics` turns into floats again.
 
     All processes of a job make one; that of the first process writes, the others do nothing. Nothing can be appended to
-    what is in a bucket: the files grow on the disk, and `sync` and `close` copy them there.
+    an object in a bucket: the files grow on the disk, and `sync` and `close` copy them there.
     """
 
-    def __init__(self, workdir: AnyPath, *, resume_step: int | None = None):
-        """Opens the files at the point from which training goes on.
+    def __init__(self, folder: TrainingFolder, *, resume_step: int | None = None):
+        """Opens the files at the point from which training resumes.
 
         Args:
-          workdir: the run's folder, which exists.
+          folder: of the training; it exists.
           resume_step: step of the restored checkpoint, None if training starts from nothing. What an earlier process
             logged after it belongs to steps that are now trained again, and is dropped; so is the torn last line that
             a killed process leaves.
@@ -47,8 +45,7 @@ class MetricWriter:
         Raises:
           InputError: the files cannot be read or written.
         """
-        self._path = workdir / METRICS_NAME
-        self._workdir = workdir
+        self._folder = self._local = folder
         self._resources = contextlib.ExitStack()
         self._is_open = False
         with together():
@@ -60,18 +57,18 @@ class MetricWriter:
 
     def _open(self, first_step: int) -> None:
         with contextlib.ExitStack() as resources:
-            folder = self._workdir
-            if is_bucket(folder):
-                folder = Path(resources.enter_context(tempfile.TemporaryDirectory()))
+            path, local = self._folder.metrics, self._folder
+            if is_bucket(path):
+                local = TrainingFolder(resources.enter_context(tempfile.TemporaryDirectory()))
             kept = []
-            with bucket_errors(self._path):
-                if self._path.exists():
-                    kept = [line for line in _parse(self._path) if line["step"] < first_step]
-            write_atomically(folder / METRICS_NAME, "".join(map(_to_line, kept)))
-            self._file = resources.enter_context((folder / METRICS_NAME).open("a", encoding="utf-8"))
-            self._events_path, self._events = _open_events(folder / TENSORBOARD_NAME, first_step)
+            with bucket_errors(path):
+                if path.exists():
+                    kept = [line for line in _parse(path) if line["step"] < first_step]
+            write_atomically(local.metrics, "".join(map(_to_line, kept)))
+            self._file = resources.enter_context(local.metrics.open("a", encoding="utf-8"))
+            self._events_path, self._events = _open_events(local.tensorboard, first_step)
             resources.callback(self._events.close)
-            self._folder = folder
+            self._local = local
             self._resources = resources.pop_all()
             self._is_open = True
 
@@ -101,11 +98,11 @@ class MetricWriter:
         Raises:
           InputError: the bucket cannot be written.
         """
-        if not self._is_open or self._folder == self._workdir:
+        if not self._is_open or self._local is self._folder:
             return
         try:
-            for path in (self._folder / METRICS_NAME, self._events_path):
-                write_atomically(self._workdir / path.relative_to(self._folder), path.read_bytes())
+            for path in (self._local.metrics, self._events_path):
+                write_atomically(self._folder.path / path.relative_to(self._local.path), path.read_bytes())
         except OSError as error:
             raise self._failure(error) from error
 
@@ -126,7 +123,8 @@ class MetricWriter:
             self._is_open = False
 
     def _failure(self, error: OSError) -> InputError:
-        return InputError(f"Metrics cannot be written to {self._path} ({error}); free disk space or mend the folder.")
+        path = self._folder.metrics
+        return InputError(f"Metrics cannot be written to {path} ({error}); free disk space or fix the folder.")
 
     def __enter__(self) -> Self:
         return self
@@ -143,7 +141,7 @@ def _open_events(folder: Path, first_step: int) -> tuple[Path, EventsWriter]:
     """Opens a new file of events and tells TensorBoard to hide earlier ones at or after `first_step`.
 
     Not tensorboardX's `SummaryWriter`: its thread dies when the disk is full, and the tenth value after that waits for
-    it for ever, and with it the training.
+    it forever, and with it the training.
     """
     folder.mkdir(exist_ok=True)
     suffix = f".{time.time_ns()}"
@@ -153,7 +151,7 @@ def _open_events(folder: Path, first_step: int) -> tuple[Path, EventsWriter]:
 
 
 def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
-    """Returns the lines of a `metrics.jsonl` in the order written; "step" is an int, every other value a float.
+    """Returns the lines of a file of metrics in the order written; "step" is an int, every other value a float.
 
     A last line without its end is what a killed or still running process leaves, and is left out. Any other line that
     cannot be read is left out with a warning.

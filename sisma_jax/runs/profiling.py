@@ -10,8 +10,6 @@ import jax
 
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket
 
-PROFILE_NAME = "profile"
-
 
 @contextlib.contextmanager
 def traced(folder: AnyPath) -> Iterator[None]:

@@ -16,29 +16,24 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sisma_jax.config import Config
-from sisma_jax.data.loading import Share
+from sisma_jax.data.dataset import BatchSource, Share
 from sisma_jax.errors import InputError, Preempted
 from sisma_jax.evaluation.held_out_loss import held_out_loss
-from sisma_jax.files import AnyPath
 from sisma_jax.models.factory import Params, init_params
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.parallel.preemption import Preemption
 from sisma_jax.runs import flat_trees
-from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints
 from sisma_jax.runs.export import load_exported
-from sisma_jax.runs.folder import open_workdir
+from sisma_jax.runs.folder import RunFolder, TrainingFolder
 from sisma_jax.runs.metrics import MetricWriter
-from sisma_jax.runs.profiling import PROFILE_NAME, Profile
+from sisma_jax.runs.profiling import Profile
 from sisma_jax.runs.ranking import BestMetric
-from sisma_jax.training.examples import examples_of
 from sisma_jax.training.state import TrainState, init_state
 from sisma_jax.training.step import Metrics, Update, jit_update, make_held_out_loss, make_update
 
 logger = logging.getLogger(__name__)
-
-CHECKPOINTS_NAME = "checkpoints"
-BEST = BestMetric("held_out_loss", "min")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +44,9 @@ class Job:
       mesh: of the devices that train.
       initialize: makes the state before the first step.
       initial_params: in place of those that `initialize` makes; called if training starts from nothing.
-      update: pure; (state, batch) -> (next state, metrics), among these "loss" and "skipped".
-      held_out: averaged parameters to measurements on data that no update has seen, made at every checkpoint.
-      iterator: over this process's share of the batches (`share_of`), whose arrays of these `keys` go to the devices.
+      update: of the state.
+      held_out: EMA parameters to measurements on data that no update has seen, made at every checkpoint.
+      iterator: over this process's share of the batches (`local_share`), whose arrays but "id" go to the devices.
       batch_size: over all devices and processes.
       best: by which measurement `keep_best` checkpoints are kept besides the newest `keep_checkpoints`.
       max_skipped_steps: in a row, before the run stops.
@@ -63,7 +58,6 @@ class Job:
     update: Update
     held_out: Callable[[Params], dict[str, float]]
     iterator: grain.DatasetIterator
-    keys: tuple[str, ...]
     batch_size: int
     num_steps: int
     log_every_steps: int
@@ -76,14 +70,14 @@ class Job:
     profiled: range = range(0)
 
 
-def share_of(mesh: Mesh) -> Share:
+def local_share(mesh: Mesh) -> Share:
     """Returns which part of every batch this process reads for its devices."""
     parts = sharding.batch_shards(mesh, jax.process_index())
     return Share(tuple(parts), sharding.num_batch_shards(mesh))
 
 
-def mesh_of(config: Config) -> Mesh:
-    """Returns the mesh of all devices.
+def make_mesh(config: Config) -> Mesh:
+    """Returns the mesh of all devices for the denoiser's training.
 
     Raises:
       InputError: it does not fit the devices, or the batch the mesh.
@@ -93,34 +87,34 @@ def mesh_of(config: Config) -> Mesh:
     return mesh
 
 
-def train(config: Config, workdir: AnyPath) -> None:
-    """Trains to `config.train.num_steps`, from the newest good checkpoint in `workdir` if there is one.
+def train(run: RunFolder, examples: BatchSource) -> None:
+    """Trains a run's denoiser to `config.train.num_steps`, from its newest good checkpoint if it has one.
 
     Every process of a job calls this. SIGTERM to one of them makes all save after the same step and raise `Preempted`.
 
+    Args:
+      run: held for writing.
+      examples: images or, for a denoiser of latents, those of the run's autoencoder.
+
     Raises:
-      InputError: the folder holds another run, the data are not prepared (with an autoencoder: its latents), the mesh
-        does not fit the devices or the batch the mesh, a checkpoint cannot be read or written, or loss or gradients
-        are not finite again and again.
+      InputError: the mesh does not fit the devices or the batch the mesh, a checkpoint cannot be read or written, loss,
+        gradients or updates are not finite again and again, or another job has taken the folder over.
       Preempted: see above.
     """
-    settings = config.train
-    mesh = mesh_of(config)
-    open_workdir(workdir, config)
-    examples = examples_of(config, workdir)
+    config, settings = run.config, run.config.train
+    mesh = make_mesh(config)
     losses = make_held_out_loss(config, mesh)
 
     def held_out(params: Params) -> dict[str, float]:
-        batches = examples.eval_batches("test", settings.batch_size, config.evaluate.num_samples)
-        return {BEST.name: held_out_loss(losses, params, batches, settings.batch_size, mesh)}
+        batches = examples.eval_batches("test", settings.batch_size, limit=config.evaluate.num_samples)
+        return {HELD_OUT_LOSS.name: held_out_loss(losses, params, batches, settings.batch_size, mesh)}
 
     job = Job(
         mesh=mesh,
         initialize=functools.partial(init_state, config),
         update=make_update(config),
         held_out=held_out,
-        iterator=examples.train_iterator(settings.batch_size, settings.seed, share_of(mesh)),
-        keys=(examples.key, "mask"),
+        iterator=examples.train_batches(settings.batch_size, settings.seed, local_share(mesh)),
         batch_size=settings.batch_size,
         num_steps=settings.num_steps,
         log_every_steps=settings.log_every_steps,
@@ -129,14 +123,14 @@ def train(config: Config, workdir: AnyPath) -> None:
         max_skipped_steps=settings.max_skipped_steps,
         initial_params=functools.partial(initial_params, config) if settings.init_from else None,
         keep_best=settings.keep_best,
-        best=BEST,
+        best=HELD_OUT_LOSS,
         profiled=settings.profiled,
     )
-    run(job, workdir)
+    run_job(job, run)
 
 
-def run(job: Job, workdir: AnyPath) -> None:
-    """Does a job, from the newest good checkpoint in `workdir` if there is one.
+def run_job(job: Job, folder: TrainingFolder) -> TrainState:
+    """Does a job, from the newest good checkpoint in its folder if there is one, and returns the state at its end.
 
     Raises:
       InputError, Preempted: as `train`.
@@ -144,14 +138,14 @@ def run(job: Job, workdir: AnyPath) -> None:
     abstract = jax.eval_shape(job.initialize)
     shardings = sharding.of_state(abstract, job.mesh)
     kept = {"keep": job.keep_checkpoints, "best": job.best, "keep_best": job.keep_best}
-    with Checkpoints(workdir / CHECKPOINTS_NAME, **kept) as checkpoints:
+    with Checkpoints(folder.checkpoints, **kept) as checkpoints:
         state = _restore(checkpoints, sharding.place(abstract, shardings), job.iterator)
         first_step = None if state is None else int(state.step)
         if state is None:
             state = _new_state(job, shardings)
-        profile = Profile(job.profiled, workdir / PROFILE_NAME)
-        with MetricWriter(workdir, resume_step=first_step) as writer, Preemption() as preemption, profile:
-            _run(job, state, checkpoints, writer, preemption, profile)
+        profile = Profile(job.profiled, folder.profile)
+        with MetricWriter(folder, resume_step=first_step) as writer, Preemption() as preemption, profile:
+            return _run(job, state, folder, checkpoints, writer, preemption, profile)
 
 
 def _new_state(job: Job, shardings: TrainState) -> TrainState:
@@ -164,7 +158,7 @@ def _new_state(job: Job, shardings: TrainState) -> TrainState:
     def copies(params: Params) -> tuple[Params, Params]:
         return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params)
 
-    # Apart in memory, as an update takes the place of its state.
+    # Apart in memory, as an update donates its state.
     params, ema = jax.jit(copies, out_shardings=(shardings.params, shardings.ema))(params)
     return state.replace(params=params, ema=ema)
 
@@ -180,7 +174,7 @@ def initial_params(config: Config) -> Params:
     own = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
     forms = [flat_trees.forms(flat_trees.flatten_abstract(tree)) for tree in (exported.params, own)]
     if lines := flat_trees.list_differences(*forms, owners=("the file", "this configuration")):
-        raise InputError(f"--train.init_from {path} is of another model:{flat_trees.shorten(lines)}")
+        raise InputError(f"train.init_from {path} is of another model:{flat_trees.shorten(lines)}")
     return exported.params
 
 
@@ -201,11 +195,12 @@ def _without_ema(state: TrainState) -> dict[str, Any]:
 def _run(
     job: Job,
     state: TrainState,
+    folder: TrainingFolder,
     checkpoints: Checkpoints,
     writer: MetricWriter,
     preemption: Preemption,
     profile: Profile,
-) -> None:
+) -> TrainState:
     update = jit_update(job.update, state, job.mesh)
     window = _Window()
     first_step = int(state.step)
@@ -219,9 +214,9 @@ def _run(
     ) as progress:
         for step in range(first_step + 1, job.num_steps + 1):
             profile.before(step)
-            batch = next(job.iterator)
-            batch = sharding.to_devices({key: batch[key] for key in job.keys}, job.mesh, job.batch_size)
-            # The mesh in context: kernels, which XLA cannot split, split their batch over it.
+            arrays = {name: x for name, x in next(job.iterator).items() if name != "id"}
+            batch = sharding.to_devices(arrays, job.mesh, job.batch_size)
+            # The mesh in context: kernels, which XLA cannot shard, shard their batch over it.
             with jax.set_mesh(job.mesh):
                 state, metrics = update(state, batch)
             profile.after(step, metrics)
@@ -243,13 +238,15 @@ def _run(
             # again, where the other order would lose it.
             writer.write(step, values)
             if is_checkpoint or is_preempted:
+                folder.require_lock()
                 writer.sync()
                 checkpoints.save(step, state=_without_ema(state), ema=state.ema, iterator=job.iterator, metrics=values)
             _report(progress, step, job.num_steps, values)
             if is_preempted:
                 checkpoints.wait()
-                raise Preempted(f"Told to stop: step {step} is saved, and the same command goes on from there.")
+                raise Preempted(f"Told to stop: step {step} is saved, and the same command resumes from there.")
             window = _Window(window.skipped_in_a_row)
+    return state
 
 
 class _Window:
@@ -294,12 +291,13 @@ def _divergence_message(window: _Window, checkpoints: Checkpoints) -> str:
     checkpoints.wait()
     last, count = checkpoints.latest_step(), window.skipped_in_a_row
     kept = f"The last good checkpoint, step {last}, is kept." if last is not None else "There was no checkpoint yet."
-    name = "loss" if not np.isfinite(window.last["loss"]) else "grad_norm"
+    causes = [name for name in ("loss", "grad_norm") if not np.isfinite(window.last[name])]
+    cause = f"{causes[0]} is {float(window.last[causes[0]])}" if causes else "the update is not finite"
     skipped = f" The {count} updates up to it were skipped." if count > 1 else ""
     return (
-        f"{name} is {float(window.last[name])} at step {window.last_step}; the run stops.{skipped} {kept} "
-        "Lower --optim.learning_rate or --optim.clip_norm, or train in float32, with another --workdir; or bear with "
-        "more of them in a row by --train.max_skipped_steps."
+        f"{cause} at step {window.last_step}; the run stops.{skipped} {kept} Lower optim.learning_rate or "
+        "optim.clip_norm, or train in float32, in another folder; or tolerate more of them in a row by "
+        "train.max_skipped_steps."
     )
 
 

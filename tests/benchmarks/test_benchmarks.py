@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from sisma_jax.data.labels import INDEX
 
 from benchmarks import (
     data,
@@ -24,8 +23,10 @@ from benchmarks import (
     thin_parts,
 )
 from kernels.selective_scan import api
-from sisma_jax.config import ModelConfig
+from sisma_jax.config import Config, ModelConfig, preset
+from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing import draw_face
+from sisma_jax.models.factory import init_params
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.scan_orders import ORDERS
 
@@ -268,7 +269,7 @@ def test_every_variant_of_the_convolution_agrees():
     assert all(measure.relative_error(result, results[0]) < 1e-5 for result in results)
 
 
-SMALL = ModelConfig(depth=3, d_model=32, d_state=4, mlp_ratio=2.0, patch_size=1, d_head=8)
+SMALL = ModelConfig(depth=3, d_model=32, d_state=4, mlp_ratio=2.0, patch_size=1)
 
 
 def test_flops_of_a_layer_are_those_counted_by_hand():
@@ -299,6 +300,22 @@ def test_layers_are_counted_where_they_work():
     assert denoiser.layers_at(u, 32) == {32: 2, 16: 4, 8: 1}
 
 
+@pytest.mark.parametrize(
+    ("conditioning", "of_baseline"), [("cross", "cross"), ("concat", "concat"), ("cross", "concat")]
+)
+@pytest.mark.parametrize("name", ["S", "B", "L", "XL"])
+def test_the_matched_baseline_has_the_same_parameters(name, conditioning, of_baseline):
+    sisma = preset(name, mask_conditioning=conditioning)
+
+    def count(model):
+        params = jax.eval_shape(lambda: init_params(Config(model=model), jax.random.key(0)))
+        return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+    baseline = denoiser.matched_dit(sisma, of_baseline)
+    assert baseline.mask_conditioning == of_baseline
+    assert count(baseline) == pytest.approx(count(sisma), rel=0.05)
+
+
 @pytest.mark.slow
 def test_the_denoiser_benchmark_measures_every_model(monkeypatch, tmp_path):
     u = ModelConfig(**{**vars(SMALL), "depth": 1, "level_depths": (1,)})
@@ -317,11 +334,11 @@ def test_the_denoiser_benchmark_measures_every_model(monkeypatch, tmp_path):
 def test_thin_parts_are_lost_by_resizing_and_kept_by_the_mask_encoder():
     masks = np.stack([draw_face(np.random.default_rng(seed), 64)[1] for seed in range(50)])
     fit, test = masks[:40], masks[40:]
-    encoder = MaskEncoder(8, 32, 256, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    encoder = MaskEncoder(8, len(CELEBAMASK_HQ), 32, 256, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     read = thin_parts.iou(thin_parts.read_back(encoder, fit, test), test)
     resized = thin_parts.iou(thin_parts.nearest(test), test)
     for name in ("l_brow", "r_brow", "u_lip", "l_lip"):
-        assert read[INDEX[name]] > resized[INDEX[name]] + 0.2
+        assert read[CELEBAMASK_HQ.index[name]] > resized[CELEBAMASK_HQ.index[name]] + 0.2
     np.testing.assert_array_equal(thin_parts.over_tokens(thin_parts.under_tokens(test)), test)
     assert np.nanmin(thin_parts.iou(test, test)) == 1
 

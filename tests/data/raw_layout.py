@@ -6,16 +6,16 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from sisma_jax.data import labels
+from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 
 
 def random_image(seed: int, size: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
-def random_mask(seed: int, size: int) -> np.ndarray:
+def random_mask(seed: int, size: int, classes: ClassSet = CELEBAMASK_HQ) -> np.ndarray:
     """A label map with every class, no symmetry and no class in one place in two faces."""
-    return np.random.default_rng(seed).integers(0, labels.NUM_CLASSES, (size, size)).astype(np.uint8)
+    return np.random.default_rng(seed).integers(0, len(classes), (size, size)).astype(np.uint8)
 
 
 def write_png(path: Path, array: np.ndarray) -> None:
@@ -23,10 +23,12 @@ def write_png(path: Path, array: np.ndarray) -> None:
     assert cv2.imwrite(str(path), array)
 
 
-def write_label_maps(root: Path, ids: Iterable[int], size: int = 16) -> dict[int, np.ndarray]:
+def write_label_maps(
+    root: Path, ids: Iterable[int], size: int = 16, classes: ClassSet = CELEBAMASK_HQ
+) -> dict[int, np.ndarray]:
     """Writes images/<id>.jpg and labels/<id>.png, the one zero-padded, the other not. Returns the masks by id."""
     (root / "images").mkdir(parents=True, exist_ok=True)
-    masks = {id: random_mask(id, size) for id in ids}
+    masks = {id: random_mask(id, size, classes) for id in ids}
     for id, mask in masks.items():
         assert cv2.imwrite(str(root / "images" / f"{id}.jpg"), random_image(id, size))
         write_png(root / "labels" / f"{id:05d}.png", mask)
@@ -55,7 +57,7 @@ def write_official(root: Path, ids: Iterable[int], image_size: int = 32, mask_si
 def official_mask(mask_size: int = 16) -> np.ndarray:
     """What the parts of `write_official` make: hair, the last in class order, covers half of the nose."""
     half = mask_size // 2
-    mask = np.full((mask_size, mask_size), labels.INDEX["skin"], np.uint8)
-    mask[half : half + 2, half : half + 4] = labels.INDEX["nose"]
-    mask[: half + 1] = labels.INDEX["hair"]
+    mask = np.full((mask_size, mask_size), CELEBAMASK_HQ.index["skin"], np.uint8)
+    mask[half : half + 2, half : half + 4] = CELEBAMASK_HQ.index["nose"]
+    mask[: half + 1] = CELEBAMASK_HQ.index["hair"]
     return mask

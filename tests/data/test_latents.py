@@ -8,12 +8,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sisma_jax.config import DataConfig
-from sisma_jax.data import celebamask_hq, labels, latents, loading
+from sisma_jax.config import AutoencoderConfig, Config, DataConfig
+from sisma_jax.data import celebamask_hq, latents
+from sisma_jax.data.classes import CELEBAMASK_HQ
+from sisma_jax.data.dataset import DataSet, Share
+from sisma_jax.data.latents import LatentDataSet
 from sisma_jax.errors import InputError
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
-from sisma_jax.training.autoencoder import encoder_of
+from sisma_jax.runs.folder import RunFolder
+from sisma_jax.training import autoencoder as autoencoders
 from tests import interrupted
 from tests.data.raw_layout import write_label_maps
 from tests.data.test_shards import contents
@@ -43,21 +47,23 @@ def config_in(folder: Path) -> DataConfig:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> DataConfig:
+def dataset(tmp_path_factory) -> DataSet:
     folder = tmp_path_factory.mktemp("latents")
     write_label_maps(folder / "raw", range(NUM_TRAIN + NUM_TEST), SIZE)
-    data = config_in(folder)
-    loading.prepare(data)
-    latents.prepare(data, encoder())
-    return data
+    return DataSet.prepare(config_in(folder))
 
 
 @pytest.fixture(scope="module")
-def examples(config) -> dict[int, tuple[np.ndarray, np.ndarray]]:
+def encoded(dataset) -> LatentDataSet:
+    return LatentDataSet.prepare(dataset, encoder())
+
+
+@pytest.fixture(scope="module")
+def examples(dataset) -> dict[int, tuple[np.ndarray, np.ndarray]]:
     """Image and mask by id."""
     batches = [
-        *loading.eval_batches(config, "train", batch_size=9),
-        *loading.eval_batches(config, "test", batch_size=9),
+        *dataset.eval_batches("train", 9),
+        *dataset.eval_batches("test", 9),
     ]
     return {int(id): (b["image"][i], b["mask"][i]) for b in batches for i, id in enumerate(b["id"])}
 
@@ -67,7 +73,7 @@ def is_mirrored(example: dict, examples: dict) -> bool:
     image, mask = examples[int(example["id"])]
     mirrored = not np.array_equal(example["mask"], mask)
     if mirrored:
-        image, mask = image[:, ::-1], labels.flip_mask(mask)
+        image, mask = image[:, ::-1], CELEBAMASK_HQ.flip(mask)
     np.testing.assert_array_equal(example["mask"], mask)
     np.testing.assert_array_equal(example["moments"], moments_of(image[None])[0])
     return mirrored
@@ -77,9 +83,8 @@ def rows(batches) -> list[dict]:
     return [{key: batch[key][i] for key in batch} for batch in batches for i in range(len(batch["id"]))]
 
 
-def test_training_batches_are_latents_of_images_or_their_mirror_images(config, examples):
-    iterator = latents.train_iterator(config, "squares", batch_size=NUM_TRAIN, seed=0)
-    batches = list(itertools.islice(iterator, 12))
+def test_training_batches_are_latents_of_images_or_their_mirror_images(dataset, encoded, examples):
+    batches = list(itertools.islice(encoded.train_batches(NUM_TRAIN, 0), 12))
     assert {key: (x.shape, x.dtype) for key, x in batches[0].items()} == {
         "moments": ((NUM_TRAIN, 4, 4, 6), np.float16),
         "mask": ((NUM_TRAIN, SIZE, SIZE), np.uint8),
@@ -87,13 +92,23 @@ def test_training_batches_are_latents_of_images_or_their_mirror_images(config, e
     }
     assert all(sorted(batch["id"]) == list(range(NUM_TRAIN)) for batch in batches)
     assert 0.35 < np.mean([is_mirrored(row, examples) for row in rows(batches)]) < 0.65
-    still = latents.train_iterator(dataclasses.replace(config, flip=False), "squares", batch_size=8, seed=0)
+    unflipped = DataSet.open(dataclasses.replace(dataset.config, flip=False))
+    still = LatentDataSet.open(unflipped, "squares").train_batches(8, 0)
     assert not any(is_mirrored(row, examples) for row in rows(itertools.islice(still, 6)))
 
 
-def test_an_iterator_resumes_and_processes_share_its_batches(config):
+def test_they_are_described_as_the_data_set_is(dataset, encoded):
+    for one in (encoded, LatentDataSet.open(dataset, "squares")):
+        assert one.key == "moments"
+        assert one.path == encoded.path
+        assert one.path.parents[1] == Path(dataset.config.cache_dir) / "latents"
+        for name in ("config", "classes", "splits", "counts"):
+            assert getattr(one, name) == getattr(dataset, name)
+
+
+def test_an_iterator_resumes_and_processes_share_its_batches(encoded):
     def start(**share):
-        return latents.train_iterator(config, "squares", batch_size=8, seed=1, **share)
+        return encoded.train_batches(8, 1, **share)
 
     unbroken = rows(itertools.islice(start(), 9))
     iterator = start()
@@ -102,21 +117,22 @@ def test_an_iterator_resumes_and_processes_share_its_batches(config):
     resumed.set_state(iterator.get_state())
     np.testing.assert_equal(rows(itertools.islice(resumed, 8)), unbroken[8:])
     for parts, wanted in (((0, 1), (0, 1, 2, 3)), ((1, 3), (2, 3, 6, 7))):
-        share = loading.Share(parts, 4)
+        share = Share(parts, 4)
         shared = rows(itertools.islice(start(share=share), 9))
         np.testing.assert_equal(shared, [row for i, row in enumerate(unbroken) if i % 8 in wanted])
 
 
-def test_evaluation_passes_once_in_order(config, examples):
-    batches = list(latents.eval_batches(config, "squares", "train", batch_size=10, limit=12))
+def test_evaluation_passes_once_in_order(encoded, examples):
+    batches = list(encoded.eval_batches("train", 10, limit=12))
     assert [len(batch["id"]) for batch in batches] == [10, 2]
     assert [row["id"] for row in rows(batches)] == list(range(12))
     assert not any(is_mirrored(row, examples) for row in rows(batches))
+    assert [row["id"] for row in rows(encoded.eval_batches("test", 2, start=1, limit=3))] == [24, 25, 26]
 
 
-def test_what_lies_beside_them_tells_of_the_autoencoder_and_the_values(config, examples):
-    path = latents.prepare(config, encoder())
-    statistics = latents.read_statistics(path)
+def test_what_lies_beside_them_tells_of_the_autoencoder_and_the_values(dataset, encoded, examples):
+    statistics = LatentDataSet.open(dataset, "squares").statistics
+    assert statistics == encoded.statistics
     assert (statistics["autoencoder"], statistics["scale"], statistics["shift"]) == ("squares", 2.0, 0.5)
     mean, log_variance = np.split(
         np.stack([moments_of(examples[i][0][None])[0] for i in range(NUM_TRAIN)]).astype(float), 2, axis=-1
@@ -126,49 +142,52 @@ def test_what_lies_beside_them_tells_of_the_autoencoder_and_the_values(config, e
     np.testing.assert_allclose(statistics["standard_deviation"], drawn.std((0, 1, 2, 3)), rtol=0.01)
 
 
-def test_latents_of_another_autoencoder_are_refused(config, tmp_path):
+def test_latents_of_another_autoencoder_are_refused(dataset, encoded):
     with pytest.raises(InputError, match=r"no latents of celebamask_hq by this run's autoencoder \(other\).*`latents`"):
-        latents.train_iterator(config, "other", batch_size=1, seed=0)
-    path = latents.prepare(config, encoder())
+        LatentDataSet.open(dataset, "other")
+    path = encoded.path
     moved = path.parent.with_name(path.parent.name.replace("squares", "other")) / path.name
     moved.parent.mkdir()
     moved.symlink_to(path)
     with pytest.raises(InputError, match="holds latents of the autoencoder squares, this run has other"):
-        latents.eval_batches(config, "other", "test", batch_size=1)
+        LatentDataSet.open(dataset, "other")
     moved.unlink()
     moved.mkdir()
     with pytest.raises(InputError, match=r"latents.json cannot be read .*; delete"):
-        latents.eval_batches(config, "other", "test", batch_size=1)
+        LatentDataSet.open(dataset, "other")
     moved.rmdir()
     with pytest.raises(InputError, match="no split 'val'"):
-        latents.eval_batches(config, "squares", "val", batch_size=1)
+        encoded.eval_batches("val", 1)
 
 
-def test_they_are_made_once(config):
+def test_they_are_made_once(dataset, encoded):
     def fail(_: np.ndarray) -> np.ndarray:
         raise AssertionError("encodes again")
 
-    latents.prepare(config, encoder(encode=fail))
+    assert LatentDataSet.prepare(dataset, encoder(encode=fail)).path == encoded.path
 
 
-def test_a_damaged_shard_is_an_error_and_no_hang(config, tmp_path):
-    damaged = dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))
-    shutil.copytree(config.cache_dir, damaged.cache_dir)
+def test_a_damaged_shard_is_an_error_and_no_hang(dataset, encoded, tmp_path):
+    shutil.copytree(dataset.config.cache_dir, tmp_path / "cache")
+    damaged = DataSet.open(dataclasses.replace(dataset.config, cache_dir=str(tmp_path / "cache")))
     (shard,) = (tmp_path / "cache").glob("latents/*/*/latents-train.*")
     data = bytearray(shard.read_bytes())
     data[len(data) // 8 : len(data) // 4] = bytes(len(data) // 4 - len(data) // 8)
     shard.write_bytes(data)
-    iterator = latents.train_iterator(damaged, "squares", batch_size=NUM_TRAIN, seed=0)
+    iterator = LatentDataSet.open(damaged, "squares").train_batches(NUM_TRAIN, 0)
     with pytest.raises((IndexError, RuntimeError, ValueError)):
         next(iterator)
+
+
+AUTOENCODER = AutoencoderConfig(kind="kl", block_channels=(4, 8), norm_groups=4, encode_batch_size=4)
 
 
 def whole_way(folder: Path) -> None:
     """Prepares a raw folder and caches its latents, in shards so small that there are several."""
     celebamask_hq.FACES_PER_SHARD = latents.EXAMPLES_PER_SHARD = 6
     data = dataclasses.replace(config_in(folder), stored_size=SIZE)
-    loading.prepare(data)
-    latents.prepare(data, encoder_of(kl_weights.load(folder.parent / "autoencoder"), batch_size=4))
+    run = RunFolder(folder.parent, Config(data=data, autoencoder=AUTOENCODER))
+    LatentDataSet.prepare(DataSet.prepare(data), autoencoders.encoder(run))
 
 
 def count_files(folder: Path) -> int:
@@ -185,7 +204,9 @@ def test_killed_at_twenty_moments_the_whole_way_ends_with_the_bytes_of_an_unbrok
     write_label_maps(tmp_path / "unbroken" / "raw", range(60), 96)
     shutil.copytree(tmp_path / "unbroken" / "raw", tmp_path / "broken" / "raw")
     sizes = KlConfig(block_channels=(4, 8), layers_per_block=1, norm_groups=4)
-    kl_weights.save(KlAutoencoder(sizes, rngs=nnx.Rngs(0)), tmp_path / "autoencoder")
+    kl_weights.save(
+        KlAutoencoder(sizes, rngs=nnx.Rngs(0)), RunFolder(tmp_path, Config(autoencoder=AUTOENCODER)).autoencoder_path
+    )
     interrupted.run(functools.partial(whole_way, tmp_path / "unbroken"))
     # A little further each time, from before anything is written to the last shard, however fast the machine is.
     counts = np.linspace(0, count_files(tmp_path / "unbroken") - 1, 20).astype(int)

@@ -28,7 +28,7 @@ def fail(_: object) -> None:
     raise ZeroDivisionError("of a job")
 
 
-def data_set(pause: float = 0.0, damaged: tuple[int, ...] = (), **changes) -> shards.DataSet:
+def recipe(pause: float = 0.0, damaged: tuple[int, ...] = (), **changes) -> shards.ShardRecipe:
     starts, jobs = iter(np.cumsum([0, *LENGTHS["train"], *LENGTHS["test"]]).tolist()), {}
     for split, counts in LENGTHS.items():
         jobs[split] = [functools.partial(slow_records, next(starts), count, pause, damaged) for count in counts]
@@ -41,7 +41,7 @@ def data_set(pause: float = 0.0, damaged: tuple[int, ...] = (), **changes) -> sh
         "num_records": 28,
         "information": {"description": "Numbers."},
     }
-    return shards.DataSet(**(values | changes))
+    return shards.ShardRecipe(**(values | changes))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -49,11 +49,11 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def numbers(cache_dir: Path, split: str) -> list[int]:
-    return [int(record["number"]) for record in shards.read(data_set().path(cache_dir)).as_data_source(split)]
+    return [int(record["number"]) for record in shards.read(recipe().path(cache_dir)).as_data_source(split)]
 
 
 def build(cache_dir: Path, num_processes: int, pause: float = 0.0) -> None:
-    shards.build(data_set(pause), cache_dir, num_processes=num_processes)
+    shards.build(recipe(pause), cache_dir, num_processes=num_processes)
 
 
 @pytest.mark.parametrize("num_processes", [0, 1, 3])
@@ -81,15 +81,15 @@ def test_what_is_finished_is_not_made_again(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        shards.build(data_set(finish=stop), tmp_path, num_processes=0)
+        shards.build(recipe(finish=stop), tmp_path, num_processes=0)
     jobs = {split: [functools.partial(fail, None)] * len(counts) for split, counts in LENGTHS.items()}
-    shards.build(data_set(jobs=jobs), tmp_path, num_processes=0)
+    assert shards.build(recipe(jobs=jobs), tmp_path, num_processes=0) == recipe().path(tmp_path)
     assert numbers(tmp_path, "train") == list(range(22))
 
 
 def test_a_process_that_is_killed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(shards.sys, "executable", "false")
-    with pytest.raises(InputError, match=r"wrote numbers-train.* ended with code 1.* goes on where"):
+    with pytest.raises(InputError, match=r"wrote numbers-train.* ended with code 1.* resumes where"):
         build(tmp_path, 2)
     monkeypatch.undo()
     build(tmp_path, 0)
@@ -99,26 +99,32 @@ def test_a_process_that_is_killed_is_an_error(tmp_path, monkeypatch):
 def test_an_error_of_a_job_comes_out_of_its_process(tmp_path):
     jobs = {"train": [functools.partial(fail, None)]}
     with pytest.raises(ZeroDivisionError, match="of a job"):
-        shards.build(data_set(jobs=jobs), tmp_path, num_processes=2)
+        shards.build(recipe(jobs=jobs), tmp_path, num_processes=2)
 
 
 @pytest.mark.parametrize("num_processes", [0, 2])
 def test_damaged_records_are_named_at_the_end_or_left_out(tmp_path, num_processes, caplog):
-    damaged = data_set(damaged=(0, 7, 25))
+    damaged = recipe(damaged=(0, 7, 25))
     with pytest.raises(InputError, match=r"(?s)3 examples cannot be made:.* 0 is.* 7 is.* 25 is damaged.*skip_damaged"):
         shards.build(damaged, tmp_path, num_processes=num_processes)
     shards.build(damaged, tmp_path, num_processes=num_processes, skip_damaged=True)
-    assert "3 examples were left out" in caplog.text
+    assert "3 examples are left out" in caplog.text
     assert numbers(tmp_path, "train") == [n for n in range(22) if n not in (0, 7)]
     assert numbers(tmp_path, "test") == [22, 23, 24, 26, 27]
     assert len((damaged.path(tmp_path) / shards.SKIPPED_NAME).read_text().splitlines()) == 3
+    # The complete data set tells of them again.
+    with pytest.raises(InputError, match=r"(?s)3 examples cannot be made:.* 0 is.* 7 is.* 25 is damaged.*skip_damaged"):
+        shards.build(damaged, tmp_path, num_processes=num_processes)
+    caplog.clear()
+    shards.build(damaged, tmp_path, num_processes=num_processes, skip_damaged=True)
+    assert "3 examples are left out" in caplog.text
 
 
 def test_of_many_damaged_records_a_file_names_all(tmp_path):
     with pytest.raises(
         InputError, match=r"(?s)28 examples .* 9 is damaged\n  and 18 more: all are named in /"
     ) as error:
-        shards.build(data_set(damaged=tuple(range(28))), tmp_path, num_processes=0)
+        shards.build(recipe(damaged=tuple(range(28))), tmp_path, num_processes=0)
     file = Path(str(error.value).split("named in ")[1].split()[0])
     assert len(file.read_text().splitlines()) == 28
     file.unlink()

@@ -4,10 +4,11 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from sisma_jax.data.labels import INDEX
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import labels, loading, shards, synthetic_faces
+from sisma_jax.data import shards, synthetic_faces
+from sisma_jax.data.classes import CELEBAMASK_HQ
+from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.drawing import draw_face
 
 SIZE = 64
@@ -20,7 +21,7 @@ def faces() -> list[tuple[np.ndarray, np.ndarray]]:
 
 def majority_of_blocks(mask: np.ndarray) -> np.ndarray:
     """The most frequent class in each block of 2 × 2 pixels."""
-    one_hot = np.eye(labels.NUM_CLASSES, dtype=int)[mask]
+    one_hot = np.eye(len(CELEBAMASK_HQ), dtype=int)[mask]
     return (one_hot[::2, ::2] + one_hot[1::2, ::2] + one_hot[::2, 1::2] + one_hot[1::2, 1::2]).argmax(-1)
 
 
@@ -52,23 +53,25 @@ def test_images_and_masks_have_the_size_asked_for(size):
     assert image.shape == (size, size, 3)
     assert mask.shape == (size, size)
     assert image.dtype == mask.dtype == np.uint8
-    labels.check_mask(mask, "drawn")
+    CELEBAMASK_HQ.check(mask, "drawn")
 
 
 def test_every_class_is_drawn(faces):
-    assert set(np.unique([mask for _, mask in faces])) == set(range(labels.NUM_CLASSES))
+    assert set(np.unique([mask for _, mask in faces])) == set(range(len(CELEBAMASK_HQ)))
 
 
 def test_every_face_shows_its_inner_parts(faces):
     for _, mask in faces:
-        assert {INDEX[name] for name in ("background", "skin", "nose", "u_lip", "l_lip")} <= set(np.unique(mask))
+        assert {CELEBAMASK_HQ.index[name] for name in ("background", "skin", "nose", "u_lip", "l_lip")} <= set(
+            np.unique(mask)
+        )
 
 
 def test_sides_are_the_subjects_own(faces):
-    for left, right in labels.LEFT_RIGHT_PAIRS:
+    for left, right in CELEBAMASK_HQ.mirrored:
         seen = 0
         for _, mask in faces:
-            columns = [np.flatnonzero((mask == INDEX[name]).any(0)) for name in (left, right)]
+            columns = [np.flatnonzero((mask == CELEBAMASK_HQ.index[name]).any(0)) for name in (left, right)]
             if all(map(len, columns)):
                 seen += 1
                 assert columns[0].mean() > columns[1].mean()
@@ -84,7 +87,7 @@ def test_parts_lie_as_in_celebamask_hq(faces):
         ("l_lip", 0.495, 0.764, 0.0068),
         ("skin", 0.500, 0.550, 0.2542),
     ]:
-        _, rows, columns = np.nonzero(np.stack([mask for _, mask in faces]) == INDEX[name])
+        _, rows, columns = np.nonzero(np.stack([mask for _, mask in faces]) == CELEBAMASK_HQ.index[name])
         assert columns.mean() / SIZE == pytest.approx(x, abs=0.02)
         assert rows.mean() / SIZE == pytest.approx(y, abs=0.02)
         assert len(rows) / (len(faces) * SIZE**2) == pytest.approx(area, rel=0.25)
@@ -110,17 +113,18 @@ def test_the_mask_fits_the_image(faces):
 def test_small_parts_differ_from_the_skin_around_them(faces):
     for name in ("l_eye", "r_eye", "l_brow", "r_brow", "mouth", "u_lip"):
         distances = [
-            np.abs(image[mask == INDEX[name]].mean(0) - image[mask == INDEX["skin"]].mean(0)).max()
+            np.abs(
+                image[mask == CELEBAMASK_HQ.index[name]].mean(0) - image[mask == CELEBAMASK_HQ.index["skin"]].mean(0)
+            ).max()
             for image, mask in faces
-            if (mask == INDEX[name]).sum() > 3
+            if (mask == CELEBAMASK_HQ.index[name]).sum() > 3
         ]
         assert np.median(distances) > 20
 
 
 def test_shards_keep_masks_exact_without_tensorflow(tmp_path):
     config = DataConfig(cache_dir=str(tmp_path), image_size=32, num_train=5, num_test=3)
-    loading.prepare(config)
-    builder = shards.read(loading.location(config))
+    builder = shards.read(DataSet.prepare(config).path)
     train, test = (list(builder.as_data_source(split)) for split in ("train", "test"))
     assert "tensorflow" not in sys.modules
     assert [record["id"] for record in train + test] == list(range(8))
@@ -133,6 +137,6 @@ def test_shards_keep_masks_exact_without_tensorflow(tmp_path):
 def test_each_selection_has_a_name_of_its_own():
     config = DataConfig()
     changes = [{}, {"image_size": 128}, {"num_train": 5}, {"num_test": 5}]
-    variants = {synthetic_faces.dataset(dataclasses.replace(config, **change)).variant for change in changes}
+    variants = {synthetic_faces.recipe(dataclasses.replace(config, **change)).variant for change in changes}
     assert len(variants) == len(changes)
     assert f"size64_train{config.num_train}_test{config.num_test}_seed0" in variants

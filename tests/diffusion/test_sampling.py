@@ -1,51 +1,52 @@
-import hypothesis
-import hypothesis.strategies as st
+"""From masks to images: what changes them and what does not, and how the settings pass through `jax.jit`."""
+
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from sisma_jax.config import Sampling
 from sisma_jax.diffusion import sampling
 from sisma_jax.diffusion.solvers import SOLVERS
-from sisma_jax.models.autoencoder import IdentityAutoencoder
-from tests.models.test_sisma import make_model
+from sisma_jax.models.autoencoder import IdentityAutoencoder, to_uint8
+from sisma_jax.models.denoiser import Denoiser
+from tests.models.test_denoiser import NUM_CLASSES, make_model
 
-MASK = jax.random.randint(jax.random.key(3), (3, 8, 8), 0, 19).astype(jnp.uint8)
+MASK = jax.random.randint(jax.random.key(3), (3, 8, 8), 0, NUM_CLASSES).astype(jnp.uint8)
 KEYS = jax.random.split(jax.random.key(0), 3)
 
 
 GRAPH, PARAMS = nnx.split(make_model())
 
 
-def paint(
-    keys=KEYS, mask=MASK, guidance=1.0, prediction="data", steps=3, solver="euler", image=None, region=None, **settings
-):
-    @jax.jit
-    def sample(params, keys, mask, traced_guidance, settings):
-        return sampling.sample(
-            nnx.merge(GRAPH, params),
-            keys,
-            mask,
-            autoencoder=IdentityAutoencoder(),
-            prediction=prediction,
-            steps=steps,
-            solver=solver,
-            guidance=guidance if isinstance(guidance, float) and guidance == 1 else traced_guidance,
-            image=None if image is None else jnp.asarray(image),
-            region=None if region is None else jnp.asarray(region),
-            **settings,
-        )
-
-    return np.asarray(sample(PARAMS, keys, mask, jnp.float32(guidance), jax.tree.map(jnp.float32, settings)))
+def sample(params, keys, mask, settings, *, prediction="data", image=None, region=None):
+    return sampling.sample(
+        nnx.merge(GRAPH, params),
+        keys,
+        {"mask": mask},
+        settings,
+        autoencoder=IdentityAutoencoder(),
+        prediction=prediction,
+        image=image,
+        region=region,
+    )
 
 
-def test_bytes_and_floats_are_inverse():
-    image = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
-    assert float(sampling.from_uint8(image).min()) == -1
-    assert float(sampling.from_uint8(image).max()) == 1
-    np.testing.assert_array_equal(sampling.to_uint8(sampling.from_uint8(image)), image)
-    np.testing.assert_array_equal(sampling.to_uint8(jnp.full((1, 1, 1, 3), 1.7)), 255)
+jit_sample = jax.jit(sample, static_argnames="prediction")
+
+
+def paint(keys=KEYS, mask=MASK, settings=None, prediction="data", image=None, region=None, **values):
+    settings = settings or Sampling(**({"steps": 3, "guidance": 1.0} | values))
+    return np.asarray(jit_sample(PARAMS, keys, mask, settings, prediction=prediction, image=image, region=region))
+
+
+def traced_guidance(scale: float, **values) -> Sampling:
+    """Settings that are guided whatever the scale."""
+    guided = Sampling(**({"steps": 3, "guidance": 2.0} | values))
+    return jax.tree.map(lambda x: scale if x == 2.0 else x, guided)
 
 
 @pytest.mark.parametrize(("prediction", "solver"), [("velocity", "euler"), *(("data", solver) for solver in SOLVERS)])
@@ -55,7 +56,7 @@ def test_samples_are_images_and_depend_on_key_and_mask(prediction, solver):
     assert base.dtype == np.uint8
     np.testing.assert_array_equal(base, paint(prediction=prediction, solver=solver))
     assert (base != paint(keys=KEYS[::-1], prediction=prediction, solver=solver)).any()
-    assert (base != paint(mask=(MASK + 1) % 19, prediction=prediction, solver=solver)).any()
+    assert (base != paint(mask=(MASK + 1) % NUM_CLASSES, prediction=prediction, solver=solver)).any()
 
 
 def test_an_image_does_not_depend_on_its_batch():
@@ -67,120 +68,128 @@ def test_an_image_does_not_depend_on_its_batch():
 
 def test_guidance_one_as_number_and_as_array_agree():
     one = paint(guidance=1.0).astype(int)
-    traced = paint(guidance=jnp.float32(1.0)).astype(int)
-    assert np.abs(one - traced).max() <= 1
+    traced = traced_guidance(jnp.float32(1.0))
+    assert traced.is_guided
+    assert np.abs(one - paint(settings=traced)).max() <= 1
 
 
 def test_guidance_zero_ignores_the_mask_and_more_guidance_moves_away():
-    np.testing.assert_array_equal(paint(guidance=0.0), paint(guidance=0.0, mask=(MASK + 1) % 19))
+    np.testing.assert_array_equal(paint(guidance=0.0), paint(guidance=0.0, mask=(MASK + 1) % NUM_CLASSES))
     assert (paint(guidance=1.0) != paint(guidance=4.0)).any()
 
 
-def test_guided_velocity_is_the_extrapolation():
-    features, null = jnp.ones((2, 1, 1, 4)), jnp.zeros((2, 1, 1, 4))
-
-    def denoise(x, t, features):
-        return x * features.mean() if features.shape[0] == x.shape[0] == 2 else x + features[:, :, :, :1]
-
-    x, t = jnp.ones((2, 2, 2, 1)), jnp.zeros((2,))
-    velocity = sampling.guided(denoise, features, null, 3.0)(x, t)
-    # With the mask 2, without it 1: 1 + 3 (2 - 1).
-    np.testing.assert_allclose(velocity, 4.0)
-
-
-def toy_denoise(x, t, features):
-    """A velocity that is not linear in any of its arguments and differs from pixel to pixel."""
-    ramp = jnp.linspace(0.0, 1.0, x[0].size).reshape(1, *x.shape[1:])
-    return jnp.sin(3 * x * ramp) + jnp.cos(t)[:, None, None, None] + features[:, :, :, :1] * ramp
-
-
-FEATURES, NULL = jnp.linspace(0.5, 1.5, 3).reshape(3, 1, 1, 1), jnp.zeros((3, 1, 1, 1))
-X, T = jax.random.normal(jax.random.key(1), (3, 4, 4, 3)), jnp.array([0.0, 0.4, 0.95])
-
-
-@jax.jit
-def guide(scale, low=0.0, high=1.0, rescale=0.0, x=X, t=T, features=FEATURES, null=NULL):
-    return sampling.guided(toy_denoise, features, null, scale, interval=(low, high), rescale=rescale)(x, t)
-
-
-@jax.jit
-def guide_plainly(scale):
-    with_mask, without_mask = toy_denoise(X, T, FEATURES), toy_denoise(X, T, NULL)
-    return without_mask + scale * (with_mask - without_mask), with_mask
-
-
-scales, fractions = st.floats(0, 10, width=32), st.floats(0, 1, width=32)
-
-
-@hypothesis.given(scales)
-def test_without_interval_and_rescaling_guidance_is_plain(scale):
-    np.testing.assert_allclose(guide(scale), guide_plainly(scale)[0], atol=1e-5)
-
-
-@hypothesis.given(fractions)
-def test_guidance_of_scale_one_is_conditional_however_rescaled(rescale):
-    # The extrapolation rounds, and so does the rescaling, whose error is divided by 1 - t = 0.05 at the last time.
-    np.testing.assert_allclose(guide(1.0, rescale=rescale), guide_plainly(1.0)[1], atol=2e-5)
-
-
-@hypothesis.given(scales, fractions, fractions, fractions)
-def test_outside_the_interval_guidance_is_conditional_to_the_last_bit(scale, low, high, rescale):
-    got = guide(scale, low, high, rescale)
-    everywhere, conditional = guide(scale, rescale=rescale), guide(scale, 0.5, 0.5)
-    for i, t in enumerate(T):
-        np.testing.assert_array_equal(got[i], everywhere[i] if low <= t < high else conditional[i])
-
-
-def test_an_empty_interval_is_conditional():
-    # To rounding: the network runs in batches of another size.
-    np.testing.assert_allclose(guide(7.0, 0.4, 0.4, 0.5), guide_plainly(1.0)[1], atol=1e-6)
-    # Each end of [low, high) at the time 0.4 itself.
-    assert (guide(7.0, T[1], 1.0)[1] != guide(1.0)[1]).any()
-    np.testing.assert_array_equal(guide(7.0, 0.0, T[1])[1], guide(7.0, 0.0, 0.0)[1])
-
-
-@hypothesis.given(scales, fractions)
-def test_rescaling_brings_the_deviation_of_the_data_estimate_back(scale, rescale):
-    remaining = (1 - T)[:, None, None, None]
-    plain, conditional = guide_plainly(scale)
-    deviation = [np.std(X + remaining * v, axis=(1, 2, 3)) for v in (guide(scale, rescale=rescale), plain, conditional)]
-    np.testing.assert_allclose(deviation[0], rescale * deviation[2] + (1 - rescale) * deviation[1], rtol=1e-4)
-
-
-@hypothesis.given(scales)
-def test_no_rescaling_changes_no_bit(scale):
-    with_mask, without_mask = guide_plainly(1.0)[1], toy_denoise(X, T, NULL)
-    extrapolated = without_mask + scale * (with_mask - without_mask)
-    np.testing.assert_array_equal(sampling._rescaled(extrapolated, with_mask, X, T, 0.0), extrapolated)
-
-
-def test_a_constant_estimate_is_rescaled_without_division_by_zero():
-    # The network says all-grey at every pixel: no deviation to bring back, none to divide by.
-    grey = -X / (1 - T)[:, None, None, None]
-    assert np.isfinite(sampling._rescaled(grey, grey, X, T, 1.0)).all()
-
-
-@hypothesis.settings(max_examples=25)
-@hypothesis.given(scales, fractions, fractions, fractions, st.integers(0, 2))
-def test_guidance_does_not_mix_examples(scale, low, high, rescale, i):
-    together = guide(scale, low, high, rescale)[i : i + 1]
-    one = slice(i, i + 1)
-    alone = guide(scale, low, high, rescale, x=X[one], t=T[one], features=FEATURES[one], null=NULL[one])
-    # Velocities to 40 here, and the same rounding as above.
-    np.testing.assert_allclose(together, alone, rtol=1e-5, atol=2e-5)
-
-
-def test_every_setting_changes_the_samples_and_its_neutral_value_does_not():
-    settings = {"shift": 1.0, "guidance_interval": (0.0, 1.0), "guidance_rescale": 0.0}
-    neutral = paint(guidance=4.0, **settings)
-    # One level of 255: traced values may be compiled to sums in another order.
-    assert np.abs(paint(guidance=4.0).astype(int) - neutral).max() <= 1
-    for changed in ({"shift": 4.0}, {"guidance_interval": (0.0, 0.5)}, {"guidance_rescale": 1.0}):
-        assert (neutral != paint(guidance=4.0, **(settings | changed))).any(), changed
+def test_every_setting_changes_the_samples():
+    neutral = paint(guidance=4.0)
+    for changed in ({"shift": 4.0}, {"guidance_high": 0.5}, {"guidance_low": 0.5}, {"guidance_rescale": 1.0}):
+        assert (neutral != paint(guidance=4.0, **changed)).any(), changed
 
 
 def test_an_empty_interval_paints_the_conditional_samples():
-    unguided = paint(guidance=1.0).astype(int)
-    assert (
-        np.abs(unguided - paint(guidance=4.0, guidance_interval=(0.5, 0.5), guidance_rescale=0.7, shift=1.0)).max() <= 1
-    )
+    empty = {"guidance_low": 0.5, "guidance_high": 0.5, "guidance_rescale": 0.7}
+    np.testing.assert_array_equal(paint(guidance=4.0, **empty), paint(guidance=1.0))
+    # Where the program does not know, to rounding.
+    guided = traced_guidance(jnp.float32(4.0), guidance_low=0.25, guidance_high=0.75)
+    emptied = jax.tree.map(lambda x: 0.5 if x in (0.25, 0.75) else x, guided)
+    assert emptied.is_guided
+    assert np.abs(paint(guidance=1.0).astype(int) - paint(settings=emptied)).max() <= 1
+
+
+GUIDED = Sampling(
+    steps=7, solver="heun", shift=3.0, guidance=2.5, guidance_low=0.1, guidance_high=0.8, guidance_rescale=0.3
+)
+
+
+@pytest.mark.parametrize("settings", [Sampling(), GUIDED, Sampling(guidance=1.0, shift=2.0, guidance_rescale=0.5)])
+def test_settings_are_a_pytree(settings):
+    mapped = jax.tree.map(lambda x: x, settings)
+    assert mapped == settings
+    assert jax.tree.structure(mapped) == jax.tree.structure(settings)
+    assert len(jax.tree.leaves(settings)) == (5 if settings.is_guided else 4)
+    seen = jax.eval_shape(lambda settings: settings, settings)
+    assert (seen.steps, seen.solver, seen.is_guided) == (settings.steps, settings.solver, settings.is_guided)
+
+
+def test_what_concerns_the_caller_alone_is_no_part_of_the_pytree():
+    one, other = (dataclasses.replace(GUIDED, batch_size=n, seed=n) for n in (3, 5))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    mapped = jax.tree.map(lambda x: x, one)
+    assert (mapped.batch_size, mapped.seed) == (Sampling().batch_size, Sampling().seed)
+
+
+def test_any_leaf_passes_through_the_pytree():
+    for leaf in (object(), None, jnp.zeros(3), "a", 1e9, float("nan")):
+        leaves, structure = jax.tree.flatten(GUIDED)
+        settings = jax.tree.unflatten(structure, [leaf] * len(leaves))
+        assert settings.guidance is leaf
+        assert settings.steps == 7
+    batched = jax.vmap(lambda settings: settings.shift + settings.guidance, in_axes=0)
+    np.testing.assert_array_equal(batched(jax.tree.map(lambda x: jnp.full(2, x), GUIDED)), [5.5, 5.5])
+
+
+def test_unguided_settings_are_those_of_scale_one():
+    empty = Sampling(guidance=4.0, guidance_low=0.5, guidance_high=0.5)
+    assert jax.tree.structure(empty) == jax.tree.structure(Sampling(guidance=1.0))
+    assert jax.tree.map(lambda x: x, empty) == dataclasses.replace(empty, guidance=1.0)
+
+
+def test_other_values_need_no_other_program_and_other_structures_do():
+    traces = []
+
+    @jax.jit
+    def run(settings):
+        traces.append(settings)
+        return settings.shift + settings.guidance
+
+    one = [{}, {"shift": 4.0}, {"guidance": 3.0}, {"guidance_low": 0.2}, {"guidance_high": 0.7}]
+    one += [{"guidance_rescale": 0.5}, {"guidance": 3, "shift": 2}, {"seed": 1}, {"batch_size": 3}]
+    others = [{"steps": 3}, {"solver": "euler"}, {"guidance": 1.0}]
+    for values in one:
+        run(dataclasses.replace(GUIDED, **values))
+        assert len(traces) == 1, values
+    for count, values in enumerate(others, start=2):
+        run(dataclasses.replace(GUIDED, **values))
+        assert len(traces) == count, values
+    # Not guided either, and of the same structure.
+    run(dataclasses.replace(GUIDED, guidance=1.0, shift=2.0))
+    run(dataclasses.replace(GUIDED, guidance_low=0.8))
+    assert len(traces) == 4
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_jitted_samples_are_those_without_jit(guidance):
+    settings = dataclasses.replace(GUIDED, steps=2, guidance=guidance)
+    plain = sample(PARAMS, KEYS, MASK, settings)
+    assert np.abs(paint(settings=settings).astype(int) - plain).max() <= 1
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(1.0, 3), (2.0, 6)])
+def test_unguided_steps_evaluate_the_network_with_the_mask_alone(guidance, rows, monkeypatch):
+    batches = []
+    call = Denoiser.__call__
+
+    def counted(self, xt, t, condition):
+        batches.append(len(xt))
+        return call(self, xt, t, condition)
+
+    monkeypatch.setattr(Denoiser, "__call__", counted)
+    jax.eval_shape(lambda settings: sample(PARAMS, KEYS, MASK, settings), Sampling(guidance=guidance))
+    assert set(batches) == {rows}
+
+
+def test_samples_are_the_same_under_x64():
+    plain = paint(settings=GUIDED)
+    with jax.enable_x64(True):
+        # Whatever the type of numbers that reach it.
+        wide = jit_sample(PARAMS, KEYS, MASK, GUIDED)
+        as_arrays = jit_sample(PARAMS, KEYS, MASK, jax.tree.map(jnp.float32, GUIDED))
+    assert wide.dtype == np.uint8
+    np.testing.assert_array_equal(wide, plain)
+    np.testing.assert_array_equal(as_arrays, plain)
+
+
+def test_latents_stay_float32_under_x64(monkeypatch):
+    seen = []
+    monkeypatch.setattr(sampling, "to_uint8", lambda image: seen.append(image.dtype) or to_uint8(image))
+    with jax.enable_x64(True):
+        jax.eval_shape(lambda settings: sample(PARAMS, KEYS, MASK, settings), GUIDED)
+    assert seen == [jnp.float32]

@@ -64,9 +64,8 @@ def test_order_of_convergence(solver, order, shift):
         exact = jax.nn.sigmoid(jax.scipy.special.logit(x0) + jnp.sin(3.0))
 
         def error(steps):
-            got = integrate(
-                lambda x, t: 3 * jnp.cos(3 * broadcast(t)) * x * (1 - x), x0, time_grid(steps, shift), solver
-            )
+            times = time_grid(steps, shift).astype(jnp.float64)
+            got = integrate(lambda x, t: 3 * jnp.cos(3 * broadcast(t)) * x * (1 - x), x0, times, solver)
             assert got.dtype == jnp.float64
             return float(jnp.abs(got - exact).max())
 

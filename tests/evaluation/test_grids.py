@@ -2,17 +2,21 @@ import cv2
 import numpy as np
 import pytest
 
-from sisma_jax.data import labels
+from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.evaluation import grids
 from sisma_jax.evaluation.grids import HEADER_HEIGHT, SEPARATOR
 
 COUNT, SAMPLES, HEIGHT, WIDTH = 3, 2, 10, 16
 
 
+def sample_grid(*images, **options):
+    return grids.sample_grid(*images, classes=CELEBAMASK_HQ, **options)
+
+
 @pytest.fixture
 def faces():
     generator = np.random.default_rng(0)
-    masks = generator.integers(0, labels.NUM_CLASSES, (COUNT, HEIGHT, WIDTH)).astype(np.uint8)
+    masks = generator.integers(0, len(CELEBAMASK_HQ), (COUNT, HEIGHT, WIDTH)).astype(np.uint8)
     samples = generator.integers(0, 255, (COUNT, SAMPLES, HEIGHT, WIDTH, 3)).astype(np.uint8)
     originals = generator.integers(0, 255, (COUNT, HEIGHT, WIDTH, 3)).astype(np.uint8)
     return masks, samples, originals
@@ -27,10 +31,10 @@ def cell(grid, row, column, scale):
 @pytest.mark.parametrize("scale", [1, 3])
 def test_cells_are_mask_samples_original(faces, scale):
     masks, samples, originals = faces
-    grid = grids.sample_grid(masks, samples, originals, scale=scale)
+    grid = sample_grid(masks, samples, originals, scale=scale)
     assert grid.dtype == np.uint8
     for row in range(COUNT):
-        expected = [labels.colorize(masks[row]), *samples[row], originals[row]]
+        expected = [CELEBAMASK_HQ.colorize(masks[row]), *samples[row], originals[row]]
         for column, image in enumerate(expected):
             shown = cell(grid, row, column, scale)
             for offset in range(scale):
@@ -39,7 +43,7 @@ def test_cells_are_mask_samples_original(faces, scale):
 
 def test_everything_between_the_cells_is_white(faces):
     masks, samples, originals = faces
-    grid = grids.sample_grid(masks, samples, originals, scale=2)
+    grid = sample_grid(masks, samples, originals, scale=2)
     for row in range(COUNT):
         for column in range(SAMPLES + 2):
             cell(grid, row, column, 2)[:] = 255
@@ -52,7 +56,7 @@ def test_everything_between_the_cells_is_white(faces):
 
 
 def test_the_header_titles_the_mask_the_samples_and_the_original(faces):
-    grid = grids.sample_grid(*faces, scale=4)
+    grid = sample_grid(*faces, scale=4)
     column_step = 4 * WIDTH + SEPARATOR
     has_ink = [(grid[:HEADER_HEIGHT, j * column_step : (j + 1) * column_step] < 128).any() for j in range(SAMPLES + 2)]
     assert has_ink == [True, True, False, True]
@@ -60,8 +64,8 @@ def test_the_header_titles_the_mask_the_samples_and_the_original(faces):
 
 def test_without_originals_there_is_no_column_for_them(faces):
     masks, samples, originals = faces
-    narrow = grids.sample_grid(masks, samples, None, scale=2)
-    wide = grids.sample_grid(masks, samples, originals, scale=2)
+    narrow = sample_grid(masks, samples, None, scale=2)
+    wide = sample_grid(masks, samples, originals, scale=2)
     np.testing.assert_array_equal(narrow, wide[:, : narrow.shape[1]])
     assert wide.shape[1] - narrow.shape[1] == 2 * WIDTH + SEPARATOR
 
@@ -69,13 +73,13 @@ def test_without_originals_there_is_no_column_for_them(faces):
 def test_images_that_do_not_belong_to_the_masks_are_refused(faces):
     masks, samples, originals = faces
     with pytest.raises(ValueError, match="samples must be"):
-        grids.sample_grid(masks, samples[:1], originals)
+        sample_grid(masks, samples[:1], originals)
     with pytest.raises(ValueError, match="samples must be"):
-        grids.sample_grid(masks, samples[:, :0], originals)
+        sample_grid(masks, samples[:, :0], originals)
     with pytest.raises(ValueError, match="originals must be"):
-        grids.sample_grid(masks, samples, originals[:, :-1])
+        sample_grid(masks, samples, originals[:, :-1])
     with pytest.raises(ValueError, match="scale"):
-        grids.sample_grid(masks, samples, originals, scale=0)
+        sample_grid(masks, samples, originals, scale=0)
 
 
 def test_a_saved_picture_reads_back_the_same(faces, tmp_path):

@@ -14,9 +14,10 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from sisma_jax.errors import InputError
+from sisma_jax.models import autoencoder as autoencoders
 from sisma_jax.models import kl_weights
-from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
-from tests.models.test_sisma import random_params
+from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig, from_uint8, to_uint8
+from tests.models.test_denoiser import random_params
 
 GOLDEN = Path(__file__).parent / "golden" / "kl_autoencoder.npz"
 
@@ -39,6 +40,14 @@ def save(folder: Path, model: str, weights: dict[str, np.ndarray] | None = None)
     contents = weights_of(model) if weights is None else weights
     safetensors.numpy.save_file(contents, folder / "diffusion_pytorch_model.safetensors")
     return folder
+
+
+def test_bytes_and_floats_are_inverse():
+    image = jnp.arange(256, dtype=jnp.uint8).reshape(1, 16, 16, 1).repeat(3, axis=-1)
+    assert float(from_uint8(image).min()) == -1
+    assert float(from_uint8(image).max()) == 1
+    np.testing.assert_array_equal(to_uint8(from_uint8(image)), image)
+    np.testing.assert_array_equal(to_uint8(jnp.full((1, 1, 1, 3), 1.7)), 255)
 
 
 def jitted(method):
@@ -123,7 +132,7 @@ def test_without_a_configuration_the_scale_is_stable_diffusions(tmp_path):
         kl_weights.load(tmp_path)
 
 
-def test_what_cannot_be_loaded_is_named_with_the_mend(tmp_path):
+def test_what_cannot_be_loaded_is_named_with_the_cure(tmp_path):
     with pytest.raises(InputError, match=r"absent do not exist.*sd-vae-ft-mse"):
         kl_weights.load(tmp_path / "absent")
     folder = save(tmp_path / "vae", "sd")
@@ -154,6 +163,29 @@ def test_what_cannot_be_loaded_is_named_with_the_mend(tmp_path):
     (folder / "config.json").write_text('{"act_fn": "relu"}')
     with pytest.raises(InputError, match="act_fn = 'relu', which is not implemented"):
         kl_weights.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("field", "values", "wanted"),
+    [
+        ("scaling_factor", ("null", '"0.2"', "0", "-1", "NaN", "Infinity", "true", "[1]"), "a positive number"),
+        ("norm_num_groups", ("null", '"4"', "0", "-4", "4.0", "true"), "a positive integer"),
+        ("shift_factor", ('"0"', "NaN", "false", "[0]"), "a number or null"),
+    ],
+)
+def test_a_value_of_the_configuration_that_makes_no_sense_is_named(field, values, wanted, tmp_path):
+    file = save(tmp_path, "sd") / "config.json"
+    good = json.loads(file.read_text())
+    for value in values:
+        file.write_text(json.dumps(good | {field: "VALUE"}).replace('"VALUE"', value))
+        with pytest.raises(InputError, match=rf"config\.json has {field} = .*, want {wanted}"):
+            kl_weights.load(tmp_path)
+    for text in ("[]", "1", "null"):
+        file.write_text(text)
+        with pytest.raises(InputError, match=r"config\.json is not a JSON object"):
+            kl_weights.load(tmp_path)
+    file.write_text(json.dumps(good | {"shift_factor": None}))
+    assert kl_weights.load(tmp_path).config.shift == 0
 
 
 TINY = KlConfig(block_channels=(8, 8), layers_per_block=1, norm_groups=4)
@@ -195,6 +227,19 @@ def test_tiles_pass_smoothly_into_each_other_and_small_latents_are_whole():
     assert steps(tiled) < 1.2 * steps(whole)
     with pytest.raises(ValueError, match=r"overlap must be in 0\.\.7"):
         autoencoder.decode_in_tiles(latent, 8, 8)
+
+
+def test_large_latents_are_decoded_in_tiles(monkeypatch):
+    autoencoder = make_autoencoder()
+    latent = jax.random.normal(jax.random.key(0), (1, 24, 10, 4))
+    whole, tiled = (
+        jitted(decode)(latent) for decode in (autoencoder.decode, lambda x: autoencoder.decode_in_tiles(x, 12, 3))
+    )
+    monkeypatch.setattr(autoencoders, "DECODE_TILE", 24)
+    np.testing.assert_array_equal(jitted(lambda x: autoencoder.decode(x))(latent), whole)
+    monkeypatch.setattr(autoencoders, "DECODE_TILE", 12)
+    np.testing.assert_array_equal(jitted(lambda x: autoencoder.decode(x))(latent), tiled)
+    assert (tiled != whole).any()
 
 
 def test_an_autoencoder_can_be_trained():

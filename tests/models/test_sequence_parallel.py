@@ -14,13 +14,14 @@ from flax import nnx
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from sisma_jax.config import MeshConfig, ModelConfig
+from sisma_jax.config import MeshConfig, ModelConfig, Sampling
 from sisma_jax.diffusion.sampling import sample
 from sisma_jax.models.autoencoder import IdentityAutoencoder
+from sisma_jax.models.condition import Condition
 from sisma_jax.models.mamba import SelfMamba
 from sisma_jax.models.scan_orders import ORDERS, paths_of_layers
 from sisma_jax.parallel import sharding
-from tests.models.test_sisma import TINY, make_inputs, make_model, random_params
+from tests.models.test_denoiser import TINY, make_inputs, make_model, random_params
 from tests.tpu import tpu_devices
 
 # Two layers have an order along rows and one along columns.
@@ -75,7 +76,7 @@ def test_mixers_of_all_orders_are_those_of_one_device():
 
     @jax.jit
     def results(params, x, paths):
-        y, vjp = jax.vjp(lambda params, x: nnx.merge(graph, params)(x, paths), params, x)
+        y, vjp = jax.vjp(lambda params, x: nnx.merge(graph, params)(x, Condition(x), paths), params, x)
         return y, vjp(cotangent)
 
     for layer in range(8):
@@ -94,7 +95,7 @@ def gradient_of(graph: nnx.GraphDef):
         model = nnx.merge(graph, params)
         # Weights that differ, since a mean would not tell rows apart.
         weights = jnp.cos(jnp.arange(xt.size)).reshape(xt.shape)
-        return (weights * model(xt, t, model.encode_mask(mask))).mean()
+        return (weights * model(xt, t, model.encode({"mask": mask}))).mean()
 
     def gradient(params, xt, t, mask):
         value, grads = jax.value_and_grad(loss)(params, xt, t, mask)
@@ -153,7 +154,7 @@ def test_on_four_devices_an_image_each_has_a_part_of_no_sequence_is_gathered():
 
 
 U = dataclasses.replace(SMALL, depth=1, level_depths=(1,), mask_conditioning="spade", mlp_ratio=0.0)
-DIT = dataclasses.replace(SMALL, backbone="dit", d_head=16)
+DIT = dataclasses.replace(SMALL, backbone="dit")
 
 
 @pytest.mark.usefixtures("compile_soon")
@@ -167,11 +168,12 @@ def test_samples_are_those_of_one_device():
     config = dataclasses.replace(SMALL, mlp_ratio=0.0)
     graph, params = nnx.split(make_model(config))
     mask = make_inputs(batch=4, side=8)[2]
-    options = dict(autoencoder=IdentityAutoencoder(), prediction="velocity", steps=2, guidance=2.0)
+    settings = Sampling(steps=2, guidance=2.0)
+    options = dict(autoencoder=IdentityAutoencoder(), prediction="velocity")
 
     @jax.jit
     def paint(params, keys, mask):
-        return sample(nnx.merge(graph, params), keys, mask, **options)
+        return sample(nnx.merge(graph, params), keys, {"mask": mask}, settings, **options)
 
     keys = jax.random.split(jax.random.key(3), 4)
     expected = paint(params, keys, mask)

@@ -10,17 +10,17 @@ from flax import nnx
 
 from sisma_jax.config import PRESETS, Config, DataConfig, preset
 from sisma_jax.errors import InputError
+from sisma_jax.models.condition import Condition
 from sisma_jax.models.factory import init_params
 from sisma_jax.models.scan_orders import orders_of_layer
 from sisma_jax.models.u_shape import Level
-from tests.models.test_sisma import TINY, make_inputs, make_model, predict
+from tests.models.test_denoiser import NUM_CLASSES, TINY, make_inputs, make_model, predict
 
 U = dataclasses.replace(TINY, depth=1, level_depths=(1, 2))
 
 
 def make_level() -> Level:
-    model = make_model(U)
-    return model.levels[0]
+    return make_model(U).layers.levels[0]
 
 
 def test_down_is_a_strided_convolution_and_up_a_transposed_one():
@@ -42,36 +42,36 @@ def test_a_u_is_the_composition_of_its_blocks(conditioning):
     model = make_model(dataclasses.replace(U, mask_conditioning=conditioning))
     layer = 0
 
-    def run(block, x, *inputs):
+    def run(block, x, condition, *skip):
         nonlocal layer
         paths = tuple(order.path(*x.shape[1:3]) for order in orders_of_layer(layer, 1))
         layer += 1
-        return block(x, *inputs, paths)
+        return block(x, embedding, condition, paths, *skip)
 
-    def layers(blocks):
-        graph, params = nnx.split(blocks)
+    def layers(stack):
+        graph, params = nnx.split(stack.stacked)
         depth = jax.tree.leaves(params)[0].shape[0]
         return [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], params)) for i in range(depth)]
 
     keys = jax.random.split(jax.random.key(3), 3)
     x, features = jax.random.normal(keys[0], (2, 1, 8, 4, 16))
-    condition = jax.random.normal(keys[1], (1, 16))
-    got = jax.jit(lambda x: model._run_blocks(x, condition, features))(x)
+    embedding = jax.random.normal(keys[1], (1, 16))
+    got = jax.jit(lambda x: model.layers(x, embedding, Condition(features)))(x)
 
-    skips, masks = [], [features]
-    for level in model.levels:
-        for block in layers(level.encoder_blocks):
-            x = run(block, x, condition, masks[-1])
+    skips, conditions = [], [Condition(features)]
+    for level in model.layers.levels:
+        for block in layers(level.encoder):
+            x = run(block, x, conditions[-1])
             skips.append(x)
         x = level.to_coarser(x)
-        masks.append(level.coarser_mask(masks[-1]))
-    for block in layers(model.blocks):
-        x = run(block, x, condition, masks.pop())
-    for level in reversed(model.levels):
+        conditions.append(level.coarsen(conditions[-1]))
+    for block in layers(model.layers.bottom):
+        x = run(block, x, conditions.pop())
+    for level in reversed(model.layers.levels):
         x = level.to_finer(x)
-        for block in layers(level.decoder_blocks):
-            x = run(block, x, skips.pop(), condition, masks[-1])
-        masks.pop()
+        for block in layers(level.decoder):
+            x = run(block, x, conditions[-1], skips.pop())
+        conditions.pop()
     assert layer == 7
     assert x.shape == got.shape
     # Sums of tens of terms in another order, through seven layers.
@@ -79,17 +79,17 @@ def test_a_u_is_the_composition_of_its_blocks(conditioning):
 
 
 def test_the_mask_is_read_at_every_resolution():
-    model = make_model(U)
-    xt, t, mask = make_inputs(side=16)
-    other = (mask + 1) % 19
-    readers = [model.blocks.reader]
-    for level in model.levels:
-        readers += [level.encoder_blocks.reader, level.decoder_blocks.block.reader]
-    for kept in range(len(readers)):
+    def make():
         model = make_model(U)
-        readers = [model.blocks.reader]
-        for level in model.levels:
-            readers += [level.encoder_blocks.reader, level.decoder_blocks.block.reader]
+        readers = [model.layers.bottom.stacked.reader]
+        for level in model.layers.levels:
+            readers += [level.encoder.stacked.reader, level.decoder.stacked.block.reader]
+        return model, readers
+
+    xt, t, mask = make_inputs(side=16)
+    other = (mask + 1) % NUM_CLASSES
+    for kept in range(len(make()[1])):
+        model, readers = make()
         for i, reader in enumerate(readers):
             if i != kept:
                 reader.out_proj.kernel[...] = jnp.zeros_like(reader.out_proj.kernel[...])
@@ -105,13 +105,14 @@ def test_gradients_reach_every_parameter_and_remat_changes_none():
 
         def loss(params):
             model = nnx.merge(graph, params)
-            return (model(xt, t, model.encode_mask(mask)) ** 2).mean()
+            return (model(xt, t, model.encode({"mask": mask})) ** 2).mean()
 
         return nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
 
     plain, recomputed = gradients("none"), gradients("full")
     # The learned null stands for a mask that is not given; here it is.
-    plain["mask_encoder"].pop("null"), recomputed["mask_encoder"].pop("null")
+    for grads in (plain, recomputed):
+        grads["condition_encoder"]["mask_encoder"].pop("null")
     largest = jax.tree.map(lambda x: float(np.abs(x).max()), plain)
     assert min(jax.tree.leaves(largest)) > 0, largest
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), plain, recomputed)
@@ -120,12 +121,12 @@ def test_gradients_reach_every_parameter_and_remat_changes_none():
 def test_sizes_that_cannot_be_halved_are_refused():
     model = make_model(U)
     with pytest.raises(ValueError, match=r"want multiples of 8 \(the patch size 2, halved 2 times\)"):
-        model(jnp.ones((1, 12, 8, 3)), jnp.ones((1,)), jnp.ones((1, 6, 4, 16)))
-    with pytest.raises(InputError, match=r"--data.image_size 60 is not a multiple of 8.*halved 2 times"):
+        model(jnp.ones((1, 12, 8, 3)), jnp.ones((1,)), Condition(jnp.ones((1, 6, 4, 16))))
+    with pytest.raises(InputError, match=r"data.image_size 60 is not a multiple of 8.*halved 2 times"):
         Config(data=DataConfig(image_size=60), model=U)
-    with pytest.raises(InputError, match=r"--model.level_depths must be positive numbers"):
+    with pytest.raises(InputError, match=r"model.level_depths must be numbers that are each positive"):
         dataclasses.replace(U, level_depths=(1, 0))
-    with pytest.raises(InputError, match=r"--model.level_depths must be a tuple of int"):
+    with pytest.raises(InputError, match=r"model.level_depths must be a tuple of int"):
         dataclasses.replace(U, level_depths=(1.5,))
 
 
@@ -142,7 +143,7 @@ def test_learned_positions_belong_to_one_grid():
     model = make_model(config)
     xt, t, mask = make_inputs()
     base = predict(model, xt, t, mask)
-    model.positions[...] = model.positions[...] + jnp.eye(16)[None, :4]
+    model.positions.grid[...] = model.positions.grid[...] + jnp.eye(16)[None, :4]
     assert np.abs(predict(model, xt, t, mask) - base).max() > 1e-3
     with pytest.raises(ValueError, match="want that of positions"):
         predict(model, *make_inputs(side=16))
@@ -152,8 +153,9 @@ def test_without_feed_forward_a_block_is_its_mixers():
     params = jax.eval_shape(
         lambda: init_params(Config(model=dataclasses.replace(TINY, mlp_ratio=0)), jax.random.key(0))
     )
-    assert set(params["blocks"]) == {"mixer", "reader", "modulation"}
-    assert params["blocks"]["modulation"]["kernel"].shape == (2, 16, 6 * 16)
+    layers = params["layers"]["stacked"]
+    assert set(layers) == {"mixer", "reader", "modulation"}
+    assert layers["modulation"]["kernel"].shape == (2, 16, 6 * 16)
 
 
 def test_a_new_mixer_with_a_skip_adds_its_input():
@@ -164,7 +166,7 @@ def test_a_new_mixer_with_a_skip_adds_its_input():
     paths = tuple(order.path(4, 4) for order in orders_of_layer(0, 1))
 
     def mix(model):
-        graph, params = nnx.split(model.blocks)
-        return nnx.merge(graph, jax.tree.map(lambda x: x[0], params)).mixer(x, paths)
+        graph, params = nnx.split(model.layers.stacked)
+        return nnx.merge(graph, jax.tree.map(lambda x: x[0], params)).mixer(x, Condition(x), paths)
 
     np.testing.assert_allclose(mix(skipping), mix(plain) + x, atol=1e-6)

@@ -21,8 +21,11 @@ from flax import nnx
 
 from sisma_jax.config import ModelConfig
 from sisma_jax.errors import InputError
-from sisma_jax.models.sisma import Sisma
+from sisma_jax.models.condition import Condition
+from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.factory import layer_parts
 from sisma_jax.models.u_shape_mamba import convert, model_config
+from tests.models.test_denoiser import NUM_CLASSES
 
 GOLDEN = Path(__file__).parent / "golden" / "u_shape_mamba.npz"
 
@@ -39,21 +42,26 @@ def golden() -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     return weights, content
 
 
+def abstract_model(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    def make():
+        options = {"dtype": jnp.dtype("float32"), "rngs": nnx.Rngs(0)}
+        return Denoiser(config, layer_parts("sisma"), NUM_CLASSES, 4, 1, **options)
+
+    return nnx.split(nnx.eval_shape(make))
+
+
 def run_converted(config: ModelConfig) -> np.ndarray:
     """Returns the output for the golden input, NCHW as PyTorch has it."""
     weights, content = golden()
 
-    def make():
-        return Sisma(config, 4, 1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-
-    graph, abstract = nnx.split(nnx.eval_shape(make))
+    graph, abstract = abstract_model(config)
     # As initialisation leaves what is not converted: no gate open.
     fresh = jax.tree.map(lambda x: jnp.zeros(x.shape), nnx.to_pure_dict(abstract))
     params = convert(weights, fresh)
 
     @jax.jit
     def run(params, x, t, features):
-        return nnx.merge(graph, params)(x, t, features)
+        return nnx.merge(graph, params)(x, t, Condition(features))
 
     features = jax.random.normal(jax.random.key(0), (2, 16, 16, config.d_model))
     x = content["x"].transpose(0, 2, 3, 1)
@@ -100,11 +108,8 @@ def test_a_model_of_another_size_is_refused():
     weights, _ = golden()
     config = model_config(weights, d_state=8)
 
-    def make():
-        return Sisma(config, 4, 1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-
-    params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(make))[1])
-    with pytest.raises(InputError, match=r"the weights for blocks\.mixer\..*the model's are"):
+    params = nnx.to_pure_dict(abstract_model(config)[1])
+    with pytest.raises(InputError, match=r"the weights for layers\.bottom\.stacked\.mixer\..*the model's are"):
         convert(weights, params)
     without = {name: x for name, x in weights.items() if name != "dec_blocks.1.skip.weight"}
     with pytest.raises(InputError, match=r"no 'dec_blocks\.1\.skip\.weight'.*skip_conn"):

@@ -6,7 +6,7 @@ import pytest
 
 from sisma_jax.errors import InputError
 from sisma_jax.parallel import agreement
-from sisma_jax.runs.folder import read_config
+from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import read_metrics
 from tests.processes import run_processes
 
@@ -23,12 +23,20 @@ def test_one_process_agrees_with_itself():
 
 PROGRAM = """
 import contextlib, dataclasses, json, pathlib
-from sisma_jax.config import Config, ModelConfig, TrainConfig
+from sisma_jax.config import Config, ModelConfig
+from sisma_jax.errors import InputError
 from sisma_jax.parallel.agreement import from_primary, gather, together
+from sisma_jax.runs.folder import RunFolder, TrainingFolder
 from sisma_jax.runs.metrics import MetricWriter
-from sisma_jax.runs.folder import open_workdir
 
 folder, outcomes = pathlib.Path(arguments[0]), {}
+
+def lose():
+    raise InputError("it is lost")
+
+def begin(path, config):
+    with RunFolder.writing(path, config) as run:
+        run.require_lock()
 
 @contextlib.contextmanager
 def recorded(name):
@@ -48,23 +56,33 @@ with recorded("primary fails"):
     from_primary(lambda: {}["missing"])
 
 config = Config()
-open_workdir(folder / "run", config)
-open_workdir(folder / "run", config)
-with MetricWriter(folder / "run") as writer:
-    writer.write(1, {"loss": 2.0})
-    writer.sync()
+deeper = dataclasses.replace(config, model=ModelConfig(depth=3))
+begin(folder / "run", config)
+with RunFolder.writing(folder / "run", config) as run:
+    with MetricWriter(run) as writer:
+        writer.write(1, {"loss": 2.0})
+        writer.sync()
+    with recorded("held"):
+        begin(folder / "run", config)
+    if process == 0:
+        run._require_lock = lose
+    with recorded("lost"):
+        run.require_lock()
 with recorded("refused"):
-    open_workdir(folder / "run", dataclasses.replace(config, model=ModelConfig(depth=3)))
+    begin(folder / "run", deeper)
+with recorded("refused to read"):
+    RunFolder.open(folder / "run", config if process == 0 else deeper)
 with recorded("one differs"):
-    open_workdir(folder / "run", config if process == 0 else dataclasses.replace(config, model=ModelConfig(depth=3)))
+    begin(folder / "run", config if process == 0 else deeper)
 with recorded("not shared"):
-    open_workdir(folder / str(process), config)
+    begin(folder / str(process), config)
 (folder / "file").touch()
 with recorded("no folder"):
-    open_workdir(folder / "file", config)
+    begin(folder / "file", config)
+outcomes["unlocked"] = sorted(path.name for path in (folder / "run").iterdir())
 (folder / "no_metrics" / "metrics.jsonl").mkdir(parents=True, exist_ok=True)
 with recorded("no metrics"):
-    MetricWriter(folder / "no_metrics")
+    MetricWriter(TrainingFolder(folder / "no_metrics"))
 print(json.dumps(outcomes))
 """
 
@@ -81,9 +99,13 @@ def test_two_processes_agree_and_the_first_writes(tmp_path):
     assert second["both fail"] == "KeyError: 'telling'"
     assert first["primary fails"] == "KeyError: 'missing'"
     assert second["primary fails"] == "InputError: Process 0 failed: KeyError('missing')"
+    assert first["unlocked"] == second["unlocked"] == ["config.json", "metrics.jsonl", "tensorboard"]
     for outcome, expected in {
-        "refused": "--model.depth: the run has 12, given 3",
-        "one differs": "--model.depth: the run has 12, given 3",
+        "held": "is being written by process",
+        "lost": "it is lost",
+        "refused": "model.depth: the run has 12, given 3",
+        "refused to read": "model.depth: the run has 12, given 3",
+        "one differs": "model.depth: the run has 12, given 3",
         "not shared": "Process 1 does not see",
         "no folder": "cannot be created",
         "no metrics": "Metrics cannot be written to",
@@ -91,6 +113,6 @@ def test_two_processes_agree_and_the_first_writes(tmp_path):
         assert first[outcome].startswith("InputError")
         assert expected in first[outcome]
         assert second[outcome] == first[outcome]
-    assert read_config(tmp_path / "run").model.depth == 12
+    assert RunFolder.open(tmp_path / "run").config.model.depth == 12
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [{"step": 1, "loss": 2.0}]
     assert len(list((tmp_path / "run" / "tensorboard").iterdir())) == 1

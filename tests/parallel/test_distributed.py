@@ -67,12 +67,12 @@ def test_a_launcher_of_several_tasks_is_left_to_jax(joined, monkeypatch, tmp_pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (DistributedOptions("localhost:1"), r"needs --num_processes \(JAX_NUM_PROCESSES\) and --process_id"),
-        (DistributedOptions(num_processes=2, process_id=0), r"needs --coordinator \(JAX_COORDINATOR_ADDRESS\)"),
-        (DistributedOptions("localhost", 2, 0), "--coordinator localhost is not of the form HOST:PORT"),
-        (DistributedOptions("localhost:x", 2, 0), "--coordinator localhost:x is not of the form HOST:PORT"),
-        (DistributedOptions("localhost:1", 0, 0), "--num_processes must be positive, got 0"),
-        (DistributedOptions("localhost:1", 2, 2), r"--process_id must be in 0..1 for 2 processes, got 2"),
+        (DistributedOptions("localhost:1"), r"needs `num_processes` \(JAX_NUM_PROCESSES\) and `process_id`"),
+        (DistributedOptions(num_processes=2, process_id=0), r"needs `coordinator` \(JAX_COORDINATOR_ADDRESS\)"),
+        (DistributedOptions("localhost", 2, 0), "`coordinator` localhost is not of the form HOST:PORT"),
+        (DistributedOptions("localhost:x", 2, 0), "`coordinator` localhost:x is not of the form HOST:PORT"),
+        (DistributedOptions("localhost:1", 0, 0), "`num_processes` must be positive, got 0"),
+        (DistributedOptions("localhost:1", 2, 2), r"`process_id` must be in 0..1 for 2 processes, got 2"),
     ],
 )
 def test_contradictions_are_refused(joined, options, message):

@@ -73,8 +73,8 @@ def test_fsdp_leaves_each_device_its_part_of_the_state():
     large = [x for x in jax.tree.leaves((state.params, state.ema, state.opt_state)) if x.size >= 1 << 16]
     assert large
     assert all(shard.data.size * 8 == x.size for x in large for shard in x.addressable_shards)
-    kernel = state.params["blocks"]["mixer"]["in_proj"]["kernel"]
-    moment = state.opt_state[1][0].mu["blocks"]["mixer"]["in_proj"]["kernel"]
+    kernel = state.params["layers"]["stacked"]["mixer"]["in_proj"]["kernel"]
+    moment = state.opt_state[1][0].mu["layers"]["stacked"]["mixer"]["in_proj"]["kernel"]
     assert kernel.sharding.spec == moment.sharding.spec
     assert kernel.sharding.spec[0] is None  # the axis of layers is whole: the loop cuts it
 
@@ -88,6 +88,17 @@ def test_rows_reach_their_devices(data, fsdp, rows, whole):
     placed = sharding.to_devices({"x": x}, mesh, batch_size)["x"]
     np.testing.assert_array_equal(placed, x)
     assert all(shard.data.shape == (rows, 4) for shard in placed.addressable_shards)
+
+
+def test_arrays_of_every_rank_reach_the_devices_that_share_the_batch():
+    mesh = sharding.make_mesh(MeshConfig(data=2, seq=4))
+    batch = {"mask": (8, 8, 8), "image": (8, 8, 8, 3), "style": (8, 8), "weight": (8,)}
+    batch = {name: np.arange(np.prod(shape), dtype=np.float32).reshape(shape) for name, shape in batch.items()}
+    placed = sharding.to_devices(batch, mesh, 8)
+    for name, x in batch.items():
+        np.testing.assert_array_equal(placed[name], x)
+        rows = (2,) if x.ndim > 2 else x.shape[1:2]  # of an image; a vector has none
+        assert {shard.data.shape for shard in placed[name].addressable_shards} == {(4, *rows, *x.shape[2:])}
 
 
 def test_arrays_come_back_whole():
@@ -104,9 +115,9 @@ def test_arrays_come_back_whole():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"fsdp": 3}, "--mesh.fsdp 3 times --mesh.seq 1 does not divide 8 devices"),
-        ({"fsdp": 16}, "--mesh.fsdp 16 times --mesh.seq 1 does not divide 8 devices"),
-        ({"data": 3, "seq": 2}, "--mesh.data=3 x --mesh.fsdp=1 x --mesh.seq=2 are 6 devices, but there are 8"),
+        ({"fsdp": 3}, "^mesh.fsdp 3 times mesh.seq 1 does not divide 8 devices"),
+        ({"fsdp": 16}, "^mesh.fsdp 16 times mesh.seq 1 does not divide 8 devices"),
+        ({"data": 3, "seq": 2}, "^mesh.data 3 x mesh.fsdp 1 x mesh.seq 2 are 6 devices, but there are 8"),
     ],
 )
 def test_a_mesh_that_is_not_of_all_devices_is_refused(axes, message):
@@ -118,12 +129,12 @@ def test_what_the_devices_cannot_share_is_refused():
     config = Config(data=DataConfig(image_size=64), model=ModelConfig(patch_size=4))
     mesh = sharding.make_mesh(MeshConfig(fsdp=2, seq=2))
     sharding.require_fit(config, mesh, 8, accumulate_steps=2)
-    with pytest.raises(InputError, match=r"--train.batch_size 6 is not a multiple of the 4 devices"):
+    with pytest.raises(InputError, match=r"^train.batch_size 6 is not a multiple of the 4 devices"):
         sharding.require_fit(config, mesh, 6)
-    with pytest.raises(InputError, match=r"4 devices .* that share it times --train.accumulate_steps 4"):
+    with pytest.raises(InputError, match=r"4 devices .* that share it times train.accumulate_steps 4"):
         sharding.require_fit(config, mesh, 8, accumulate_steps=4)
     tall = dataclasses.replace(config, data=DataConfig(image_size=60))
-    with pytest.raises(InputError, match=r"--mesh.seq 2 does not divide the 15 rows"):
+    with pytest.raises(InputError, match=r"^mesh.seq 2 does not divide the 15 rows"):
         sharding.require_fit(tall, mesh, 8)
 
 

@@ -35,7 +35,7 @@ def test_products_and_convolutions():
     assert _count(grouped, (2, 8, 8, 6), (3, 3, 2, 9)).matmul == 2 * (2 * 4 * 4 * 9) * (3 * 3 * 2)
 
 
-def test_a_loops_body_counts_for_every_round_where_xlas_own_count_takes_it_once():
+def test_a_loops_body_counts_for_every_iteration_where_xlas_own_count_takes_it_once():
     def layers(x, weights):
         return jax.lax.scan(lambda x, w: (jnp.sin(x @ w), None), x, weights)[0]
 
@@ -89,17 +89,17 @@ def test_the_scans_estimate_is_about_that_of_its_recurrence():
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])
-def test_a_training_step_takes_six_operations_a_parameter_and_token(remat, tmp_path):
-    """Two forward and four backward, of the weights that every token meets; those of the time meet one a face."""
+def test_a_training_step_takes_six_operations_per_parameter_and_token(remat, tmp_path):
+    """Two forward and four backward, of the weights that every token meets; those of the time meet one per face."""
     config = dataclasses.replace(tiny_config(tmp_path), model=preset("S", patch_size=2, remat=remat, d_label=8))
     mesh = sharding.make_mesh(MeshConfig())
     batch, tokens = 8, 8 * 8
     params = programs.abstract_state(config, mesh).params
-    blocks = params["blocks"]
-    of_time = sum(x.size for x in jax.tree.leaves(blocks["modulation"]))
+    layers = params["layers"][sharding.STACKED]
+    of_time = sum(x.size for x in jax.tree.leaves(layers["modulation"]))
     matrices = sum(
         x.size
-        for path, x in jax.tree_util.tree_leaves_with_path(blocks)
+        for path, x in jax.tree_util.tree_leaves_with_path(layers)
         if path[-1].key == "kernel" and len(x.shape) == 3 and path[0].key != "modulation"
     )
     expected = 6 * batch * (tokens * matrices + of_time)

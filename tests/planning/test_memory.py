@@ -16,13 +16,13 @@ def _state_bytes(name: str, parts: int) -> memory.StateBytes:
     return memory.state_bytes(programs.abstract_state(config, mesh))
 
 
-def test_the_state_is_sixteen_bytes_a_parameter():
+def test_the_state_is_sixteen_bytes_per_parameter():
     config = Config(data=DataConfig(image_size=64), model=preset("B"))
     mesh = jax.sharding.AbstractMesh((1, 1, 1), sharding.AXES)
     state = programs.abstract_state(config, mesh)
     parameters = 4 * sum(x.size for x in jax.tree.leaves(state.params))
     whole = memory.state_bytes(state)
-    assert (whole.parameters, whole.average) == (parameters, parameters)
+    assert (whole.parameters, whole.ema) == (parameters, parameters)
     assert whole.optimizer == pytest.approx(2 * parameters, abs=8)  # and counts of steps
 
 
@@ -32,7 +32,7 @@ def test_the_state_is_sixteen_bytes_a_parameter():
 def test_it_shrinks_as_the_number_of_devices_grows(name, parts):
     """But for arrays below `sharding.MIN_SPLIT_ENTRIES`, which each device has whole: 0.7% at most."""
     whole, part = _state_bytes(name, 1), _state_bytes(name, parts)
-    for field in ("parameters", "average", "optimizer"):
+    for field in ("parameters", "ema", "optimizer"):
         split = getattr(part, field)
         exact = getattr(whole, field) / parts
         assert exact <= split <= exact + 0.007 * getattr(whole, field)

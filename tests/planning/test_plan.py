@@ -114,14 +114,15 @@ def test_what_cannot_be_planned_is_said_at_once(tmp_path, name, values, message)
         plan(dataclasses.replace(tiny_config(tmp_path), **values), name)
 
 
-def test_memory_that_is_none_is_refused(tmp_path):
-    with pytest.raises(InputError, match="memory_gib must be positive"):
-        plan(tiny_config(tmp_path), "cpu:8", memory_gib=0.0)
+@pytest.mark.parametrize("memory_gib", [0.0, float("nan"), float("inf")])
+def test_memory_that_is_none_is_refused(tmp_path, memory_gib):
+    with pytest.raises(InputError, match="`memory_gib` must be positive"):
+        plan(tiny_config(tmp_path), "cpu:8", memory_gib=memory_gib)
 
 
 def test_a_fresh_process_makes_the_cpus_that_are_asked_for():
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    code = "from sisma_jax import topology; print(len(topology.devices('cpu:6')))"
+    code = "from sisma_jax.parallel import topology; print(len(topology.devices('cpu:6')))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "6"
 

@@ -74,14 +74,14 @@ def test_misuse_is_not_reported_as_a_full_disk(tmp_path):
 def test_folder_that_cannot_be_made_is_found_at_construction(tmp_path):
     (tmp_path / "file").write_text("x")
     for folder in (tmp_path / "file", tmp_path / "file" / "checkpoints"):
-        with pytest.raises(InputError, match=r"file.* cannot be written .*--workdir"):
+        with pytest.raises(InputError, match=r"file.* cannot be written .*name another folder"):
             Checkpoints(folder, keep=1)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_unwritable_folder_is_found_at_construction(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(InputError, match=r"cannot be written .*--workdir"):
+    with pytest.raises(InputError, match=r"cannot be written .*name another folder"):
         Checkpoints(tmp_path, keep=1)
 
 

@@ -71,6 +71,7 @@ def test_state_split_over_eight_devices_goes_on_with_four_then_one_then_eight(tm
 
 PROGRAM = """
 import pathlib
+from sisma_jax.errors import InputError
 from sisma_jax.runs.checkpoints import Checkpoints
 from sisma_jax.runs.ranking import BestMetric
 from tests.runs.checkpoint_cases import *
@@ -90,6 +91,11 @@ with Checkpoints(folder / "two", keep=1, best=BestMetric("loss", "min")) as chec
         checkpoints.save(
             step, state=restored.state, ema=restored.ema, iterator=iterator, metrics={"loss": loss}
         )
+    try:
+        bad = jax.tree.map(lambda x: x * jnp.inf, restored.ema)
+        checkpoints.save(7, state=restored.state, ema=bad, iterator=iterator, metrics={"loss": 0.0})
+    except InputError as error:
+        print(error)
 with Checkpoints(folder / "damaged", keep=2) as checkpoints:
     restored = checkpoints.restore(placed, placed["params"], None)
     print(restored.step, checkpoints.steps(), batch.tolist())
@@ -115,6 +121,7 @@ def test_two_processes_go_on_with_the_state_of_one_and_one_with_theirs(tmp_path)
     # Both fall back to the same step, and each has its half of the next batch.
     printed = [output.splitlines()[-1] for _, output, _ in results]
     batch = next(iterator).tolist()
+    assert all("step 7 is not saved: ema/bias is not finite" in output for _, output, _ in results)
     assert printed == [f"1 [1] {batch[process::2]}" for process in (0, 1)]
     assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == ["1", "damaged-2"]
 
@@ -132,12 +139,13 @@ def test_two_processes_go_on_with_the_state_of_one_and_one_with_theirs(tmp_path)
 FULL_DISK = """
 import pathlib, resource
 from sisma_jax.errors import InputError
-from sisma_jax.runs import checkpoints as module
+from sisma_jax.runs import store
+from sisma_jax.runs.checkpoints import Checkpoints
 from tests.runs.checkpoint_cases import make_large_state, place_large_state, placed_large_state
 
-module.TIMEOUT_SECS = 3
+store.TIMEOUT_SECS = 3
 state = place_large_state(placed_large_state(jax.devices()))
-with module.Checkpoints(pathlib.Path(arguments[0])) as checkpoints:
+with Checkpoints(pathlib.Path(arguments[0])) as checkpoints:
     checkpoints.save(1, state=state, ema=state["params"], iterator=None)
     checkpoints.wait()
     if process == 1:

@@ -1,5 +1,6 @@
 """Checkpoints: what is saved comes back bit for bit, and the newest and the best are kept."""
 
+import logging
 import math
 import shutil
 
@@ -138,7 +139,7 @@ def test_ema_of_any_step_or_of_the_best_is_restored(tmp_path):
             save(checkpoints, step, loss=loss)
         save(checkpoints, 4)
     with Checkpoints(tmp_path, read_only=True, best=LOSS) as checkpoints:
-        for wanted, expected in ((None, 4), ("best", 2), (1, 1)):
+        for wanted, expected in (("newest", 4), ("best", 2), (1, 1)):
             step, ema = checkpoints.restore_ema(jax.eval_shape(make_ema), wanted)
             assert step == expected
             assert_same(ema, make_ema(expected))
@@ -215,6 +216,14 @@ def test_reader_finds_the_newer_checkpoint_when_its_own_is_deleted_meanwhile(tmp
     assert step == 2
     assert_same(ema, make_ema(2))
     assert not caplog.records
+
+
+def test_what_others_log_through_absl_is_heard_again_afterwards(tmp_path):
+    before = list(logging.getLogger("absl").filters)
+    with Checkpoints(tmp_path, keep=1) as checkpoints, Checkpoints(tmp_path, read_only=True):
+        save(checkpoints, 1)
+        assert len(logging.getLogger("absl").filters) == len(before) + 2
+    assert logging.getLogger("absl").filters == before
 
 
 def test_nothing_is_printed(tmp_path, capfd):

@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import jax
@@ -18,8 +21,9 @@ from sisma_jax.errors import InputError
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.factory import init_params
 from sisma_jax.pipeline import Pipeline
-from sisma_jax.runs.export import export_params, load_exported
+from sisma_jax.runs.export import _crc32, export_params, load_exported, read_config
 from tests.bucket import make_bucket
+from tests.processes import ROOT
 from tests.runs.checkpoint_cases import assert_same
 from tests.tiny import tiny_config, tiny_latent_config
 
@@ -72,7 +76,8 @@ def test_parameters_configuration_and_step_come_back(config, params, exported):
 
 def test_any_reader_of_safetensors_finds_the_parameters_by_their_paths(params, exported):
     arrays, metadata = read(exported)
-    np.testing.assert_array_equal(arrays["blocks.mixer.in_proj.kernel"], params["blocks"]["mixer"]["in_proj"]["kernel"])
+    kernel = params["layers"]["stacked"]["mixer"]["in_proj"]["kernel"]
+    np.testing.assert_array_equal(arrays["layers.stacked.mixer.in_proj.kernel"], kernel)
     assert json.loads(metadata["config"])["model"]["depth"] == 1
     assert metadata["step"] == "1200"
 
@@ -90,6 +95,37 @@ def test_autoencoder_comes_with_a_denoiser_of_latents(tmp_path):
     assert_same(weights_of(result.autoencoder), weights_of(autoencoder))
     assert "autoencoder.decoder.conv_in.kernel" in read(path)[0]
     assert Pipeline(result.config, result.params, result.step, result.autoencoder).step == 7
+
+
+def test_the_classes_of_the_masks_come_with_the_file(config, params, exported):
+    _, metadata = read(exported)
+    assert json.loads(metadata["config"])["data"]["classes"]["names"] == list(config.data.classes.names)
+    assert read_config(exported) == load_exported(exported).config == config
+
+
+def test_parameters_that_are_not_finite_are_neither_exported_nor_loaded(config, params, exported, tmp_path):
+    kernel = params["layers"]["stacked"]["mixer"]["in_proj"]["kernel"]
+    bad = jax.tree.map(lambda x: x.at[0, 0, 0].set(jnp.nan) if x is kernel else x, params)
+    name = "layers.stacked.mixer.in_proj.kernel"
+    with pytest.raises(InputError, match=rf"bad.safetensors is not written: the parameter {name} is not finite"):
+        export_params(tmp_path / "bad.safetensors", config, 1, bad)
+    assert not (tmp_path / "bad.safetensors").exists()
+    arrays, metadata = read(exported)
+    arrays[name][0, 0, 0] = np.inf
+    write(exported, arrays, metadata | {"crc32": str(_crc32(arrays))})
+    with pytest.raises(InputError, match=rf"model.safetensors cannot be used: the parameter {name} is not finite"):
+        load_exported(exported)
+
+
+def test_sampling_needs_none_of_what_training_needs():
+    """The core is imported where these packages are not installed."""
+    program = """
+    import sys
+    absent = ("tensorflow_datasets", "grain", "orbax", "array_record", "tensorboardX", "matplotlib")
+    sys.modules.update(dict.fromkeys(absent))
+    import sisma_jax.pipeline, sisma_jax.runs.export, sisma_jax.runs.folder
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=ROOT)
 
 
 def test_denoiser_of_latents_without_its_autoencoder_is_refused(tmp_path):
@@ -136,17 +172,20 @@ def test_files_of_other_programs_and_versions_are_named(exported):
     for changed, message in (
         (None, "was not written by the command `export`"),
         ({"format": "pt"}, "was not written by the command `export`"),
-        (metadata | {"version": "2"}, "is of version 2, this program reads 1"),
-        (metadata | {"config": "{"}, "configuration in .* is not a configuration of this version"),
+        (metadata | {"version": "1"}, "is a file of version 1, .* reads version 2: use the release that exported it"),
+        (metadata | {"version": "3"}, "is a file of version 3, .* reads version 2"),
+        (metadata | {"config": "{"}, "configuration in .* is not a configuration"),
     ):
         write(exported, arrays, changed)
-        with pytest.raises(InputError, match=message):
-            load_exported(exported)
+        for read_file in (load_exported, read_config):
+            with pytest.raises(InputError, match=message) as error:
+                read_file(exported)
+            assert "\n" not in str(error.value)
 
 
 def test_arrays_of_another_configuration_are_named(config, exported):
     arrays, metadata = read(exported)
-    name = "blocks.mixer.in_proj.kernel"
+    name = "layers.stacked.mixer.in_proj.kernel"
     for changed, line in (
         ({name: arrays[name][..., :4]}, "the file has float32[1, 16, 4], its configuration float32[1, 16, 64]"),
         ({name: arrays[name].astype(np.float16)}, "the file has float16"),
@@ -158,7 +197,7 @@ def test_arrays_of_another_configuration_are_named(config, exported):
         assert line in str(error.value)
     deeper = dataclasses.replace(config, model=dataclasses.replace(config.model, depth=2))
     write(exported, arrays, metadata | {"config": config_files.to_json(deeper)})
-    with pytest.raises(InputError, match=r"blocks\.\S+: the file has float32\[1, .*, its configuration float32\[2, "):
+    with pytest.raises(InputError, match=r"stacked\.\S+: the file has float32\[1, .*, its configuration float32\[2, "):
         load_exported(exported)
 
 

@@ -16,6 +16,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from sisma_jax.errors import InputError
+from sisma_jax.runs.folder import TrainingFolder
 from sisma_jax.runs.metrics import MetricWriter, read_metrics
 from tests.bucket import make_bucket
 
@@ -25,7 +26,7 @@ def steps(workdir: Path) -> list[int]:
 
 
 def write_steps(workdir: Path, numbers: range, resume_step: int | None = None) -> None:
-    with MetricWriter(workdir, resume_step=resume_step) as writer:
+    with MetricWriter(TrainingFolder(workdir), resume_step=resume_step) as writer:
         for step in numbers:
             writer.write(step, {"loss": step / 2})
 
@@ -44,7 +45,7 @@ def events_of(content: bytes) -> Iterator[Event]:
 
 
 def test_values_of_every_type_are_read_back(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+    with MetricWriter(TrainingFolder(tmp_path)) as writer:
         writer.write(1, {"loss": 0.1, "grad_norm": jnp.float32(2.5), "rate": np.float64(1e-4), "count": 3})
         writer.write(2, {})
     assert read_metrics(tmp_path / "metrics.jsonl") == [
@@ -54,13 +55,13 @@ def test_values_of_every_type_are_read_back(tmp_path):
 
 
 def test_a_line_is_on_the_disk_when_write_returns(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+    with MetricWriter(TrainingFolder(tmp_path)) as writer:
         writer.write(1, {"loss": 1.0})
         assert steps(tmp_path) == [1]
 
 
 def test_values_that_are_not_finite_stay_json(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+    with MetricWriter(TrainingFolder(tmp_path)) as writer:
         writer.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf})
 
     def refuse(constant: str) -> None:
@@ -107,9 +108,10 @@ def test_damaged_line_is_left_out_with_a_warning(damaged, tmp_path, caplog):
 def test_killed_writer_leaves_a_file_that_resumes(tmp_path):
     program = textwrap.dedent(
         """
-        import pathlib, sys
+        import sys
+        from sisma_jax.runs.folder import TrainingFolder
         from sisma_jax.runs.metrics import MetricWriter
-        writer = MetricWriter(pathlib.Path(sys.argv[1]))
+        writer = MetricWriter(TrainingFolder(sys.argv[1]))
         step = 0
         while True:
             step += 1
@@ -153,7 +155,7 @@ def test_tensorboard_gets_the_values_and_is_told_what_to_hide(tmp_path):
 
 def test_metrics_in_a_bucket_are_whole_at_each_checkpoint_and_when_resumed(monkeypatch):
     workdir = make_bucket(monkeypatch) / "run"
-    killed = MetricWriter(workdir)
+    killed = MetricWriter(TrainingFolder(workdir))
     for step in range(1, 8):
         killed.write(step, {"loss": step / 2})
         if step == 5:
@@ -172,7 +174,7 @@ def test_bucket_that_cannot_be_written_is_named(monkeypatch):
     def fail(*_):
         raise RuntimeError("503")
 
-    with MetricWriter(workdir) as writer:
+    with MetricWriter(TrainingFolder(workdir)) as writer:
         writer.write(1, {"loss": 1.0})
         with monkeypatch.context() as patch:
             patch.setattr(type(workdir), "write_bytes", fail)
@@ -184,7 +186,7 @@ def test_bucket_that_cannot_be_written_is_named(monkeypatch):
 def test_unwritable_place_is_named(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(InputError, match=r"cannot be written to .*metrics.jsonl"):
-        MetricWriter(tmp_path)
+        MetricWriter(TrainingFolder(tmp_path))
 
 
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's always full device")
@@ -192,7 +194,7 @@ needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="n
 
 @needs_full_device
 def test_full_disk_is_named(tmp_path):
-    with MetricWriter(tmp_path) as writer:
+    with MetricWriter(TrainingFolder(tmp_path)) as writer:
         writer.write(1, {"loss": 1.0})
         os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
         with pytest.raises(InputError, match=r"metrics.jsonl .*No space left on device.*free disk space"):
@@ -205,7 +207,7 @@ def test_full_disk_is_named(tmp_path):
 @needs_full_device
 def test_failing_close_does_not_hide_the_error_that_ends_the_block(tmp_path):
     def train() -> None:
-        with MetricWriter(tmp_path) as writer:
+        with MetricWriter(TrainingFolder(tmp_path)) as writer:
             os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
             writer._file.write("what is still to be written")
             raise ZeroDivisionError

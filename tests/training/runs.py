@@ -1,19 +1,26 @@
-"""What a run has come to, for tests that compare runs."""
+"""Runs without the command line, and what they have come to, for tests that compare runs."""
 
 import jax
 import numpy as np
 
-from sisma_jax.data import loading
+from sisma_jax.data.dataset import DataSet
 from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.folder import RunFolder
 from sisma_jax.training import loop
 from sisma_jax.training.state import init_state
 
 
-def final_state(workdir, config):
+def train(config, path):
+    """Trains a run of pixels in a folder, or resumes it."""
+    with RunFolder.writing(path, config) as run:
+        loop.train(run, DataSet.open(config.data))
+
+
+def final_state(path, config):
     """Returns every number of the newest checkpoint, and the batch that comes next."""
     abstract = jax.eval_shape(lambda: init_state(config))
-    iterator = loading.train_iterator(config.data, batch_size=config.train.batch_size, seed=config.train.seed)
-    with Checkpoints(workdir / loop.CHECKPOINTS_NAME, read_only=True) as checkpoints:
+    iterator = DataSet.open(config.data).train_batches(config.train.batch_size, config.train.seed)
+    with Checkpoints(RunFolder(path, config).checkpoints, read_only=True) as checkpoints:
         restored = checkpoints.restore(loop._without_ema(abstract), abstract.ema, iterator)
     state = dict(restored.state) | {"key": jax.random.key_data(restored.state["key"])}
     return restored.step, jax.device_get((state, restored.ema)), next(iterator)

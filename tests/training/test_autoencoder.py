@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sisma_jax.data import latents, loading
+from sisma_jax.data.dataset import DataSet
+from sisma_jax.data.latents import LatentDataSet
 from sisma_jax.errors import InputError
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
-from sisma_jax.runs.folder import autoencoder_folder
+from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import read_metrics
 from sisma_jax.training import autoencoder as autoencoders
-from sisma_jax.training import loop
-from sisma_jax.training.examples import examples_of
 from tests.tiny import tiny_latent_config
 
 SIZES = KlConfig(block_channels=(4, 8), layers_per_block=1, norm_groups=4, scale=0.7, shift=0.1)
@@ -27,9 +26,12 @@ def with_autoencoder(config, **values):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    config = tiny_latent_config(tmp_path_factory.mktemp("data"))
-    loading.prepare(config.data)
-    return config
+    return tiny_latent_config(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def dataset(config):
+    return DataSet.prepare(config.data)
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +63,7 @@ def test_divergence_is_that_of_samples():
     np.testing.assert_allclose(autoencoders.divergence(mean, log_variance), density_ratio.mean(), atol=0.01)
 
 
-def test_training_goes_on_lowers_the_loss_and_its_latents_have_deviation_one(config, tmp_path, monkeypatch):
+def test_training_resumes_lowers_the_loss_and_its_latents_have_deviation_one(config, dataset, tmp_path, monkeypatch):
     longer = with_autoencoder(config, num_steps=60, learning_rate=3e-3, checkpoint_every_steps=20)
     measure, steps = autoencoders.psnr, iter([20, 40])
 
@@ -71,49 +73,67 @@ def test_training_goes_on_lowers_the_loss_and_its_latents_have_deviation_one(con
         return measure(*arguments)
 
     monkeypatch.setattr(autoencoders, "psnr", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        autoencoders.prepare(longer, tmp_path)
+    with pytest.raises(KeyboardInterrupt), RunFolder.writing(tmp_path, longer) as run:
+        autoencoders.prepare(run, dataset)
     monkeypatch.undo()
-    assert not autoencoder_folder(tmp_path).exists()
-    autoencoders.prepare(longer, tmp_path)
-    lines = read_metrics(tmp_path / autoencoders.TRAINING_NAME / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, 61))
-    assert np.mean([line["pixels"] for line in lines[-5:]]) < 0.7 * lines[0]["pixels"]
-    model = autoencoders.load(longer, tmp_path)
-    assert lines[-1]["psnr"] == pytest.approx(autoencoders.psnr(model, longer), abs=0.01)
-    encoder = autoencoders.encoder_of(model, batch_size=8)
-    statistics = latents.read_statistics(latents.prepare(longer.data, encoder))
+    assert not run.has_autoencoder()
+    with RunFolder.writing(tmp_path, longer) as run:
+        autoencoders.prepare(run, dataset)
+        lines = read_metrics(run.autoencoder_training.metrics)
+        assert [line["step"] for line in lines] == list(range(1, 61))
+        assert np.mean([line["pixels"] for line in lines[-5:]]) < 0.7 * lines[0]["pixels"]
+        measured = autoencoders.psnr(run.autoencoder, dataset, limit=config.evaluate.num_samples, batch_size=8)
+        assert lines[-1]["psnr"] == pytest.approx(measured, abs=0.01)
+        statistics = LatentDataSet.prepare(dataset, autoencoders.encoder(run)).statistics
     deviation, mean = np.array(statistics["standard_deviation"]), np.array(statistics["mean"])
     assert np.sqrt((deviation**2 + mean**2).mean()) == pytest.approx(1, abs=0.02)
     assert mean.mean() == pytest.approx(0, abs=0.02)
 
 
-def test_given_weights_are_copied_into_the_run_and_held_to(config, given, tmp_path):
-    with_weights, run = with_autoencoder(config, weights=str(given)), tmp_path / "run"
-    autoencoders.prepare(with_weights, run)
+def test_given_weights_are_copied_into_the_run_and_held_to(config, dataset, given, tmp_path):
+    def prepare(weights):
+        with RunFolder.writing(tmp_path / "run", with_autoencoder(config, weights=str(weights))) as run:
+            autoencoders.prepare(run)
+        return run
+
     fingerprint = kl_weights.fingerprint(kl_weights.load(given))
-    assert examples_of(with_weights, run).fingerprint == fingerprint
+    assert prepare(given).autoencoder_fingerprint == fingerprint
     # The copy is enough.
-    autoencoders.prepare(with_autoencoder(config, weights=str(tmp_path / "gone")), run)
+    assert prepare(tmp_path / "gone").autoencoder_fingerprint == fingerprint
     kl_weights.save(KlAutoencoder(dataclasses.replace(SIZES, scale=0.8), rngs=nnx.Rngs(1)), tmp_path / "other")
     with pytest.raises(InputError, match=rf"is the autoencoder \w+, the run began with {fingerprint}"):
-        autoencoders.prepare(with_autoencoder(config, weights=str(tmp_path / "other")), run)
+        prepare(tmp_path / "other")
     with pytest.raises(InputError, match=rf"no latents of synthetic_faces by this run's autoencoder .{fingerprint}"):
-        loop.train(with_weights, run)
+        LatentDataSet.open(dataset, prepare(given).autoencoder_fingerprint)
 
 
 def test_weights_of_other_sizes_are_refused(config, given, tmp_path):
+    def prepare(**values):
+        with RunFolder.writing(tmp_path / str(len(runs)), with_autoencoder(config, **values)) as run:
+            runs.append(run)
+            autoencoders.prepare(run)
+
+    runs = []
     for values in ({"latent_channels": 16}, {"block_channels": (4, 4, 4)}):
-        with pytest.raises(InputError, match=r"latents of 4 channels, a 2th in size; give .*channels=4 and 2 "):
-            autoencoders.prepare(with_autoencoder(config, weights=str(given), **values), tmp_path)
+        with pytest.raises(InputError, match=r"latents of 4 channels, a 2th in size; set .*channels to 4, and give 2 "):
+            prepare(weights=str(given), **values)
     with pytest.raises(InputError, match=r"absent do not exist.*sd-vae-ft-mse"):
-        autoencoders.prepare(with_autoencoder(config, weights=str(tmp_path / "absent")), tmp_path)
-    assert not autoencoder_folder(tmp_path).exists()
+        prepare(weights=str(tmp_path / "absent"))
+    assert len(runs) == 3
+    assert not any(run.has_autoencoder() or run.autoencoder_path.exists() for run in runs)
 
 
-def test_a_run_without_its_autoencoder_is_refused(config, tmp_path):
-    with pytest.raises(InputError, match="has no autoencoder yet; run the `autoencoder` command"):
-        autoencoders.load(config, tmp_path)
+def test_reconstructing_again_compiles_nothing(dataset, given):
+    model = kl_weights.load(given)
+    first = list(autoencoders.reconstructions(model, dataset, limit=7, batch_size=4))
+    assert [len(image) for image, _ in first] == [4, 3]
+    before = autoencoders._reconstruct._cache_size()
+    again = list(autoencoders.reconstructions(model, dataset, limit=7, batch_size=4))
+    assert autoencoders._reconstruct._cache_size() == before
+    for (image, decoded), (_, same) in zip(first, again, strict=True):
+        assert decoded.shape == image.shape
+        assert decoded.dtype == np.uint8
+        np.testing.assert_array_equal(decoded, same)
 
 
 def test_saved_weights_are_loaded_again_to_the_bit(given, tmp_path):

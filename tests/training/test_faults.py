@@ -11,13 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from sisma_jax.data import loading
-from sisma_jax.runs.metrics import METRICS_NAME, read_metrics
-from sisma_jax.training import loop
+from sisma_jax.data.dataset import DataSet
+from sisma_jax.runs.folder import TrainingFolder
+from sisma_jax.runs.metrics import read_metrics
 from tests import interrupted
 from tests.processes import ROOT, free_port
 from tests.tiny import tiny_config
-from tests.training.runs import assert_same, final_state
+from tests.training.runs import assert_same, final_state, train
 
 NUM_STEPS = 100
 
@@ -25,7 +25,7 @@ NUM_STEPS = 100
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
-    loading.prepare(tiny_config(path).data)
+    DataSet.prepare(tiny_config(path).data)
     return path
 
 
@@ -42,24 +42,25 @@ def environment(devices: int = 1) -> dict[str, str]:
 
 def has_trained(workdir, step, elapsed) -> bool:
     try:
-        return (workdir / METRICS_NAME).read_bytes().count(b"\n") >= step
+        return TrainingFolder(workdir).metrics.read_bytes().count(b"\n") >= step
     except FileNotFoundError:
         return False
+
+
+def metrics(path) -> list[dict]:
+    return read_metrics(TrainingFolder(path).metrics)
 
 
 @pytest.mark.slow
 def test_killed_at_twenty_random_steps_a_run_ends_with_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
     config = tiny_config(cache_dir, num_steps=NUM_STEPS, checkpoint_every_steps=3)
-    interrupted.run(functools.partial(loop.train, config, tmp_path / "unbroken"), **environment())
+    interrupted.run(functools.partial(train, config, tmp_path / "unbroken"), **environment())
     steps = np.sort(np.random.default_rng(0).choice(np.arange(1, NUM_STEPS - 5), 20, replace=False))
     conditions = [functools.partial(has_trained, tmp_path / "killed", step) for step in steps]
-    job = functools.partial(loop.train, config, tmp_path / "killed")
+    job = functools.partial(train, config, tmp_path / "killed")
     assert interrupted.run(job, conditions, **environment()) == 20
     assert_same(final_state(tmp_path / "killed", config), final_state(tmp_path / "unbroken", config))
-    losses = [
-        [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name / METRICS_NAME)]
-        for name in ("killed", "unbroken")
-    ]
+    losses = [[(line["step"], line["loss"]) for line in metrics(tmp_path / name)] for name in ("killed", "unbroken")]
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == list(range(1, NUM_STEPS + 1))
 
@@ -124,10 +125,10 @@ def test_sigterm_saves_and_exits_with_the_code_to_start_again(tmp_path, cache_di
     (code,), _, (errors,) = job.end()
     assert code == os.EX_TEMPFAIL
     assert "Traceback" not in errors
-    lines = read_metrics(tmp_path / "run" / METRICS_NAME)
+    lines = metrics(tmp_path / "run")
     saved = lines[-1]["step"]
     assert saved < 3000
-    assert f"step {saved} is saved, and the same command goes on from there" in errors
+    assert f"step {saved} is saved, and the same command resumes from there" in errors
     assert final_state(tmp_path / "run", config)[0] == saved
 
 
@@ -144,14 +145,14 @@ def test_two_processes_killed_and_told_to_stop_go_on_to_the_bits_of_an_unbroken_
     for process in job.processes[::-1]:  # the first alone would wait for the other, for 100 seconds
         process.kill()
     assert job.end()[0] == [-signal.SIGKILL] * 2
-    assert read_metrics(tmp_path / "broken" / METRICS_NAME)[-1]["step"] < 16
+    assert metrics(tmp_path / "broken")[-1]["step"] < 16
 
     job = Job(file, tmp_path / "broken", *mesh, processes=2)
     job.wait_for_step(9)
     job.processes[1].send_signal(signal.SIGTERM)
     codes, _, errors = job.end()
     assert codes == [os.EX_TEMPFAIL] * 2, errors
-    assert all("the same command goes on from there" in text for text in errors)
+    assert all("the same command resumes from there" in text for text in errors)
 
     codes, outputs, errors = Job(file, tmp_path / "broken", *mesh, processes=2, command="all").end()
     assert codes == [0, 0], errors
@@ -163,9 +164,9 @@ def test_two_processes_killed_and_told_to_stop_go_on_to_the_bits_of_an_unbroken_
     assert (tmp_path / "broken/samples/grid_0000016.png").stat().st_size > 0
     assert "step 16" not in errors[1]
     assert_same(final_state(tmp_path / "broken", config), final_state(tmp_path / "unbroken", config))
-    lines = read_metrics(tmp_path / "broken" / METRICS_NAME)
+    lines = metrics(tmp_path / "broken")
     assert [line["step"] for line in lines] == list(range(1, 17))
-    unbroken = read_metrics(tmp_path / "unbroken" / METRICS_NAME)
+    unbroken = metrics(tmp_path / "unbroken")
     assert [line["loss"] for line in lines] == [line["loss"] for line in unbroken]
     # Told to stop at a checkpoint's step, the run does not stay to measure.
     measured = [
@@ -177,5 +178,5 @@ def test_two_processes_killed_and_told_to_stop_go_on_to_the_bits_of_an_unbroken_
     alone = tmp_path / "alone"
     (code,), _, errors = Job(file, alone, "--mesh.data=2").end()
     assert code == 0, errors
-    losses = [[line["loss"] for line in read_metrics(path / METRICS_NAME)] for path in (alone, tmp_path / "unbroken")]
+    losses = [[line["loss"] for line in metrics(path)] for path in (alone, tmp_path / "unbroken")]
     np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)

@@ -5,34 +5,35 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.profiler import ProfileData
 
-from sisma_jax.config import Config, OptimConfig, TrainConfig
-from sisma_jax.data import loading
+from sisma_jax.config import OptimConfig
+from sisma_jax.data.dataset import DataSet
 from sisma_jax.errors import InputError, Preempted
-from sisma_jax.runs.checkpoints import Checkpoints
+from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints
 from sisma_jax.runs.export import export_params
+from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import MetricWriter, read_metrics
-from sisma_jax.training import loop, step
-from sisma_jax.training.state import init_state, learning_rate, optimizer
-from sisma_jax.training.step import make_update
+from sisma_jax.training import loop, optimizers, step
+from sisma_jax.training.state import init_state
 from tests.tiny import tiny_config
-from tests.training.runs import assert_same, final_state
+from tests.training.runs import assert_same, final_state, train
 
 
 @pytest.fixture(scope="module")
 def cache_dir(tmp_path_factory):
     path = tmp_path_factory.mktemp("data")
-    loading.prepare(tiny_config(path).data)
+    DataSet.prepare(tiny_config(path).data)
     return path
 
 
 def test_a_resumed_run_has_the_bits_of_an_unbroken_one(tmp_path, cache_dir):
     config = tiny_config(cache_dir, num_steps=6)
-    loop.train(config, tmp_path / "unbroken")
-    loop.train(tiny_config(cache_dir, num_steps=3), tmp_path / "broken")
-    loop.train(config, tmp_path / "broken")
+    train(config, tmp_path / "unbroken")
+    train(tiny_config(cache_dir, num_steps=3), tmp_path / "broken")
+    train(config, tmp_path / "broken")
     assert_same(final_state(tmp_path / "broken", config), final_state(tmp_path / "unbroken", config))
     losses = [
         [(line["step"], line["loss"]) for line in read_metrics(tmp_path / name / "metrics.jsonl")]
@@ -47,7 +48,7 @@ def test_bfloat16_computes_with_float32_state_and_losses_close_to_those_of_float
     losses = {}
     for dtype in ("float32", "bfloat16"):
         config = tiny_config(cache_dir, compute_dtype=dtype)
-        loop.train(config, tmp_path / dtype)
+        train(config, tmp_path / dtype)
         losses[dtype] = [line["loss"] for line in read_metrics(tmp_path / dtype / "metrics.jsonl")]
         _, (state, ema), _ = final_state(tmp_path / dtype, config)
         kinds = {x.dtype for x in jax.tree.leaves((state["params"], state["opt_state"], ema)) if x.dtype.kind == "f"}
@@ -58,14 +59,14 @@ def test_bfloat16_computes_with_float32_state_and_losses_close_to_those_of_float
 
 def test_a_finished_run_is_left_as_it_is(tmp_path, cache_dir):
     config = tiny_config(cache_dir, num_steps=2)
-    loop.train(config, tmp_path)
+    train(config, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
-    loop.train(config, tmp_path)
+    train(config, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
 def test_metrics_are_logged(tmp_path, cache_dir):
-    loop.train(tiny_config(cache_dir), tmp_path)
+    train(tiny_config(cache_dir), tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     assert all(line["loss"] > 0 and line["grad_norm"] > 0 and line["examples_per_sec"] > 0 for line in lines)
@@ -82,17 +83,17 @@ def poison(monkeypatch, bad_steps):
             examples = draw(batch, key)
             return examples | {"x1": jnp.where(batch["is_bad"], jnp.nan, examples["x1"])}
 
-        update = make_update_of(poisoned, *arguments)
+        update = build_update(poisoned, *arguments)
         return lambda state, batch: update(state, batch | {"is_bad": jnp.isin(state.step + 1, jnp.array(bad_steps))})
 
-    make_update_of = step.make_update_of
-    monkeypatch.setattr(step, "make_update_of", make)
+    build_update = step.build_update
+    monkeypatch.setattr(step, "build_update", make)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path, cache_dir, monkeypatch):
     config = tiny_config(cache_dir, num_steps=6, log_every_steps=3, checkpoint_every_steps=6)
     poison(monkeypatch, [2, 3, 5])
-    loop.train(config, tmp_path)
+    train(config, tmp_path)
     lines = read_metrics(tmp_path / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines] == [2, 1]
     assert all(np.isfinite(list(line.values())).all() for line in lines)
@@ -112,14 +113,78 @@ def test_too_many_of_them_in_a_row_stop_the_run_and_the_last_good_checkpoint_sta
     config = tiny_config(cache_dir, num_steps=8, max_skipped_steps=limit)
     last = 4 if limit else 2  # a state whose last update was skipped is a good one
     with pytest.raises(InputError, match=rf"loss is nan at step {4 + limit}; .*last good checkpoint, step {last}, is"):
-        loop.train(config, tmp_path)
+        train(config, tmp_path)
     saved, (state, ema), _ = final_state(tmp_path, config)
     assert saved == last
     assert all(np.isfinite(x).all() for x in jax.tree.leaves((state["params"], ema)))
 
 
+def test_updates_that_are_not_finite_stop_the_run_too_and_no_checkpoint_has_them(tmp_path, cache_dir, monkeypatch):
+    rate = optax.scale_by_schedule(lambda count: jnp.where(count < 3, -1e-3, jnp.inf))
+    monkeypatch.setitem(optimizers._OPTIMIZERS, "adamw", lambda optim, schedule: rate)
+    config = tiny_config(cache_dir, num_steps=8, max_skipped_steps=2)
+    with pytest.raises(InputError, match=r"the update is not finite at step 6; .* 3 updates .* step 4, is kept"):
+        train(config, tmp_path)
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [0, 0, 0, 1, 1]
+    saved, (state, ema), _ = final_state(tmp_path, config)
+    assert saved == 4
+    chex.assert_tree_all_finite((state["params"], ema))
+
+
+def test_a_run_that_another_job_has_taken_over_saves_no_more(tmp_path, cache_dir):
+    config, asked = tiny_config(cache_dir), []
+
+    def lost():
+        if len(asked) == 1:
+            raise InputError("it was taken over")
+        asked.append(True)
+
+    with RunFolder.writing(tmp_path, config) as run:
+        run._require_lock = lost
+        with pytest.raises(InputError, match="taken over"):
+            loop.train(run, DataSet.open(config.data))
+    assert final_state(tmp_path, config)[0] == 2
+
+
+def test_a_second_training_of_a_run_is_refused_and_harms_nothing(tmp_path, cache_dir):
+    config = tiny_config(cache_dir, num_steps=2)
+    train(config, tmp_path)
+    with RunFolder.writing(tmp_path, config):
+        with pytest.raises(InputError, match="is being written by process"):
+            train(config, tmp_path)
+    assert final_state(tmp_path, config)[0] == 2
+
+
+def test_every_array_of_a_batch_reaches_the_update_but_the_ids(tmp_path, cache_dir, monkeypatch):
+    seen = []
+
+    def recorded(draw, *arguments):
+        def draw_and_record(batch, key):
+            seen.append({name: x.shape for name, x in batch.items()})
+            return draw({name: x for name, x in batch.items() if name != "style"}, key)
+
+        return build_update(draw_and_record, *arguments)
+
+    class Styled:
+        def __init__(self, batches):
+            self._batches = batches
+
+        def __next__(self):
+            return next(self._batches) | {"style": np.ones((8, 5), np.float32)}
+
+        def __getattr__(self, name):
+            return getattr(self._batches, name)
+
+    build_update, train_batches = step.build_update, DataSet.train_batches
+    monkeypatch.setattr(step, "build_update", recorded)
+    monkeypatch.setattr(DataSet, "train_batches", lambda *arguments: Styled(train_batches(*arguments)))
+    train(tiny_config(cache_dir, num_steps=1), tmp_path)
+    assert seen[0] == {"image": (8, 16, 16, 3), "mask": (8, 16, 16), "style": (8, 5)}
+
+
 def test_some_steps_are_traced(tmp_path, cache_dir):
-    loop.train(tiny_config(cache_dir, num_steps=3, profile_steps="2-3"), tmp_path)
+    train(tiny_config(cache_dir, num_steps=3, profile_steps="2-3"), tmp_path)
     (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
     events = {
         event.name
@@ -142,12 +207,12 @@ def test_sigterm_in_a_program_of_ones_own_saves_and_raises(tmp_path, cache_dir, 
     monkeypatch.setattr(MetricWriter, "write", signalled)
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="step 4 is saved") as stopped:
-        loop.train(config, tmp_path)
+        train(config, tmp_path)
     assert stopped.value.code == 75
     assert signal.getsignal(signal.SIGTERM) == before
     assert final_state(tmp_path, config)[0] == 4
     monkeypatch.undo()
-    loop.train(config, tmp_path)
+    train(config, tmp_path)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
 
 
@@ -155,8 +220,8 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, cache_dir, mon
     measured = iter([3.0, 1.0, 2.0, 4.0])
     monkeypatch.setattr(loop, "held_out_loss", lambda *arguments: next(measured))
     config = tiny_config(cache_dir, num_steps=4, checkpoint_every_steps=1, keep_checkpoints=1)
-    loop.train(config, tmp_path)
-    with Checkpoints(tmp_path / loop.CHECKPOINTS_NAME, best=loop.BEST, read_only=True) as checkpoints:
+    train(config, tmp_path)
+    with Checkpoints(tmp_path / "checkpoints", best=HELD_OUT_LOSS, read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4]
         assert checkpoints.best_step() == 2
 
@@ -171,79 +236,36 @@ def test_a_run_begins_with_exported_parameters(tmp_path, cache_dir):
         train = dataclasses.replace(config.train, init_from=str(tmp_path / "model.safetensors"))
         return dataclasses.replace(changed, train=train, optim=OptimConfig(learning_rate=1e-12))
 
-    loop.train(begun(), tmp_path / "run")
+    train(begun(), tmp_path / "run")
     _, (state, ema), _ = final_state(tmp_path / "run", config)
     for tree in (state["params"], ema):
         chex.assert_trees_all_close(tree, params, rtol=1e-6)
-    with pytest.raises(InputError, match=r"(?s)--train.init_from .*safetensors is of another model:.*A_log"):
-        loop.train(begun(d_state=8), tmp_path / "other")
+    with pytest.raises(InputError, match=r"(?s)^train.init_from .*safetensors is of another model:.*A_log"):
+        train(begun(d_state=8), tmp_path / "other")
     assert not (tmp_path / "other" / "checkpoints").exists() or not list((tmp_path / "other/checkpoints").iterdir())
 
 
 def test_another_configuration_is_refused_and_harms_nothing(tmp_path, cache_dir):
     config = tiny_config(cache_dir, num_steps=2)
-    loop.train(config, tmp_path)
+    train(config, tmp_path)
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, d_state=2))
-    with pytest.raises(InputError, match=r"--model.d_state: the run has 4, given 2"):
-        loop.train(other, tmp_path)
+    with pytest.raises(InputError, match=r"\n  model.d_state: the run has 4, given 2"):
+        train(other, tmp_path)
     assert final_state(tmp_path, config)[0] == 2
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path, cache_dir, caplog):
     config = tiny_config(cache_dir)
-    loop.train(config, tmp_path)
+    train(config, tmp_path)
     want = final_state(tmp_path, config)
     largest = max((tmp_path / "checkpoints" / "4").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
     largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
-    loop.train(config, tmp_path)
+    train(config, tmp_path)
     assert "checkpoint of step 4" in caplog.text
     assert "damaged" in caplog.text
     assert_same(final_state(tmp_path, config), want)
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused(tmp_path, cache_dir):
-    with pytest.raises(InputError, match=r"--train.batch_size 6 is not a multiple of the 8 devices"):
-        loop.train(tiny_config(cache_dir, batch_size=6), tmp_path)
-
-
-def test_learning_rate_warms_up_and_decays():
-    optim = OptimConfig(learning_rate=1.0, warmup_steps=10, decay_steps=110)
-    schedule = learning_rate(Config(optim=optim))
-    assert [float(schedule(step)) for step in (0, 5, 10, 60, 110)] == pytest.approx([0, 0.5, 1, 0.5, 0], abs=1e-6)
-    constant = learning_rate(Config(optim=OptimConfig(learning_rate=0.3)))
-    assert [float(constant(step)) for step in (0, 1, 1000)] == pytest.approx([0.3] * 3)
-
-
-@pytest.mark.parametrize(("rule", "rate"), [("none", 0.1), ("linear", 0.4), ("sqrt", 0.2)])
-def test_a_scaling_rule_raises_the_rate_with_the_batch(rule, rate):
-    optim = OptimConfig(learning_rate=0.1, scaling_rule=rule, base_batch_size=32)
-    config = Config(optim=optim, train=TrainConfig(batch_size=128))
-    assert float(learning_rate(config)(0)) == pytest.approx(rate)
-
-
-def test_gradients_in_parts_make_the_update_of_the_whole_batch(cache_dir):
-    config = tiny_config(cache_dir)
-    state = jax.jit(lambda: init_state(config))()
-    batch = next(loading.train_iterator(config.data, batch_size=8, seed=0))
-    del batch["id"]
-    whole, metrics = jax.jit(make_update(config))(state, batch)
-    train = dataclasses.replace(config.train, accumulate_steps=4)
-    in_parts, metrics_of_parts = jax.jit(make_update(dataclasses.replace(config, train=train)))(state, batch)
-    chex.assert_trees_all_close(metrics_of_parts, metrics, rtol=1e-5)
-    # Adam's first step divides by the gradient's own size, so what is compared is the gradient: the first moment.
-    chex.assert_trees_all_close(in_parts.opt_state[1][0].mu, whole.opt_state[1][0].mu, rtol=1e-4, atol=1e-7)
-
-
-def test_weight_decay_leaves_norms_biases_and_the_scan_alone(cache_dir):
-    config = tiny_config(cache_dir)
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=10.0))
-    state = jax.jit(lambda: init_state(config))()
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
-    updates, _ = optimizer(config).update(zeros, state.opt_state, state.params)
-    mixer = updates["blocks"]["mixer"]
-    scan = mixer["scans"][0]
-    assert all(np.all(np.asarray(scan[name]) == 0) for name in ("A_log", "D", "dt_bias"))
-    assert np.all(np.asarray(mixer["out_norm"]["scale"]) == 0)
-    assert np.all(np.asarray(updates["blocks"]["feed_forward"]["up"]["bias"]) == 0)
-    assert np.any(np.asarray(mixer["in_proj"]["kernel"]) != 0)
-    assert np.all(np.asarray(updates["time_up"]["bias"]) == 0)
+    with pytest.raises(InputError, match=r"^train.batch_size 6 is not a multiple of the 8 devices"):
+        train(tiny_config(cache_dir, batch_size=6), tmp_path)

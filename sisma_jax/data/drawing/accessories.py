@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing.canvas import Canvas
 from sisma_jax.data.drawing.contours import (
     between,
@@ -18,7 +19,6 @@ from sisma_jax.data.drawing.geometry import EYE_U, Geometry
 from sisma_jax.data.drawing.lighting import per_channel
 from sisma_jax.data.drawing.parameters import Face
 from sisma_jax.data.drawing.skin import EAR_Z, SIDES, SUBJECT
-from sisma_jax.data.labels import INDEX
 
 # The lens of the picture's right eye, relative to the eye.
 _LENSES = {
@@ -69,7 +69,7 @@ def paint_glasses(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndar
         gleam = stroke(moved(line, 0, -0.15 * thickness), 0.3 * thickness)
         canvas.paint(gleam, np.clip(glasses.color + 0.35, 0, 1), blur=0.001, opacity=0.45)
     if glasses.opacity < 0.5:
-        over = np.isin(kept, [INDEX[name] for name in ("l_eye", "r_eye", "l_brow", "r_brow")])
+        over = np.isin(kept, [CELEBAMASK_HQ.index[name] for name in ("l_eye", "r_eye", "l_brow", "r_brow")])
         canvas.labels[over] = kept[over]
 
 

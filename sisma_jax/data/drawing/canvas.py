@@ -10,8 +10,8 @@ Colours come channels first, (3, rows, columns): NumPy then works along whole ro
 import cv2
 import numpy as np
 
+from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing.contours import grown
-from sisma_jax.data.labels import INDEX
 
 # Fractional bits of the coordinates that OpenCV rasterises.
 _SHIFT = 4
@@ -95,12 +95,12 @@ class Canvas:
         under = self.image[:, rows, columns]
         under += (alpha * np.float32(opacity)) * (color - under)
         if label is not None:
-            self.labels[window][alpha > 0.5] = INDEX[label]
+            self.labels[window][alpha > 0.5] = CELEBAMASK_HQ.index[label]
 
     def mark(self, contour: np.ndarray, label: str) -> None:
         """Gives the pixels inside a contour a class and leaves their colour."""
         alpha, window = self.coverage(contour)
-        self.labels[window][alpha > 0.5] = INDEX[label]
+        self.labels[window][alpha > 0.5] = CELEBAMASK_HQ.index[label]
 
     def tint(self, contour: np.ndarray, factor: Color, *, blur: float = 0.0, within: np.ndarray | None = None) -> None:
         """Multiplies the image inside a contour by `factor`: a shadow."""
@@ -119,13 +119,13 @@ class Canvas:
 
     def has(self, label: str) -> bool:
         """Whether any pixel has the class."""
-        return bool((self.labels == INDEX[label]).any())
+        return bool((self.labels == CELEBAMASK_HQ.index[label]).any())
 
     def reduce(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """Returns the portrait at `size` pixels: box-filtered uint8 image, and the majority class as uint8 mask."""
         image = cv2.resize(cv2.merge(list(self.image)), (size, size), interpolation=cv2.INTER_AREA)
         image = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
-        present = np.flatnonzero(np.bincount(self.labels.ravel(), minlength=len(INDEX)))
+        present = np.flatnonzero(np.bincount(self.labels.ravel(), minlength=len(CELEBAMASK_HQ)))
         votes = [
             cv2.resize((self.labels == index).view(np.uint8) * 252, (size, size), interpolation=cv2.INTER_AREA)
             for index in present

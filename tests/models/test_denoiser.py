@@ -1,3 +1,5 @@
+"""The denoiser of every backbone: what goes in changes what comes out, shapes, types, parameters."""
+
 import dataclasses
 import functools
 
@@ -7,16 +9,17 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from sisma_jax.data.labels import NUM_CLASSES
 
 from sisma_jax.config import Config, ModelConfig, preset
-from sisma_jax.models.factory import graph_of, init_params
-from sisma_jax.models.mamba import CrossMamba, SelfMamba
-from sisma_jax.models.mask_encoder import MaskEncoder
+from sisma_jax.data.classes import CELEBAMASK_HQ
+from sisma_jax.models.condition import Condition
+from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.factory import graph_of, init_params, layer_parts
+from sisma_jax.models.layers import make_block
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 from sisma_jax.models.scan_orders import orders_of_layer
-from sisma_jax.models.sisma import Sisma
 
+NUM_CLASSES = len(CELEBAMASK_HQ)
 TINY = ModelConfig(depth=2, d_model=16, patch_size=2, d_state=4, mlp_ratio=2.0, d_label=8)
 
 
@@ -37,9 +40,10 @@ def random_params(abstract: nnx.State, seed: int = 1) -> nnx.State:
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def make_model(config: ModelConfig = TINY, *, trained: bool = True, dtype: jnp.dtype = jnp.float32) -> Sisma:
-    def make() -> Sisma:
-        return Sisma(config, 3, 1, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
+def make_model(config: ModelConfig = TINY, *, trained: bool = True, dtype: jnp.dtype = jnp.float32) -> Denoiser:
+    def make() -> Denoiser:
+        parts = layer_parts(config.backbone)
+        return Denoiser(config, parts, NUM_CLASSES, 3, 1, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))
 
     if not trained:
         return make()
@@ -58,10 +62,10 @@ def make_inputs(batch: int = 2, side: int = 8) -> tuple[jax.Array, jax.Array, ja
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(graph: nnx.GraphDef, params: nnx.State, xt: jax.Array, t: jax.Array, mask: jax.Array) -> jax.Array:
     model = nnx.merge(graph, params)
-    return model(xt, t, model.encode_mask(mask))
+    return model(xt, t, model.encode({"mask": mask}))
 
 
-def predict(model: Sisma, xt: jax.Array, t: jax.Array, mask: jax.Array) -> np.ndarray:
+def predict(model: Denoiser, xt: jax.Array, t: jax.Array, mask: jax.Array) -> np.ndarray:
     return np.asarray(_apply(*nnx.split(model), xt, t, mask))
 
 
@@ -74,12 +78,13 @@ def test_patches_invert():
 
 
 def test_a_new_block_is_the_identity():
-    block = Sisma.make_block(TINY, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    block = make_block(TINY, layer_parts("sisma"), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     keys = jax.random.split(jax.random.key(0), 3)
     x, features = (jax.random.normal(key, (2, 4, 4, 16)) for key in keys[:2])
-    condition = jax.random.normal(keys[2], (2, 16))
+    embedding = jax.random.normal(keys[2], (2, 16))
     paths = (orders_of_layer(0, 1)[0].path(4, 4),)
-    np.testing.assert_array_equal(jax.jit(lambda *inputs: block(*inputs))(x, condition, features, paths), x)
+    run = jax.jit(lambda *inputs: block(*inputs))
+    np.testing.assert_array_equal(run(x, embedding, Condition(features), paths), x)
 
 
 def test_a_new_model_predicts_zero():
@@ -95,7 +100,7 @@ def test_the_mask_changes_the_output_and_only_through_cross_mamba(wiring, orders
     xt, t, mask = make_inputs()
     other = (mask + 1) % NUM_CLASSES
     assert np.abs(predict(model, xt, t, mask) - predict(model, xt, t, other)).max() > 1e-3
-    kernel = model.blocks.reader.out_proj.kernel
+    kernel = model.layers.stacked.reader.out_proj.kernel
     kernel[...] = jnp.zeros_like(kernel[...])
     np.testing.assert_array_equal(predict(model, xt, t, mask), predict(model, xt, t, other))
 
@@ -121,18 +126,18 @@ def test_examples_of_a_batch_do_not_mix():
 def test_any_latent_size_and_patch_size(patch_size):
     model = make_model(dataclasses.replace(TINY, patch_size=patch_size))
     mask = jnp.zeros((1, 8, 12), jnp.uint8)
-    assert model.encode_mask(mask).shape == (1, 8 // patch_size, 12 // patch_size, 16)
+    assert model.encode({"mask": mask}).mask.shape == (1, 8 // patch_size, 12 // patch_size, 16)
     assert predict(model, jnp.ones((1, 8, 12, 3)), jnp.ones((1,)), mask).shape == (1, 8, 12, 3)
 
 
 def test_wrong_shapes_are_named():
     model = make_model()
     with pytest.raises(ValueError, match=r"multiples of 2 \(the patch size 2\)"):
-        model(jnp.ones((1, 7, 8, 3)), jnp.ones((1,)), jnp.ones((1, 4, 4, 16)))
+        model(jnp.ones((1, 7, 8, 3)), jnp.ones((1,)), Condition(jnp.ones((1, 4, 4, 16))))
     with pytest.raises(ValueError, match="want the token grid"):
-        model(jnp.ones((1, 8, 8, 3)), jnp.ones((1,)), jnp.ones((1, 2, 4, 16)))
+        model(jnp.ones((1, 8, 8, 3)), jnp.ones((1,)), Condition(jnp.ones((1, 2, 4, 16))))
     with pytest.raises(ValueError, match="want multiples of 2 pixels"):
-        model.encode_mask(jnp.zeros((1, 7, 8), jnp.uint8))
+        model.encode({"mask": jnp.zeros((1, 7, 8), jnp.uint8)})
 
 
 def test_bfloat16_computes_close_to_float32_with_float32_parameters():
@@ -158,7 +163,7 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
 
         def loss(params):
             model = nnx.merge(graph, params)
-            return (model(xt, t, model.encode_mask(mask)) ** 2).mean()
+            return (model(xt, t, model.encode({"mask": mask})) ** 2).mean()
 
         program = jax.jit(jax.grad(loss)).lower(params).compile()
         return program.memory_analysis().temp_size_in_bytes, nnx.to_pure_dict(program(params))
@@ -169,69 +174,14 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), none[1], recomputed[1])
 
 
-def test_dropped_masks_become_the_null_features():
-    encoder = MaskEncoder(2, 8, 16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-    mask = make_inputs()[2]
-    features = encoder(mask, jnp.array([True, False]))
-    np.testing.assert_array_equal(features[0], encoder.null_features((1, 4, 4, 16))[0])
-    np.testing.assert_array_equal(features[1], encoder(mask)[1])
-
-
-def test_a_single_pixel_of_a_mask_reaches_its_token():
-    """A part thinner than a token is seen: the token of an 8x8 square differs when one of its 64 labels does."""
-    encoder = MaskEncoder(8, 8, 32, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-    mask = jnp.zeros((1, 32, 32), jnp.uint8)
-    difference = np.abs(encoder(mask.at[0, 11, 20].set(12)) - encoder(mask)).max(axis=-1)[0]
-    assert np.unravel_index(difference.argmax(), difference.shape) == (1, 2)
-    assert difference[1, 2] > 0.05
-
-
-def test_the_mask_encoder_wants_a_power_of_two():
-    with pytest.raises(ValueError, match="downsampling 6 is not a power of two"):
-        MaskEncoder(6, 8, 16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-
-
-@pytest.mark.parametrize("reverse", [False, True])
-def test_self_mamba_follows_its_path(reverse):
-    """What comes later on the path (beyond the convolution's reach) does not change what came before."""
-    order = next(o for o in orders_of_layer(0, 4) if o.lines == "rows" and o.reverse == reverse)
-    mixer = SelfMamba(16, d_state=4, expand=2, d_conv=3, num_orders=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
-    x = jax.random.normal(jax.random.key(0), (1, 6, 5, 16))
-    path = order.path(6, 5)
-    last_row = path.tokens[-1] // 5
-    changed = x.at[0, last_row].add(1.0)
-    mix = jax.jit(lambda x: mixer(x, (path,)))
-    difference = np.abs(mix(changed) - mix(x)).max(axis=-1)[0]
-    far = [row for row in range(6) if abs(row - last_row) > 1]
-    np.testing.assert_array_equal(difference[far], 0)
-    assert difference[last_row].min() > 1e-4
-
-
-def test_cross_mamba_gradients_reach_both_streams():
-    mixer = CrossMamba(
-        16,
-        wiring="state_from_mask",
-        d_state=4,
-        expand=2,
-        d_conv=3,
-        num_orders=2,
-        dtype=jnp.dtype("float32"),
-        rngs=nnx.Rngs(0),
-    )
-    keys = jax.random.split(jax.random.key(0), 2)
-    x, features = (jax.random.normal(key, (1, 4, 4, 16)) for key in keys)
-    paths = tuple(order.path(4, 4) for order in orders_of_layer(0, 2))
-    grads = jax.jit(jax.grad(lambda x, features: (mixer(x, features, paths) ** 2).sum(), argnums=(0, 1)))(x, features)
-    assert all(np.abs(grad).max() > 1e-4 for grad in grads)
-
-
 def test_graph_and_parameters_are_the_model():
     config = Config(model=TINY)
     graph = graph_of(config)
     assert graph == graph_of(config)
     assert hash(graph) == hash(graph_of(config))
     params = init_params(config, jax.random.key(0))
-    assert all(type(x) is dict for x in (params, params["blocks"], params["blocks"]["mixer"]))
+    layers = params["layers"]["stacked"]
+    assert all(type(x) is dict for x in (params, layers, layers["mixer"]))
     xt, t, mask = make_inputs(side=64)
     assert predict(nnx.merge(graph, params), xt, t, mask).shape == xt.shape
 
@@ -240,7 +190,7 @@ def test_graph_and_parameters_are_the_model():
 def test_presets_have_the_parameters_of_their_depth_and_width(name):
     config = Config(model=preset(name))
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    count = sum(leaf.size for leaf in jax.tree.leaves(params["blocks"]))
+    count = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]))
     depth, d_model = config.model.depth, config.model.d_model
     # Self-Mamba 6, Cross-Mamba 8, feed-forward 8, modulation 9 square matrices; the scan's projections are thin.
     assert count == pytest.approx(31 * depth * d_model**2, rel=0.05)
@@ -260,7 +210,7 @@ def test_a_tiny_model_overfits_one_batch():
             model = nnx.merge(graph, params)
             x0 = jax.random.normal(key, x1.shape)
             xt = t[:, None, None, None] * x1 + (1 - t[:, None, None, None]) * x0
-            return ((model(xt, t, model.encode_mask(mask)) - x1) ** 2).mean()
+            return ((model(xt, t, model.encode({"mask": mask})) - x1) ** 2).mean()
 
         value, grads = jax.value_and_grad(loss)(params)
         updates, opt_state = optimizer.update(grads, opt_state)

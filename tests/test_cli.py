@@ -2,7 +2,11 @@
 
 import functools
 import json
+import os
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -10,10 +14,13 @@ import jax
 import numpy as np
 import pytest
 
-import run
 import sisma_jax
-from sisma_jax.data import images
+from sisma_jax import cli
+from sisma_jax.commands.train import All, Train
+from sisma_jax.data import photos
+from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing import draw_face
+from sisma_jax.data.masks import read_mask_file
 from sisma_jax.models.factory import init_params
 from sisma_jax.runs.metrics import read_metrics
 
@@ -29,20 +36,20 @@ def finished(tmp_path_factory):
         "from pathlib import Path\nfrom tests.tiny import tiny_config\n\n\n"
         f"def get_config():\n    return tiny_config(Path({str(folder / 'data')!r}))\n"
     )
-    run.main(["--config", str(file), "--workdir", str(folder / "run")])
+    cli.main(["--config", str(file), "--workdir", str(folder / "run")])
     return file, folder / "run"
 
 
 @pytest.fixture
 def mask_file(tmp_path):
     path = tmp_path / "mask.png"
-    path.write_bytes(images.encode_png(draw_face(np.random.default_rng(3), 32)[1]))
+    path.write_bytes(photos.encode_png(draw_face(np.random.default_rng(3), 32)[1]))
     return path
 
 
 def command(finished, *arguments, workdir=None):
     file, folder = finished
-    run.main(["--config", str(file), "--workdir", str(workdir or folder), *map(str, arguments)])
+    cli.main(["--config", str(file), "--workdir", str(workdir or folder), *map(str, arguments)])
 
 
 def refused(capsys, finished, *arguments, workdir=None) -> str:
@@ -83,17 +90,17 @@ def test_the_whole_latent_way_is_one_command(tmp_path, mask_file, capsys):
     for name in ("autoencoder/config.json", "samples/reconstructions.png", "samples/grid_0000004.png"):
         assert (latent[1] / name).stat().st_size > 0
     command(latent, "sample", "--mask", mask_file, "--num", 2)
-    assert cv2.imread(str(latent[1] / "samples/painted/mask_1.png")).shape == (16, 16, 3)
+    assert cv2.imread(str(latent[1] / "samples/0001/mask_1.png")).shape == (16, 16, 3)
     # An edit goes through the encoder too, and keeps what it must.
     photo = tmp_path / "photo.png"
-    photo.write_bytes(images.encode_png(draw_face(np.random.default_rng(3), 32)[0]))
+    photo.write_bytes(photos.encode_png(draw_face(np.random.default_rng(3), 32)[0]))
     region = np.zeros((32, 32), np.uint8)
     region[8:16, 8:16] = 255
-    (tmp_path / "region.png").write_bytes(images.encode_png(region))
+    (tmp_path / "region.png").write_bytes(photos.encode_png(region))
     edit = ("--image", photo, "--region", tmp_path / "region.png", "--margin", 0)
     command(latent, "sample", "--mask", mask_file, "--num", 1, *edit)
-    edited = images.read_image_file(latent[1] / "samples/painted/mask_0.png")
-    np.testing.assert_array_equal(edited[region == 0], images.read_image_file(photo)[region == 0])
+    edited = photos.read_image_file(latent[1] / "samples/0002/mask_0.png")
+    np.testing.assert_array_equal(edited[region == 0], photos.read_image_file(photo)[region == 0])
 
 
 def test_there_is_no_autoencoder_of_pixels_to_prepare(finished, capsys):
@@ -128,11 +135,11 @@ def test_sample_paints_a_folder_and_repeats_itself(finished, mask_file, tmp_path
 def test_python_paints_what_the_command_paints(finished, mask_file, tmp_path):
     command(finished, "sample", "--mask", mask_file, "--out", tmp_path, "--num", 2, "--seed", 5)
     pipeline = sisma_jax.load(finished[1])
-    faces = pipeline(images.read_mask_file(mask_file), key=jax.random.key(5), num_samples=2)
+    faces = pipeline(read_mask_file(mask_file, CELEBAMASK_HQ), key=jax.random.key(5), num_samples=2)
     assert faces.shape == (2, 16, 16, 3)
     assert faces.dtype == np.uint8
     for number, face in enumerate(faces):
-        np.testing.assert_array_equal(images.read_image_file(tmp_path / f"mask_{number}.png"), face)
+        np.testing.assert_array_equal(photos.read_image_file(tmp_path / f"mask_{number}.png"), face)
 
 
 def test_a_face_does_not_depend_on_how_many_are_painted(finished):
@@ -147,12 +154,12 @@ def test_a_seed_gives_a_mask_the_same_face_alone_and_in_a_folder(finished, mask_
     folder = tmp_path / "masks"
     folder.mkdir()
     shutil.copy(mask_file, folder / "b.png")
-    (folder / "a.png").write_bytes(images.encode_png(np.zeros((48, 32), np.uint8)))  # another size
+    (folder / "a.png").write_bytes(photos.encode_png(np.zeros((48, 32), np.uint8)))  # another size
     command(finished, "sample", "--mask", folder, "--num", 2, "--out", tmp_path / "many")
     command(finished, "sample", "--mask", mask_file, "--num", 2, "--out", tmp_path / "one")
     for number in range(2):
         together, alone = (
-            images.read_image_file(tmp_path / name).astype(int)
+            photos.read_image_file(tmp_path / name).astype(int)
             for name in (f"many/b_{number}.png", f"one/mask_{number}.png")
         )
         assert np.abs(together - alone).max() <= 1  # rounding in another order
@@ -165,11 +172,11 @@ def edit(tmp_path):
     photo = np.kron(photo, np.ones((2, 2, 1), np.uint8))
     changed = np.zeros((32, 32), bool)
     changed[4:12, 8:24] = True
-    edited = np.where(changed, (mask + 1) % 19, mask)
+    edited = np.where(changed, (mask + 1) % len(CELEBAMASK_HQ), mask)
     pictures = {"photo": photo, "before": mask, "edited": edited, "region": 255 * changed.astype(np.uint8)}
     files = {name: tmp_path / f"{name}.png" for name in pictures}
     for name, file in files.items():
-        file.write_bytes(images.encode_png(pictures[name]))
+        file.write_bytes(photos.encode_png(pictures[name]))
     return files, photo, np.kron(changed, np.ones((2, 2), bool))
 
 
@@ -182,7 +189,7 @@ def test_an_edit_keeps_every_pixel_beyond_the_margin(finished, edit, tmp_path, g
     command(finished, *arguments, "--out", tmp_path / "blended", "--margin", 1)
     for number in range(2):
         strict, blended = (
-            images.read_image_file(tmp_path / name / f"edited_{number}.png") for name in ("strict", "blended")
+            photos.read_image_file(tmp_path / name / f"edited_{number}.png") for name in ("strict", "blended")
         )
         np.testing.assert_array_equal(strict[~changed], photo[~changed])
         assert (strict[changed] != photo[changed]).mean() > 0.5
@@ -197,7 +204,7 @@ def test_an_edit_without_the_images_mask_guesses_it(finished, edit, tmp_path, ca
     files, photo, _ = edit
     command(finished, "sample", "--image", files["photo"], "--mask", files["edited"], "--out", tmp_path, "--num", 1)
     assert "a rough guess" in capsys.readouterr().err
-    assert images.read_image_file(tmp_path / "edited_0.png").shape == photo.shape
+    assert photos.read_image_file(tmp_path / "edited_0.png").shape == photo.shape
 
 
 def test_an_edit_of_a_picture_that_is_not_square(finished):
@@ -228,9 +235,9 @@ def test_edits_that_cannot_be_made_are_refused(capsys, finished, edit):
         pipeline.edit(np.zeros((8, 8, 3), np.uint8), mask, key=jax.random.key(0), image_mask=mask[:4, :4])
     with pytest.raises(sisma_jax.InputError, match="image must be uint8"):
         pipeline.edit(np.zeros((8, 8, 3)), mask, key=jax.random.key(0), image_mask=mask)
-    with pytest.raises(sisma_jax.InputError, match="want one key or 2, one a face"):
+    with pytest.raises(sisma_jax.InputError, match="want one key or 2, one per face"):
         pipeline(np.stack([mask] * 2), key=jax.random.split(jax.random.key(0), 3))
-    with pytest.raises(TypeError, match="unknown settings step"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
         pipeline(mask, key=jax.random.key(0), step=3)
 
 
@@ -239,7 +246,7 @@ def test_edits_that_cannot_be_made_are_refused(capsys, finished, edit):
     [
         ({"num_samples": 0}, "num_samples must be positive"),
         ({"steps": 0}, "steps must be positive"),
-        ({"guidance": -1.0}, "guidance must be non-negative"),
+        ({"guidance": -1.0}, r"guidance must be in \[0, 100\]"),
         ({"solver": "rk4"}, "solver must be one of 'euler'"),
         ({"shift": 0.0}, "shift must be in"),
         ({"guidance_low": 0.7, "guidance_high": 0.2}, "guidance_high must be in"),
@@ -305,19 +312,19 @@ def test_a_value_out_of_range_is_refused(capsys, finished):
 
 
 def test_an_unknown_command_is_refused(capsys, finished):
-    assert "Expected one of" in refused(capsys, finished, "trian")
+    assert "Available subcommands: all, prepare" in refused(capsys, finished, "trian")
 
 
 def test_a_missing_configuration_is_refused(capsys, finished, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
-        run.main(["--config", str(tmp_path / "none.py")])
+        cli.main(["--config", str(tmp_path / "none.py")])
     assert exit_info.value.code == 2
     assert "none.py is not a Python file" in capsys.readouterr().err
 
 
 def test_a_label_outside_the_classes_is_refused(capsys, finished, tmp_path):
     path = tmp_path / "odd.png"
-    path.write_bytes(images.encode_png(np.full((16, 16), 23, np.uint8)))
+    path.write_bytes(photos.encode_png(np.full((16, 16), 23, np.uint8)))
     message = refused(capsys, finished, "sample", "--mask", path)
     assert "odd.png" in message
     assert "label 23 is outside 0..18" in message
@@ -366,7 +373,7 @@ def test_damaged_checkpoints_are_stepped_over_and_all_damaged_is_refused(capsys,
 
 def test_a_missing_data_folder_is_refused(capsys, tmp_path):
     with pytest.raises(SystemExit) as exit_info:
-        run.main(
+        cli.main(
             [
                 "--config",
                 str(ROOT / "configs/celebamask_sample.py"),
@@ -400,7 +407,199 @@ def test_a_folder_that_cannot_be_made_is_refused(capsys, finished, tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda path: path.name)
 def test_every_configuration_of_the_project_loads_and_is_a_model(path):
-    parsed = run.parse(["--config", str(path)])
-    assert parsed.command == "all"
+    parsed = cli.parse(["--config", str(path)])
+    assert parsed.command == All()
     shapes = jax.eval_shape(functools.partial(init_params, parsed.settings), jax.random.key(0))
     assert sum(x.size for x in jax.tree.leaves(shapes)) > 100_000
+
+
+def contents(folder) -> dict[str, tuple[int, bytes]]:
+    """Returns the time of the last change and the bytes of every file of a folder, by its path."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
+
+
+def test_commands_that_read_leave_the_run_as_it_is_and_their_values_count(finished, mask_file, tmp_path):
+    before = contents(finished[1])
+    sample = ("sample", "--mask", mask_file, "--num", 1)
+    command(finished, *sample, "--out", tmp_path / "default")
+    command(finished, *sample, "--out", tmp_path / "long", "--sample.seed=9")
+    command(finished, *sample, "--out", tmp_path / "short", "--seed", 9)
+    command(finished, "evaluate", "--out", tmp_path / "evaluation", "--sample.seed=9")
+    command(finished, "export", "--out", tmp_path / "model.safetensors", "--sample.seed=9")
+    assert contents(finished[1]) == before
+    images = {name: (tmp_path / name / "mask_0.png").read_bytes() for name in ("default", "long", "short")}
+    assert images["long"] == images["short"] != images["default"]
+    assert sisma_jax.load(tmp_path / "model.safetensors").config.sample.seed == 9
+    assert json.loads((tmp_path / "evaluation/evaluation.json").read_text())["step"] == 4
+    assert (tmp_path / "evaluation/samples/grid_0000004.png").exists()
+
+
+def test_results_without_a_folder_of_their_own_are_numbered(finished, mask_file, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(finished[1], workdir)
+    before = contents(workdir)
+    for seed in (1, 2):
+        command(finished, "sample", "--mask", mask_file, "--num", 1, "--seed", seed, workdir=workdir)
+    command(finished, "evaluate", workdir=workdir)
+    first, second = (workdir / f"samples/000{number}/mask_0.png" for number in (1, 2))
+    assert first.read_bytes() != second.read_bytes()
+    assert (workdir / "evaluations/0001/evaluation.json").exists()
+    assert contents(workdir).items() >= before.items()
+
+
+def test_images_that_exist_are_kept_until_told_otherwise(capsys, finished, mask_file, tmp_path):
+    out = mask_file.parent
+    theirs = out / "mask_0.png"
+    theirs.write_bytes(b"somebody's own")
+    sample = ("sample", "--mask", mask_file, "--out", out, "--num", 1)
+    message = refused(capsys, finished, *sample)
+    assert f"{theirs} exists already" in message
+    assert "--overwrite" in message
+    assert theirs.read_bytes() == b"somebody's own"
+    assert not (out / "grid.png").exists()
+    command(finished, *sample, "--overwrite")
+    assert photos.read_image_file(theirs).shape == (16, 16, 3)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"somebody's own")
+    assert f"{file} exists already" in refused(capsys, finished, "export", "--out", file)
+    assert file.read_bytes() == b"somebody's own"
+
+
+@pytest.mark.parametrize("other", ["mask.PNG", "mask.jpg", "Mask.png"])
+def test_two_masks_whose_images_would_have_one_name_are_refused(capsys, finished, mask_file, tmp_path, other):
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    for name in ("mask.png", other):
+        shutil.copy(mask_file, folder / name)
+    message = refused(capsys, finished, "sample", "--mask", folder, "--out", tmp_path / "out")
+    assert "would have the same names" in message
+    assert other in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_a_failed_command_made_is_removed(capsys, finished, mask_file, tmp_path):
+    refused(capsys, finished, "sample", "--mask", mask_file, "--checkpoint", 3, "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("in the way")
+    message = refused(capsys, finished, "sample", "--mask", mask_file, "--out", tmp_path / "file/out")
+    assert "name another with --out" in message
+
+
+def test_an_exported_file_is_sampled_with_the_settings_that_are_given(capsys, finished, mask_file, tmp_path):
+    file = tmp_path / "model.safetensors"
+    command(finished, "export", "--out", file)
+
+    def sampled(name, *arguments):
+        given = ("sample", "--weights", file, "--mask", mask_file, "--num", 1, "--out", tmp_path / name)
+        cli.main(list(map(str, (*given, *arguments))))
+        return (tmp_path / name / "mask_0.png").read_bytes()
+
+    default = sampled("default")
+    assert sampled("seed", "--sample.seed=9") == sampled("short", "--seed", 9) != default
+    assert sampled("steps", "--sample.steps=7") == sampled("short_steps", "--steps=7") != default
+    message = refused(capsys, finished, "sample", "--weights", file, "--mask", mask_file, "--model.depth=9")
+    assert "--model.depth: the run has 1, given 9" in message
+
+
+def test_a_run_can_be_used_without_its_configuration_file(capsys, finished, mask_file, tmp_path):
+    cli.main(["sample", "--workdir", str(finished[1]), "--mask", str(mask_file), "--num=1", f"--out={tmp_path / 'a'}"])
+    command(finished, "sample", "--mask", mask_file, "--num", 1, "--out", tmp_path / "b")
+    assert (tmp_path / "a/mask_0.png").read_bytes() == (tmp_path / "b/mask_0.png").read_bytes()
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["train"])
+    assert exit_info.value.code == 2
+    assert "name one with --config, or the folder of a run with --workdir" in capsys.readouterr().err
+
+
+def test_a_run_of_an_earlier_version_is_refused_in_one_line(capsys, finished, mask_file, tmp_path):
+    values = json.loads((finished[1] / "config.json").read_text())
+    del values["version"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(values))
+    for name in ("sample", "train"):
+        arguments = ("--mask", mask_file) if name == "sample" else ()
+        with pytest.raises(SystemExit) as exit_info:
+            command(finished, name, *arguments, workdir=tmp_path / "run")
+        assert exit_info.value.code == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert "is of version 1 of the configuration" in line
+
+
+def test_the_value_of_an_option_is_no_command(finished):
+    for arguments in (["train", "--workdir", "sample"], ["--workdir", "sample", "train"]):
+        parsed = cli.parse(["--config", str(finished[0]), *arguments])
+        assert parsed.command == Train()
+        assert parsed.run_folder == Path("sample")
+
+
+def test_a_configuration_file_that_cannot_be_run_is_refused_by_its_line(capsys, tmp_path):
+    path = tmp_path / "wrong.py"
+    path.write_text("from sisma_jax.config import *\nx = (\n")
+    with pytest.raises(SystemExit) as exit_info:
+        cli.main(["--config", str(path)])
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == f"Error: {path}, line 2: '(' was never closed.\n"
+
+
+def test_the_home_is_expanded_in_every_path(finished, mask_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(finished[1], tmp_path / "run")
+    shutil.copy(finished[0], tmp_path / "tiny.py")
+    arguments = ["--config=~/tiny.py", "sample", "--workdir=~/run", "--mask=~/mask.png", "--num=1", "--out=~/o"]
+    cli.main(arguments)
+    assert (tmp_path / "o/mask_0.png").exists()
+    assert sisma_jax.load("~/run").step == 4
+    cli.main(["--workdir=~/run", "export", "--out=~/m.safetensors"])
+    assert sisma_jax.load("~/m.safetensors").step == 4
+
+
+@pytest.mark.parametrize("reader", ["true", "head -1"])
+def test_a_reader_that_leaves_early_is_no_error(reader):
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} run.py --help | {reader}; echo ${{PIPESTATUS[0]}}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines()[-1] in ("0", "141")  # as it was done, or had more to write
+
+
+def test_flags_stand_where_the_library_names_arguments():
+    message = "data.num_test 5 and `image_mask` of run/data.root/x, `nothing`, --data.root"
+    assert cli.with_flags(message) == "--data.num_test 5 and --image_mask of run/data.root/x, `nothing`, --data.root"
+
+
+def test_only_the_command_line_speaks_of_flags():
+    for path in (ROOT / "sisma_jax").rglob("*.py"):
+        if path.name != "cli.py":
+            assert not re.search(r"(?<![\w-])--(?!xla)[a-z]", path.read_text()), path
+
+
+def test_x64_changes_neither_parameters_nor_faces(finished, mask_file, tmp_path):
+    """A process of its own, in which JAX starts with 64 bits."""
+    command(finished, "sample", "--mask", mask_file, "--num", 1, "--out", tmp_path / "float32")
+    program = (
+        "import sys, jax, numpy as np, sisma_jax\n"
+        "from sisma_jax.data import photos\n"
+        "from sisma_jax.data.masks import read_mask_file\n"
+        "pipe = sisma_jax.load(sys.argv[1])\n"
+        "assert jax.config.jax_enable_x64\n"
+        "assert {x.dtype.name for x in jax.tree.leaves(pipe.params)} == {'float32'}\n"
+        "mask = read_mask_file(sys.argv[2], pipe.config.data.classes)\n"
+        "(face,) = pipe(mask, key=jax.random.key(0))\n"
+        "wanted = photos.read_image_file(sys.argv[3])\n"
+        "print(np.abs(face.astype(int) - wanted).max())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, finished[1], mask_file, tmp_path / "float32/mask_0.png"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_ENABLE_X64": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) <= 1  # rounding in another order

@@ -1,0 +1,105 @@
+"""The command `evaluate`: samples for held-out masks, measured, and shown beside the originals."""
+
+import dataclasses
+import json
+import logging
+
+import jax
+import numpy as np
+
+from sisma_jax import pipeline
+from sisma_jax.commands.report import GRID_ROWS, grid_scale, make_folder, output_folder, tell
+from sisma_jax.config import Config
+from sisma_jax.data.dataset import DataSet
+from sisma_jax.data.latents import LatentDataSet
+from sisma_jax.evaluation import grids, mask_agreement, segmenter
+from sisma_jax.evaluation.held_out_loss import held_out_loss
+from sisma_jax.files import AnyPath, write_atomically
+from sisma_jax.parallel import sharding
+from sisma_jax.parallel.agreement import is_primary
+from sisma_jax.pipeline import Pipeline
+from sisma_jax.runs.folder import Checkpoint, RunFolder
+from sisma_jax.training.step import make_held_out_loss
+
+logger = logging.getLogger(__name__)
+
+_GRID_SAMPLES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluate:
+    """Samples faces for held-out masks and measures them."""
+
+    checkpoint: Checkpoint = "newest"
+    """The newest, the best (lowest held-out loss), or that of a step."""
+    out: str = ""
+    """Folder for the results; WORKDIR/evaluations/NUMBER if empty."""
+
+    def run(self, config: Config, workdir: AnyPath) -> None:
+        run = RunFolder.open(workdir, config)
+        with output_folder(self.out, run.evaluations) as out:
+            trained = pipeline.from_run(run, checkpoint=self.checkpoint, mesh=sharding.make_mesh(config.mesh))
+            dataset = examples = DataSet.open(config.data)
+            if config.autoencoder.kind != "identity":
+                examples = LatentDataSet.open(dataset, run.autoencoder_fingerprint)
+            evaluate(run, trained, dataset, examples, out=RunFolder(out, config))
+
+
+def evaluate(
+    run: RunFolder, trained: Pipeline, dataset: DataSet, examples: DataSet | LatentDataSet, *, out: RunFolder
+) -> None:
+    """Samples faces for held-out masks, measures them, and writes the results.
+
+    Args:
+      examples: what the denoiser was trained on: `dataset`, or its latents.
+      out: where the results go, under the names that they have in a run: `run` itself, or another folder.
+    """
+    config = run.config
+    batch_size = sharding.round_up(config.sample.batch_size, trained.mesh)
+    limit = config.evaluate.num_samples
+    batches = list(dataset.eval_batches("test", batch_size, limit=limit))
+    masks = np.concatenate([batch["mask"] for batch in batches])
+    originals = np.concatenate([batch["image"] for batch in batches])
+    loss = held_out_loss(
+        make_held_out_loss(config, trained.mesh),
+        trained.params,
+        examples.eval_batches("test", batch_size, limit=limit),
+        batch_size,
+        trained.mesh,
+    )
+    key = jax.random.key(config.sample.seed)
+    logger.info("Sampling faces for %d held-out masks.", len(masks))
+    faces = trained(masks, key=key)
+    shown = trained(masks[:GRID_ROWS], key=key, num_samples=_GRID_SAMPLES)
+    size = config.data.image_size
+    shown = shown.reshape(-1, _GRID_SAMPLES, size, size, 3)
+    # By each process for itself: they would have to wait for the first one otherwise.
+    agreement = mask_agreement.agreement_report(faces, originals, masks, load_or_train_segmenter(run, dataset, out))
+    if not is_primary():
+        return
+    make_folder(out.samples)
+    grid_path = out.samples / f"grid_{trained.step:07d}.png"
+    grid = grids.sample_grid(
+        masks[:GRID_ROWS], shown, originals[:GRID_ROWS], classes=dataset.classes, scale=grid_scale(size)
+    )
+    grids.save_png(grid_path, grid)
+    report = {"step": trained.step, "held_out_loss": loss, "mask_agreement": agreement}
+    write_atomically(out.evaluation, json.dumps(report, indent=2) + "\n")
+    tell(mask_agreement.format_report(agreement))
+    tell(f"Held-out loss at step {trained.step}: {loss:.4f}")
+    tell(f"Measurements: {out.evaluation}")
+    tell(f"Sample grid (mask | samples | held-out original): {grid_path}")
+
+
+def load_or_train_segmenter(run: RunFolder, dataset: DataSet, out: RunFolder | None = None) -> segmenter.Segmenter:
+    """Returns the run's segmenter; without one, a newly trained one, which is saved in `out`."""
+    if run.segmenter.exists():
+        return segmenter.load(run.segmenter, dataset.classes)
+    logger.info("Training the segmenter that reads masks back from faces.")
+    settings = run.config.evaluate
+    trained = segmenter.train(
+        dataset, steps=settings.segmenter_steps, width=settings.segmenter_width, seed=run.config.train.seed
+    )
+    if out is not None and is_primary():
+        segmenter.save(trained, out.segmenter)
+    return trained

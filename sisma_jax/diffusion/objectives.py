@@ -1,0 +1,66 @@
+"""What a denoiser is trained for: what is drawn at random for a batch, and the loss of each example.
+
+An objective has `draw` and `losses`; `training/step.py` differentiates their composition. Another objective is one more
+class here.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from sisma_jax.config import Config
+from sisma_jax.diffusion import flow
+from sisma_jax.models import autoencoder
+from sisma_jax.models.factory import Params, graph_of
+from sisma_jax.parallel import sharding
+
+Batch = dict[str, Any]
+"""image: uint8 (B, H, W, 3), or moments: float16 (B, h, w, 2 C), the mean and log variance of its latent; and what
+conditions the denoiser, mask: uint8 (B, H, W)."""
+Examples = dict[str, Any]
+"""What a loss needs: the conditions of a batch and all that is drawn at random for it. Every array's first axis is the
+batch's."""
+
+
+class FlowMatching:
+    """The mean squared error of the velocity at a random time (arXiv 2210.02747, 2209.03003)."""
+
+    def __init__(self, config: Config):
+        self._config = config.flow
+        self._graph = graph_of(config)
+
+    def draw(self, batch: Batch, key: Key[Array, ""], mask_dropout: float) -> Examples:
+        """Draws latents, noise, times, and which examples train without their condition.
+
+        Args:
+          mask_dropout: probability of the last.
+        """
+        time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
+        conditions = {name: x for name, x in batch.items() if name not in ("image", "moments")}
+        if "moments" in batch:
+            x1 = autoencoder.draw(latent_key, *jnp.split(batch["moments"].astype(jnp.float32), 2, axis=-1))
+        else:
+            x1 = autoencoder.from_uint8(batch["image"])
+        batch_size = x1.shape[0]
+        return conditions | {
+            "x0": sharding.constrain(jax.random.normal(noise_key, x1.shape, jnp.float32)),
+            "x1": sharding.constrain(x1),
+            "t": flow.sample_time(time_key, batch_size, self._config.time_mean, self._config.time_std),
+            "is_dropped": jax.random.bernoulli(drop_key, jnp.float32(mask_dropout), (batch_size,)),
+        }
+
+    def losses(self, params: Params, examples: Examples) -> Float[Array, " B"]:
+        """Returns the loss of each example."""
+        model = nnx.merge(self._graph, params)
+        x0, x1, t = examples["x0"], examples["x1"], examples["t"]
+        condition = model.encode(examples, examples["is_dropped"])
+        output = model(flow.interpolate(x0, x1, t), t, condition)
+        return flow.loss_per_example(output, x0, x1, t, self._config.prediction)
+
+
+def make_objective(config: Config) -> FlowMatching:
+    """Returns the objective of the configuration."""
+    return FlowMatching(config)

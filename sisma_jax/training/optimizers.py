@@ -1,0 +1,50 @@
+"""Optimizers and their learning rate. Another optimizer is one more entry here and its name in `OptimConfig.name`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array
+
+from sisma_jax.config import Config, OptimConfig
+from sisma_jax.models.factory import Params
+from sisma_jax.parallel.sharding import has_layer_axis
+
+# Parameters of the scan that weight decay must leave alone whatever their rank: a decayed A_log changes the
+# model's memory, not its complexity.
+_UNDECAYED = ("A_log", "D", "dt_bias", "null")
+
+
+def learning_rate(config: Config) -> optax.Schedule:
+    """Returns the schedule: linear warm-up, then a constant rate or a cosine to zero at `decay_steps`."""
+    optim, rate = config.optim, config.learning_rate
+    if optim.decay_steps:
+        after = optax.cosine_decay_schedule(rate, optim.decay_steps - optim.warmup_steps)
+    else:
+        after = optax.constant_schedule(rate)
+    warmup = optax.linear_schedule(0.0, rate, max(optim.warmup_steps, 1))
+    return optax.join_schedules([warmup, after], [optim.warmup_steps])
+
+
+def make_optimizer(config: Config) -> optax.GradientTransformation:
+    """Returns the optimizer of the configuration behind clipping by global norm."""
+    optimizer = _OPTIMIZERS[config.optim.name](config.optim, learning_rate(config))
+    return optax.chain(optax.clip_by_global_norm(config.optim.clip_norm), optimizer)
+
+
+def _adamw(optim: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.adamw(rate, optim.b1, optim.b2, weight_decay=optim.weight_decay, mask=_is_decayed)
+
+
+_OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {"adamw": _adamw}
+
+
+def _is_decayed(params: Params) -> Params:
+    """Returns, for each parameter, whether weight decay touches it: only matrices."""
+
+    def is_decayed(path: tuple[Any, ...], x: Array) -> bool:
+        rank = x.ndim - has_layer_axis(path)
+        return rank > 1 and path[-1].key not in _UNDECAYED
+
+    return jax.tree_util.tree_map_with_path(is_decayed, params)

@@ -20,7 +20,7 @@ from sisma_jax.diffusion.sampling import sample
 from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
-from sisma_jax.models.factory import Params, graph_of
+from sisma_jax.models.factory import Params, make_graph
 from sisma_jax.parallel import sharding
 from sisma_jax.runs.export import EXPORT_SUFFIX, load_exported
 
@@ -225,7 +225,7 @@ def jit_sampler(config: Config, autoencoder_graph: nnx.GraphDef, mesh: Mesh) -> 
     Takes the arguments of `_sample` after `prediction`; the mesh has to be in context.
     """
     return jax.jit(
-        functools.partial(_sample, graph_of(config), autoencoder_graph, config.flow.prediction),
+        functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow.prediction),
         static_argnames="key_impl",
         out_shardings=sharding.replicated(mesh),
     )

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Key
 from sisma_jax.config import Config
 from sisma_jax.diffusion import flow
 from sisma_jax.models import autoencoder
-from sisma_jax.models.factory import Params, graph_of
+from sisma_jax.models.factory import Params, make_graph
 from sisma_jax.parallel import sharding
 
 Batch = dict[str, Any]
@@ -30,7 +30,7 @@ class FlowMatching:
 
     def __init__(self, config: Config):
         self._config = config.flow
-        self._graph = graph_of(config)
+        self._graph = make_graph(config)
 
     def draw(self, batch: Batch, key: Key[Array, ""], mask_dropout: float) -> Examples:
         """Draws latents, noise, times, and which examples train without their condition.

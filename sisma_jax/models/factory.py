@@ -34,7 +34,7 @@ def make_denoiser(config: Config, key: Key[Array, ""]) -> Denoiser:
     )
 
 
-def graph_of(config: Config) -> nnx.GraphDef:
+def make_graph(config: Config) -> nnx.GraphDef:
     """Returns the denoiser without its parameters: hashable, so it may be static under `jax.jit`.
 
     `nnx.merge(graph, params)` is the callable model.

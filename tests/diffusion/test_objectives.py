@@ -13,7 +13,7 @@ from sisma_jax.config import Config, DataConfig, FlowConfig
 from sisma_jax.diffusion import flow
 from sisma_jax.diffusion.objectives import make_objective
 from sisma_jax.models.autoencoder import from_uint8
-from sisma_jax.models.factory import graph_of, make_denoiser
+from sisma_jax.models.factory import make_denoiser, make_graph
 from tests.models.test_denoiser import NUM_CLASSES, TINY, random_params
 
 CONFIG = Config(data=DataConfig(image_size=8), model=TINY, flow=FlowConfig(time_mean=0.5, time_std=0.8))
@@ -65,7 +65,7 @@ def test_draws_follow_the_key_and_the_configuration():
 @pytest.mark.parametrize("prediction", ["velocity", "data"])
 def test_the_loss_is_that_of_the_denoisers_output(prediction):
     config = dataclasses.replace(CONFIG, flow=FlowConfig(prediction=prediction))
-    objective, graph = make_objective(config), graph_of(config)
+    objective, graph = make_objective(config), make_graph(config)
     abstract = nnx.split(nnx.eval_shape(lambda: make_denoiser(config, KEY)))[1]
     params = nnx.to_pure_dict(random_params(abstract))
     examples = objective.draw(make_batch(), KEY, 0.5)

@@ -14,7 +14,7 @@ from sisma_jax.config import Config, ModelConfig, preset
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.denoiser import Denoiser
-from sisma_jax.models.factory import graph_of, init_params, layer_parts
+from sisma_jax.models.factory import init_params, layer_parts, make_graph
 from sisma_jax.models.layers import make_block
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 from sisma_jax.models.scan_orders import orders_of_layer
@@ -176,9 +176,9 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
 
 def test_graph_and_parameters_are_the_model():
     config = Config(model=TINY)
-    graph = graph_of(config)
-    assert graph == graph_of(config)
-    assert hash(graph) == hash(graph_of(config))
+    graph = make_graph(config)
+    assert graph == make_graph(config)
+    assert hash(graph) == hash(make_graph(config))
     params = init_params(config, jax.random.key(0))
     layers = params["layers"]["stacked"]
     assert all(type(x) is dict for x in (params, layers, layers["mixer"]))

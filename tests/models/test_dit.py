@@ -14,7 +14,7 @@ from sisma_jax.models import dit
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.dit import CrossAttention, SelfAttention
 from sisma_jax.models.dit import attention as attention_in_blocks
-from sisma_jax.models.factory import graph_of, init_params
+from sisma_jax.models.factory import init_params, make_graph
 
 TINY = ModelConfig(backbone="dit", depth=2, d_model=16, patch_size=2, mlp_ratio=1.0, d_label=8)
 
@@ -80,7 +80,7 @@ def test_every_way_of_conditioning_lets_the_mask_in(backbone, conditioning):
 
     @jax.jit
     def predict(mask):
-        model = nnx.merge(graph_of(config), params)
+        model = nnx.merge(make_graph(config), params)
         xt = jax.random.normal(jax.random.key(2), (1, 8, 8, 3))
         return model(xt, jnp.full((1,), 0.5), model.encode({"mask": mask}))
 
@@ -90,7 +90,7 @@ def test_every_way_of_conditioning_lets_the_mask_in(backbone, conditioning):
 
 def test_heads_must_divide_the_model():
     with pytest.raises(InputError, match=r"model\.d_model must be a multiple of 64, the channels .*, or less; got 96"):
-        graph_of(Config(model=dataclasses.replace(TINY, d_model=96)))
+        make_graph(Config(model=dataclasses.replace(TINY, d_model=96)))
 
 
 @pytest.mark.parametrize(("d_model", "num_heads"), [(16, 1), (64, 1), (384, 6)])

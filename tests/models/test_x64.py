@@ -11,7 +11,7 @@ from flax import nnx
 
 from sisma_jax.config import Config, DataConfig, TrainConfig
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
-from sisma_jax.models.factory import graph_of, init_params
+from sisma_jax.models.factory import init_params, make_graph
 from tests.models.test_denoiser import TINY
 
 VARIANTS = {
@@ -49,7 +49,7 @@ def test_parameters_and_predictions_are_the_same(variant: str, dtype: str):
 
         @jax.jit
         def predict(params, xt, t, mask):
-            model = nnx.merge(graph_of(config), params)
+            model = nnx.merge(make_graph(config), params)
             condition = model.encode({"mask": mask}, jnp.array([True, False]))
             return model(xt, t, condition), model.null(condition)
 

@@ -158,7 +158,7 @@ def _class_set_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.construct
         metavar="NAME|FILE",
         instance_from_str=lambda words: ClassSet.load(words[0]),
         is_instance=lambda value: isinstance(value, ClassSet),
-        str_from_instance=lambda classes: [classes.title],
+        str_from_instance=lambda classes: [classes.known_name or classes.title],
     )
 
 

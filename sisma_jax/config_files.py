@@ -112,6 +112,8 @@ def from_json(text: str, source: str) -> Config:
         return Config(**{key: sections[key](**value) for key, value in values.items()})
     except (KeyError, TypeError) as error:
         raise InputError(f"{source} is not a configuration of this version ({error!r}).") from error
+    except InputError as error:
+        raise InputError(f"{source}: {error}") from error
 
 
 def differences(saved: Config, given: Config) -> list[str]:

@@ -92,7 +92,7 @@ class Pipeline:
           TypeError: there is no such setting.
         """
         masks = self._resized(self._checked(mask, "mask"))
-        return self._run(masks, key, num_samples, self._settings(sampling, overrides))
+        return self._run({"mask": masks}, key, num_samples, self._settings(sampling, overrides))
 
     def edit(
         self,
@@ -147,7 +147,7 @@ class Pipeline:
         weights = [editing.feather(editing.resize_region(one, side), margin * side / size) for one in squares]
         reach = np.stack([editing.feather(editing.resize_region(one, size), margin) > 0 for one in squares])
         faces = self._run(
-            self._resized(masks),
+            {"mask": self._resized(masks)},
             key,
             num_samples,
             self._settings(sampling, overrides),
@@ -164,7 +164,7 @@ class Pipeline:
 
     def _run(
         self,
-        masks: UInt8[np.ndarray, "B S S"],
+        inputs: Mapping[str, np.ndarray],
         key: Key[Array, ""] | Key[Array, " N"],
         num_samples: int,
         settings: Sampling,
@@ -173,7 +173,7 @@ class Pipeline:
     ) -> UInt8[np.ndarray, "N S S 3"]:
         if num_samples < 1:
             raise InputError(f"num_samples must be positive, got {num_samples}.")
-        total = len(masks) * num_samples
+        total = len(inputs["mask"]) * num_samples
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(total)) if key.ndim == 0 else key
         if keys.shape != (total,):
             raise InputError(f"key has shape {key.shape}, want one key or {total}, one per face.")
@@ -183,18 +183,18 @@ class Pipeline:
         for start in range(0, total, batch_size):
             # The last batch is filled up, so that one shape compiles; what fills it is thrown away.
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-            batch = {"mask": masks[rows // num_samples]}
-            if regions is not None:
-                batch["region"] = regions[rows // num_samples]
-            inputs = sharding.to_devices(batch, self.mesh, batch_size)
-            region = inputs.pop("region", None)
+            given = inputs if regions is None else {**inputs, "region": regions}
+            batch = sharding.to_devices(
+                {name: x[rows // num_samples] for name, x in given.items()}, self.mesh, batch_size
+            )
+            region = batch.pop("region", None)
             with jax.set_mesh(self.mesh):
                 faces.append(
                     self._sample(
                         self.params,
                         self._autoencoder_params,
                         key_data[rows],
-                        inputs,
+                        batch,
                         settings,
                         image,
                         region,

@@ -51,7 +51,7 @@ def prepare_autoencoder(run: RunFolder) -> DataSet:
     else:
         dataset = prepare_data(config)
         autoencoders.prepare(run, dataset)
-    path = run.samples / "reconstructions.png"
+    path = run.reconstructions
     if is_primary() and not path.exists():
         originals, decoded = zip(*autoencoders.reconstructions(run.autoencoder, dataset, GRID_ROWS), strict=True)
         masks = next(dataset.eval_batches("test", GRID_ROWS, limit=GRID_ROWS))["mask"]
@@ -64,7 +64,10 @@ def prepare_autoencoder(run: RunFolder) -> DataSet:
         )
         make_folder(path.parent)
         grids.save_png(path, grid)
-        tell(f"PSNR of reconstructed test images: {autoencoders.psnr(run.autoencoder, dataset):.2f} dB")
+        psnr = autoencoders.psnr(
+            run.autoencoder, dataset, config.evaluate.num_samples, config.autoencoder.encode_batch_size
+        )
+        tell(f"PSNR of reconstructed test images: {psnr:.2f} dB")
     tell(f"Autoencoder: {run.autoencoder_path}")
     tell(f"Reconstructions (mask | reconstruction | original): {path}")
     return dataset

@@ -78,7 +78,7 @@ def evaluate(
     if not is_primary():
         return
     make_folder(out.samples)
-    grid_path = out.samples / f"grid_{trained.step:07d}.png"
+    grid_path = out.sample_grid(trained.step)
     grid = grids.sample_grid(
         masks[:GRID_ROWS], shown, originals[:GRID_ROWS], classes=dataset.classes, scale=grid_scale(size)
     )

@@ -14,7 +14,7 @@ from sisma_jax import config_files, pipeline
 from sisma_jax.commands.evaluate import load_or_train_segmenter
 from sisma_jax.commands.report import grid_scale, output_folder, require_free, tell
 from sisma_jax.config import Config, Sampling
-from sisma_jax.data import masks as mask_files
+from sisma_jax.data import masks as masks_lib
 from sisma_jax.data import photos
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.errors import InputError
@@ -61,22 +61,22 @@ class Sample:
 
     def run(self, config: Config, workdir: AnyPath) -> None:
         self._check()
-        files = photos.image_files(self.mask)
+        files = masks_lib.mask_files(self.mask)
         names = _output_names(files, self.num)
         classes = config.data.classes
-        masks = [mask_files.read_mask_file(file, classes) for file in files]
+        masks = [masks_lib.read_mask_file(file, classes) for file in files]
         image = photos.read_image_file(self.image) if self.image else None
         change: dict[str, Any] = {}
         if self.image_mask:
-            change["image_mask"] = mask_files.read_mask_file(self.image_mask, classes)
+            change["image_mask"] = masks_lib.read_mask_file(self.image_mask, classes)
         if self.region:
-            change["region"] = mask_files.decode_part(photos.read_bytes(self.region), self.region)
+            change["region"] = masks_lib.decode_part(photos.read_bytes(self.region), self.region)
         run = None if self.weights else RunFolder.open(workdir, config)
         with output_folder(self.out, to_path("samples") if run is None else run.samples) as out:
             require_free([out / name for row in names for name in (*row, _GRID_NAME)], self.overwrite)
             trained = self._load(config, run)
             size = config.data.image_size
-            shown_masks = np.stack([mask_files.resize_mask(mask, size) for mask in masks])
+            shown_masks = np.stack([masks_lib.resize_mask(mask, size) for mask in masks])
             # The same keys for every mask: what differs between two edits of a mask is what was edited.
             key = jax.random.key(self.sampling.seed)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(self.num))

@@ -117,6 +117,11 @@ class ClassSet:
         meaning = json.dumps([self.names, self.mirrored, self.ignored])
         return hashlib.sha256(meaning.encode()).hexdigest()[:10]
 
+    @property
+    def known_name(self) -> str | None:
+        """The name by which the program knows this class set, if it does."""
+        return next((file.stem for file in sorted(_KNOWN.glob("*.json")) if ClassSet.load(file.stem) == self), None)
+
     @functools.cached_property
     def index(self) -> dict[str, int]:
         """The index of each name."""

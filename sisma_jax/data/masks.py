@@ -13,6 +13,7 @@ from PIL import Image
 
 from sisma_jax.data.classes import ClassSet
 from sisma_jax.data.photos import (
+    IMAGE_SUFFIXES,
     PNG_START,
     central_square,
     decode_by_opencv,
@@ -21,6 +22,7 @@ from sisma_jax.data.photos import (
     require_complete,
 )
 from sisma_jax.errors import InputError
+from sisma_jax.files import AnyPath, to_path
 
 # Bit depth and colour type in a PNG's header, which is always its first chunk.
 _GREY_8_BIT = b"\x08\x00"
@@ -103,3 +105,20 @@ def resize_mask(mask: np.ndarray, size: int) -> np.ndarray:
         return mask
     # INTER_NEAREST takes the pixel at the corner of each cell, which shifts the mask against the image.
     return cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST_EXACT)
+
+
+def mask_files(path: str | os.PathLike) -> list[AnyPath]:
+    """Returns `path` itself if it is a file, or the JPEG and PNG files of a folder, sorted by name.
+
+    Raises:
+      InputError: the path does not exist, or is a folder without images.
+    """
+    path = to_path(path)
+    if not path.is_dir():
+        if not path.exists():
+            raise InputError(f"{path} does not exist; name an image file or a folder of them.")
+        return [path]
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+    if not files:
+        raise InputError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
+    return files

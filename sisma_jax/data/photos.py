@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from sisma_jax.errors import InputError
-from sisma_jax.files import AnyPath, bucket_errors, to_path
+from sisma_jax.files import bucket_errors, to_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -134,20 +134,3 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 def read_image_file(path: str | os.PathLike) -> np.ndarray:
     """Returns an image file as uint8 RGB, (H, W, 3). Raises InputError as `decode_image` and `read_bytes` do."""
     return decode_image(read_bytes(path), os.fspath(path))
-
-
-def image_files(path: str | os.PathLike) -> list[AnyPath]:
-    """Returns `path` itself if it is a file, or the JPEG and PNG files of a folder, sorted by name.
-
-    Raises:
-      InputError: the path does not exist, or is a folder without images.
-    """
-    path = to_path(path)
-    if not path.is_dir():
-        if not path.exists():
-            raise InputError(f"{path} does not exist; name an image file or a folder of them.")
-        return [path]
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-    if not files:
-        raise InputError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}).")
-    return files

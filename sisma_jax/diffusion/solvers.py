@@ -12,6 +12,7 @@ Point = Float[Array, "B H W C"]
 """Of the flow: noise, data, or what is between."""
 Velocity = Callable[[Point, Float[Array, " B"]], Point]
 
+# Constants are in the type of the times: float32, also under `jax_enable_x64`.
 # A solver as a table with one row per evaluation of the velocity: its time, and how far its slope carries the point of
 # the next evaluation and the base that the row after it starts from. See `integrate`.
 Evaluations = tuple[Float[Array, " E"], Float[Array, " E"], Float[Array, " E"]]

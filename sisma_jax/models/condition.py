@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from sisma_jax.config import ModelConfig
 from sisma_jax.models.mask_encoder import MaskEncoder, Stage
 from sisma_jax.models.patches import Grid
 
@@ -39,14 +40,21 @@ class ConditionEncoder(nnx.Module):
     """Encodes what a user gives, once for all function evaluations of a sampler.
 
     Args:
+      config: sizes.
+      num_classes: of a mask's labels.
       downsampling: image pixels along the side of a token; a power of two.
-      num_classes, d_label, d_model, dtype: as for `MaskEncoder`.
+      dtype: type of the matrix products.
     """
 
-    def __init__(
-        self, downsampling: int, num_classes: int, d_label: int, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
-    ):
-        self.mask_encoder = MaskEncoder(downsampling, num_classes, d_label, d_model, dtype=dtype, rngs=rngs)
+    def __init__(self, config: ModelConfig, num_classes: int, downsampling: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        self.mask_encoder = MaskEncoder(
+            downsampling, num_classes, config.d_label, config.d_model, dtype=dtype, rngs=rngs
+        )
+
+    @staticmethod
+    def input_shapes(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+        """Returns shape and type of what is given for one image."""
+        return {"mask": jax.ShapeDtypeStruct((image_size, image_size), jnp.uint8)}
 
     def __call__(self, inputs: Mapping[str, Array], is_dropped: Bool[Array, " B"] | None = None) -> Condition:
         """Returns the encoded inputs.

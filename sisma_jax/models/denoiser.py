@@ -65,7 +65,7 @@ class Denoiser(nnx.Module):
         self.num_halvings = len(config.level_depths)
         self.dtype = dtype
         self.condition_encoder = ConditionEncoder(
-            config.patch_size * latent_downsampling, num_classes, config.d_label, d_model, **options
+            config, num_classes, config.patch_size * latent_downsampling, **options
         )
         self.embed = nnx.Linear(d_patch, d_model, **options)
         self.time = TimeEmbedding(d_model, rngs=rngs)

@@ -3,7 +3,6 @@ sampler."""
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from kernels.selective_scan.api import PREFERENCE, SUPPORT_CHECKS
 from sisma_jax.config import AutoencoderConfig, Config
 from sisma_jax.errors import InputError
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
+from sisma_jax.models.condition import ConditionEncoder
 from sisma_jax.models.factory import init_params
 from sisma_jax.parallel import sharding
 from sisma_jax.pipeline import jit_sampler
@@ -45,18 +45,22 @@ def abstract_state(config: Config, mesh: Mesh) -> TrainState:
 
 
 def abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a training batch: masks, and images or the moments of their latents."""
+    """Returns the shapes of a training batch: what conditions, and images or the moments of their latents."""
     size = config.data.image_size
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding.over_batch(mesh))
-
     if config.autoencoder.kind == "identity":
-        examples = {"image": array(jnp.uint8, size, size, 3)}
+        examples = {"image": jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
     else:
         side = size // config.autoencoder.downsampling
-        examples = {"moments": array(jnp.float16, side, side, 2 * config.autoencoder.channels)}
-    return {"mask": array(jnp.uint8, size, size), **examples}
+        examples = {"moments": jax.ShapeDtypeStruct((side, side, 2 * config.autoencoder.channels), jnp.float16)}
+    return _batched(ConditionEncoder.input_shapes(size) | examples, mesh, batch_size)
+
+
+def _batched(shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of a batch of examples, sharded over the mesh."""
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=sharding.over_batch(mesh, 1 + x.ndim))
+        for name, x in shapes.items()
+    }
 
 
 def trace_update(config: Config, mesh: Mesh, batch_size: int) -> jax.stages.Traced:
@@ -79,7 +83,7 @@ def trace_sampler(config: Config, mesh: Mesh, batch_size: int) -> jax.stages.Tra
         return jit_sampler(config, graph, mesh).trace(
             sharding.place(params, sharding.of_state(params, mesh)),
             *sharding.place((autoencoder_params, keys), replicated),
-            {"mask": abstract_batch(config, mesh, batch_size)["mask"]},
+            _batched(ConditionEncoder.input_shapes(config.data.image_size), mesh, batch_size),
             config.sample,
             None,
             None,

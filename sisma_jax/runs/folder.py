@@ -72,7 +72,7 @@ class RunFolder(TrainingFolder):
       autoencoder_path: folder of its KL autoencoder.
       autoencoder_training: where it trains that, unless weights are given.
       samples, evaluations: folders for images, and for the results of `evaluate`.
-      evaluation, loss_curve, segmenter: files.
+      reconstructions, evaluation, loss_curve, segmenter: files.
     """
 
     def __init__(self, path: str | os.PathLike, config: Config, require_lock: Callable[[], None] | None = None):
@@ -82,6 +82,7 @@ class RunFolder(TrainingFolder):
         self.autoencoder_path = self.path / "autoencoder"
         self.autoencoder_training = TrainingFolder(self.path / "autoencoder_training", require_lock)
         self.samples = self.path / "samples"
+        self.reconstructions = self.samples / "reconstructions.png"
         self.evaluations = self.path / "evaluations"
         self.evaluation = self.path / "evaluation.json"
         self.loss_curve = self.path / "loss.png"
@@ -127,6 +128,10 @@ class RunFolder(TrainingFolder):
                 with together():
                     _require_shared(path, config)
             yield cls(path, config, require_lock)
+
+    def sample_grid(self, step: int) -> AnyPath:
+        """Returns the file for samples of a step beside their masks and originals."""
+        return self.samples / f"grid_{step:07d}.png"
 
     def plan(self, topology: str) -> AnyPath:
         """Returns the file for what the run takes on a topology such as "v5e:4x4"."""

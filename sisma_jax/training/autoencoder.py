@@ -237,10 +237,15 @@ def _scaled(autoencoder: KlAutoencoder, dataset: DataSet, batch_size: int) -> Kl
 def psnr(
     autoencoder: KlAutoencoder, dataset: DataSet, limit: int = _EXAMPLES_MEASURED, batch_size: int = _BATCH_SIZE
 ) -> float:
-    """Returns the peak signal-to-noise ratio of reconstructed test images in decibels: 8 bits, the mean over images."""
+    """Returns the peak signal-to-noise ratio of reconstructions in decibels: 8 bits, the mean over test images.
+
+    Args:
+      limit: number of test images, of which a few hundred are used at most.
+      batch_size: images per call of the jitted autoencoder.
+    """
     errors = [
         ((decoded.astype(np.float64) - image) ** 2).mean(axis=(1, 2, 3))
-        for image, decoded in reconstructions(autoencoder, dataset, limit, batch_size)
+        for image, decoded in reconstructions(autoencoder, dataset, min(limit, _EXAMPLES_MEASURED), batch_size)
     ]
     return float(np.mean(10 * np.log10(255**2 / np.maximum(np.concatenate(errors), 1e-3))))
 

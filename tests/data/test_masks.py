@@ -136,3 +136,19 @@ def test_missing_file_and_folder_are_refused_by_name(tmp_path):
         masks.read_mask_file(tmp_path / "absent.png", CELEBAMASK_HQ)
     with pytest.raises(InputError, match=f"{tmp_path} cannot be read: Is a directory"):
         masks.read_mask_file(tmp_path, CELEBAMASK_HQ)
+
+
+def test_mask_files_lists_a_folder_or_a_file(tmp_path, monkeypatch):
+    for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png"):
+        (tmp_path / name).touch()
+    assert [path.name for path in masks.mask_files(tmp_path)] == ["a.JPG", "b.png"]
+    assert masks.mask_files(tmp_path / "b.png") == [tmp_path / "b.png"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert masks.mask_files("~/b.png") == [tmp_path / "b.png"]
+
+
+def test_mask_files_refuses_nothing(tmp_path):
+    with pytest.raises(InputError, match="holds no image"):
+        masks.mask_files(tmp_path)
+    with pytest.raises(InputError, match="does not exist"):
+        masks.mask_files(tmp_path / "absent")

@@ -73,7 +73,6 @@ def test_files_are_read(tmp_path, monkeypatch):
     assert cv2.imread(str(tmp_path / "image.png"))[0, 0].tolist() == image[0, 0, ::-1].tolist()
     monkeypatch.setenv("HOME", str(tmp_path))
     np.testing.assert_array_equal(photos.read_image_file("~/image.png"), image)
-    assert photos.image_files("~/image.png") == [tmp_path / "image.png"]
 
 
 def test_missing_file_and_folder_are_refused_by_name(tmp_path):
@@ -81,17 +80,3 @@ def test_missing_file_and_folder_are_refused_by_name(tmp_path):
         photos.read_image_file(tmp_path / "absent.png")
     with pytest.raises(InputError, match=f"{tmp_path} cannot be read: Is a directory"):
         photos.read_image_file(tmp_path)
-
-
-def test_image_files_lists_a_folder_or_a_file(tmp_path):
-    for name in ("b.png", "a.JPG", "notes.txt", ".hidden.png"):
-        (tmp_path / name).touch()
-    assert [path.name for path in photos.image_files(tmp_path)] == ["a.JPG", "b.png"]
-    assert photos.image_files(tmp_path / "b.png") == [tmp_path / "b.png"]
-
-
-def test_image_files_refuses_nothing(tmp_path):
-    with pytest.raises(InputError, match="holds no image"):
-        photos.image_files(tmp_path)
-    with pytest.raises(InputError, match="does not exist"):
-        photos.image_files(tmp_path / "absent")

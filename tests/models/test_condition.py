@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from sisma_jax.config import ModelConfig
 from sisma_jax.models.condition import Condition, ConditionEncoder
 from sisma_jax.models.mask_encoder import MaskEncoder
 from tests.models.test_denoiser import NUM_CLASSES, make_inputs
 
 
 def make_encoder() -> ConditionEncoder:
-    return ConditionEncoder(2, NUM_CLASSES, 8, 16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    config = ModelConfig(d_label=8, d_model=16)
+    return ConditionEncoder(config, NUM_CLASSES, 2, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
 
 
 def test_dropped_conditions_become_the_null():

@@ -1,10 +1,8 @@
 """Keeps compiled programs on the disk, so that a run that starts again does not compile again."""
 
-import os
+import os.path
 
 import jax
-
-from sisma_jax.files import to_path
 
 NONE = "none"
 
@@ -19,4 +17,4 @@ def enable(folder: str = "") -> None:
     if folder == NONE:
         jax.config.update("jax_compilation_cache_dir", None)
     elif folder or jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", os.fspath(to_path(folder or "~/.cache/sisma_jax")))
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder or "~/.cache/sisma_jax"))

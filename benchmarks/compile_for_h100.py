@@ -81,7 +81,7 @@ def compile_gradient(target_config, batch, length, d_inner, d_state, dtype):
     import jax
     from jax.experimental import topologies
 
-    from kernels.selective_scan.pallas_gpu import selective_scan_pallas_gpu
+    from sisma_jax.kernels.selective_scan.pallas_gpu import selective_scan_pallas_gpu
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=target_config, topology="1x1x1")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])

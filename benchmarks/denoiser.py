@@ -29,9 +29,9 @@ import tyro
 from flax import nnx
 
 from benchmarks import measure
-from kernels import selective_scan
 from sisma_jax.config import ModelConfig, preset
 from sisma_jax.data.classes import CELEBAMASK_HQ
+from sisma_jax.kernels import selective_scan
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.models.dit import Attention, attention

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import tyro
 
 from benchmarks import measure, tpu_compiler
-from kernels import depthwise_conv2d
+from sisma_jax.kernels import depthwise_conv2d
 
 SHAPES = ((8, 32, 32, 768), (1, 32, 32, 1536))
 DIRECTIONS = ("forward", "gradient")

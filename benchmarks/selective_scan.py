@@ -29,8 +29,8 @@ import tyro
 from benchmarks import measure
 from benchmarks.measure import Candidate
 from benchmarks.peers import absent, attention_candidates, peer_candidates
-from kernels import selective_scan
-from kernels.selective_scan import api
+from sisma_jax.kernels import selective_scan
+from sisma_jax.kernels.selective_scan import api
 
 DIRECTIONS = ("forward", "forward and backward")
 # Float32 in another order of summation; gradients of A sum over all tokens.

@@ -23,8 +23,8 @@ import jax
 import tyro
 
 from benchmarks import measure, tpu_compiler
-from kernels import selective_scan
-from kernels.selective_scan import pallas_tpu
+from sisma_jax.kernels import selective_scan
+from sisma_jax.kernels.selective_scan import pallas_tpu
 
 # Iterations of each loop in a kernel, in the order of its code, by the steps of a chunk.
 TILES, GROUPS = 16, 8

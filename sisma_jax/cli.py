@@ -75,8 +75,12 @@ class Arguments:
         return to_path(self.workdir) if self.workdir else to_path("runs") / to_path(self.config).stem
 
 
-def parse(arguments: list[str]) -> Arguments:
+def parse(arguments: list[str], program: str = "run.py") -> Arguments:
     """Returns the arguments over the values of the configuration file; exits with code 2 on a wrong one.
+
+    Args:
+      arguments: the words after the program's name.
+      program: its name in the usage.
 
     Raises:
       InputError: the configuration cannot be read, or a value is out of range.
@@ -89,7 +93,7 @@ def parse(arguments: list[str]) -> Arguments:
                 kind,
                 args=arguments,
                 default=kind(All(), settings=base),
-                prog="run.py",
+                prog=program,
                 use_underscores=True,
                 config=(tyro.conf.CascadeSubcommandArgs, tyro.conf.OmitSubcommandPrefixes),
                 registry=_REGISTRY,
@@ -181,11 +185,16 @@ def _option_names() -> set[str]:
     return {field.name for kind in (Arguments, DistributedOptions, *_COMMANDS) for field in dataclasses.fields(kind)}
 
 
-def main(arguments: list[str]) -> None:
-    """Runs the command line; exits with 2 on wrong input, 75 if it was told to stop, 130 if interrupted."""
+def main(arguments: list[str], program: str = "run.py") -> None:
+    """Runs the command line; exits with 2 on wrong input, 75 if it was told to stop, 130 if interrupted.
+
+    Args:
+      arguments: the words after the program's name.
+      program: its name in the usage.
+    """
     try:
         try:
-            _run(arguments)
+            _run(arguments, program)
         finally:
             sys.stdout.flush()
     except BrokenPipeError as error:  # whoever read the output has gone
@@ -193,11 +202,11 @@ def main(arguments: list[str]) -> None:
         sys.exit(error.__context__.code if isinstance(error.__context__, SystemExit) else 128 + signal.SIGPIPE)
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str], program: str) -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, force=True)
     logging.getLogger("sisma_jax").setLevel(logging.INFO)
     try:
-        parsed = parse(arguments)
+        parsed = parse(arguments, program)
         num_processes = distributed.initialize(parsed.distributed)
         compile_cache.enable(parsed.compile_cache)
         with stopping() if num_processes == 1 else contextlib.nullcontext():

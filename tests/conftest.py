@@ -11,7 +11,9 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_p
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["kernels", "sisma_jax.diffusion", "sisma_jax.evaluation", "sisma_jax.models"], "beartype.beartype")
+install_import_hook(
+    ["sisma_jax.kernels", "sisma_jax.diffusion", "sisma_jax.evaluation", "sisma_jax.models"], "beartype.beartype"
+)
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402

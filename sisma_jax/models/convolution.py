@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels import depthwise_conv2d
+from sisma_jax.kernels import depthwise_conv2d
 from sisma_jax.models.patches import Grid
 
 

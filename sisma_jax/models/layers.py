@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, PyTree
 
-from kernels.partition import row_parts
 from sisma_jax.config import ModelConfig
+from sisma_jax.kernels.partition import row_parts
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from kernels import selective_scan, sequence_parallel_scan
-from kernels.partition import SEQUENCE_AXIS, batch_axes, channel_axes, map_parts
+from sisma_jax.kernels import selective_scan, sequence_parallel_scan
+from sisma_jax.kernels.partition import SEQUENCE_AXIS, batch_axes, channel_axes, map_parts
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kernels.partition import SEQUENCE_AXIS
+from sisma_jax.kernels.partition import SEQUENCE_AXIS
 
 Indices = Int[Array | np.ndarray, " L"]
 

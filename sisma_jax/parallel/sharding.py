@@ -19,9 +19,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from kernels.partition import SEQUENCE_AXIS, batch_axes
 from sisma_jax.config import Config, MeshConfig
 from sisma_jax.errors import InputError
+from sisma_jax.kernels.partition import SEQUENCE_AXIS, batch_axes
 
 AXES = ("data", "fsdp", SEQUENCE_AXIS)
 BATCH_AXES = ("data", "fsdp")

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from kernels.selective_scan.api import PREFERENCE, SUPPORT_CHECKS
 from sisma_jax.config import AutoencoderConfig, Config
 from sisma_jax.errors import InputError
+from sisma_jax.kernels.selective_scan.api import PREFERENCE, SUPPORT_CHECKS
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.condition import ConditionEncoder
 from sisma_jax.models.factory import init_params

@@ -21,9 +21,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import Any, Literal, Self, SupportsFloat, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, TypeVar
 
-import grain
 import jax
 
 from sisma_jax.errors import InputError
@@ -34,6 +33,9 @@ from sisma_jax.runs import flat_trees
 from sisma_jax.runs.checksums import DamagedError, verify_checksums
 from sisma_jax.runs.ranking import BestMetric, Ranking
 from sisma_jax.runs.store import DESCRIPTION, LateError, Store, UnwrittenError, require_writable
+
+if TYPE_CHECKING:
+    import grain
 
 HELD_OUT_LOSS = BestMetric("held_out_loss", "min")
 """What makes a checkpoint of a denoiser the best."""
@@ -136,7 +138,7 @@ class Checkpoints:
         *,
         state: PyTree,
         ema: PyTree,
-        iterator: grain.DatasetIterator | None,
+        iterator: "grain.DatasetIterator | None",
         metrics: Mapping[str, SupportsFloat] | None = None,
     ) -> None:
         """Starts to save a checkpoint and returns once the values are copied: the caller may donate its arrays.
@@ -223,7 +225,7 @@ class Checkpoints:
         return next(iter(self._ranking.sort(self.steps())), None)
 
     def restore(
-        self, abstract_state: PyTree, abstract_ema: PyTree, iterator: grain.DatasetIterator | None
+        self, abstract_state: PyTree, abstract_ema: PyTree, iterator: "grain.DatasetIterator | None"
     ) -> Restored | None:
         """Reads the newest checkpoint that is whole and finite.
 

@@ -170,7 +170,13 @@ class RunFolder(TrainingFolder):
         Raises:
           InputError: there is no such checkpoint, or it cannot be read.
         """
-        from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints  # and with it Orbax
+        try:
+            from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints  # imports Orbax
+        except ModuleNotFoundError as error:
+            raise InputError(
+                f"{self.path}: checkpoints need the package {error.name}; pip install 'sisma-jax[train]', or load a "
+                "file that the command `export` wrote."
+            ) from error
 
         abstract = jax.eval_shape(functools.partial(init_params, self.config), jax.random.key(0))
         placed = sharding.place(abstract, sharding.of_state(abstract, mesh))

@@ -2,7 +2,7 @@
 
 On a disk the lock is `flock` on a file: the kernel releases it when its process ends, however that happens. It also
 holds between hosts that share the disk where the file system passes `flock` on (NFS 4, GPFS, Lustre with `-o flock`);
-where it knows no `flock`, and in a bucket, the lock is a lease:
+where it knows no `flock`, on Windows, and in a bucket, the lock is a lease:
 
     an object with process, host, a random token and a count, which its holder rewrites every `RENEW_SECS`. A newcomer
     that finds one watches it: if its content changes, the holder is alive and the newcomer is refused; if nothing
@@ -18,7 +18,6 @@ is back it finds the token of another, and saves no more checkpoints; what it wr
 import contextlib
 import datetime
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -32,6 +31,11 @@ from typing import Any, BinaryIO, Self
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, write_atomically
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows has no `flock`
+    fcntl = None
 
 RENEW_SECS = 15.0
 _LOOKS_PER_RENEWAL = 5
@@ -58,7 +62,7 @@ def hold(path: AnyPath) -> Iterator[Callable[[], None]]:
 
 
 def _acquire(path: AnyPath, held: contextlib.ExitStack) -> Callable[[], None]:
-    if not is_bucket(path):
+    if fcntl is not None and not is_bucket(path):
         try:
             held.enter_context(_flocked(path))
             return lambda: None

@@ -22,10 +22,10 @@ from benchmarks import (
     selective_scan,
     thin_parts,
 )
-from kernels.selective_scan import api
 from sisma_jax.config import Config, ModelConfig, preset
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing import draw_face
+from sisma_jax.kernels.selective_scan import api
 from sisma_jax.models.factory import init_params
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.scan_orders import ORDERS

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import depthwise_conv2d
+from sisma_jax.kernels import depthwise_conv2d
 
 
 def xla_convolution(x, kernel):

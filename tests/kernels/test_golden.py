@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import selective_scan
-from kernels.selective_scan import api
+from sisma_jax.kernels import selective_scan
+from sisma_jax.kernels.selective_scan import api
 from tests.kernels.scan_cases import FLOAT32, assert_close
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "selective_scan.npz")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from jax.experimental import pallas as pl
 
-from kernels.selective_scan import pallas_gpu
-from kernels.selective_scan.pallas_gpu import BlockSizes, selective_scan_pallas_gpu
+from sisma_jax.kernels.selective_scan import pallas_gpu
+from sisma_jax.kernels.selective_scan.pallas_gpu import BlockSizes, selective_scan_pallas_gpu
 from tests.kernels.scan_cases import (
     ARGUMENTS,
     BFLOAT16,

@@ -14,10 +14,10 @@ from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interprete
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels import selective_scan
-from kernels.selective_scan import pallas_tpu
-from kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from sisma_jax.config import PRESETS
+from sisma_jax.kernels import selective_scan
+from sisma_jax.kernels.selective_scan import pallas_tpu
+from sisma_jax.kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from tests.kernels.scan_cases import (
     ARGUMENTS,
     BFLOAT16,

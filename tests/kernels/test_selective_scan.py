@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from kernels import selective_scan
-from kernels.selective_scan import api, xla
+from sisma_jax.kernels import selective_scan
+from sisma_jax.kernels.selective_scan import api, xla
 from tests.kernels.scan_cases import (
     ARGUMENTS,
     BFLOAT16,

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import depthwise_conv2d
-from kernels.depthwise_conv import depthwise_conv2d_of_rows
-from kernels.partition import split_scan
-from kernels.selective_scan import api, sequence_parallel_scan
-from kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
-from kernels.selective_scan.xla import selective_scan_xla
+from sisma_jax.kernels import depthwise_conv2d
+from sisma_jax.kernels.depthwise_conv import depthwise_conv2d_of_rows
+from sisma_jax.kernels.partition import split_scan
+from sisma_jax.kernels.selective_scan import api, sequence_parallel_scan
+from sisma_jax.kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
+from sisma_jax.kernels.selective_scan.xla import selective_scan_xla
 from tests.kernels.scan_cases import (
     ARGUMENTS,
     BFLOAT16,

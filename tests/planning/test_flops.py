@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from kernels.selective_scan import selective_scan
 from sisma_jax.config import MeshConfig, preset
+from sisma_jax.kernels.selective_scan import selective_scan
 from sisma_jax.parallel import sharding
 from sisma_jax.planning import programs
 from sisma_jax.planning.flops import Flops, count

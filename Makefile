@@ -1,33 +1,61 @@
-# Every target makes .venv from the pinned requirements.txt when it is missing or older than that file. The tests also
-# compile for TPUs that need not be present. That compiler stays out of the environment, since with it JAX would look for
-# a TPU in every run. Most of the tests' time is compilation, which keeps one core busy: so two processes share the files.
+# Every target makes .venv from the pinned requirements.txt if it is missing or older than that file. The tests also
+# compile for TPUs that need not be present. That compiler stays out of the environment's packages, since JAX would look
+# for a TPU in every run if it found it there. Most of the tests' time is compilation, which keeps one core busy: two
+# processes share the test files.
 PYTHON ?= python3
+NEWEST_PYTHON ?= python3.13
 VENV := .venv
-LIBTPU := libtpu==0.0.42.1
+PIP := -m pip --quiet --disable-pip-version-check
+PYTEST := -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo test tpu-compiler lint cuda-compile clean
+.PHONY: demo check lint types test test-newest core-check tpu-compiler cuda-compile clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python run.py --config configs/demo.py
 
-test: $(VENV)/installed tpu-compiler
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
+# What a change must pass before the whole suite is worth its time: under three minutes on two cores.
+check: lint types
+	$(VENV)/bin/python $(PYTEST) -m fast
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+types: $(VENV)/installed
+	$(VENV)/bin/basedpyright
+
+test: $(VENV)/installed tpu-compiler
+	$(VENV)/bin/python $(PYTEST)
+
+# The whole suite with the newest Python and the newest versions that pyproject.toml allows.
+test-newest:
+	$(NEWEST_PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python $(PIP) install --upgrade --editable '.[dev]'
+	touch $(VENV)-newest/installed
+	$(MAKE) VENV=$(VENV)-newest $(VENV)-newest/tpu-compiler
+	$(VENV)-newest/bin/python $(PIP) list
+	$(VENV)-newest/bin/python $(PYTEST)
+
+# Samples from an exported file in an environment with nothing but the core, outside the repository.
+core-check: $(VENV)/installed
+	$(PYTHON) -m venv --clear $(VENV)-core
+	$(VENV)-core/bin/python $(PIP) install .
+	$(VENV)/bin/python -m tests.export_tiny $(VENV)-core/tiny.safetensors
+	$(VENV)-core/bin/python -I tests/sample_with_core.py $(VENV)-core/tiny.safetensors
+
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(VENV)/bin/python $(PIP) install --requirement requirements.txt
 	touch $@
 
 tpu-compiler: $(VENV)/tpu-compiler
 
-$(VENV)/tpu-compiler: $(VENV)/installed
+# The version that this JAX is made for, by JAX's own metadata.
+$(VENV)/tpu-compiler: | $(VENV)/installed
 	rm -rf $@
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ $(LIBTPU)
+	libtpu=$$($(VENV)/bin/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))') && \
+	$(VENV)/bin/python $(PIP) install --no-deps --target $@ "$$libtpu"
 	touch $@
 
 # Compiles the CUDA kernels for a GPU that need not be present. The compiler is 5.5 GB.
@@ -36,8 +64,8 @@ cuda-compile: $(VENV)-cuda/installed
 
 $(VENV)-cuda/installed: requirements-cuda.txt requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)-cuda
-	$(VENV)-cuda/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-cuda.txt
+	$(VENV)-cuda/bin/python $(PIP) install --requirement requirements-cuda.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-cuda runs data
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-core $(VENV)-cuda runs data

@@ -3,9 +3,6 @@
 import dataclasses
 import json
 import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import jax
@@ -23,7 +20,6 @@ from sisma_jax.models.factory import init_params
 from sisma_jax.pipeline import Pipeline
 from sisma_jax.runs.export import _crc32, export_params, load_exported, read_config
 from tests.bucket import make_bucket
-from tests.processes import ROOT
 from tests.runs.checkpoint_cases import assert_same
 from tests.tiny import tiny_config, tiny_latent_config
 
@@ -115,17 +111,6 @@ def test_parameters_that_are_not_finite_are_neither_exported_nor_loaded(config, 
     write(exported, arrays, metadata | {"crc32": str(_crc32(arrays))})
     with pytest.raises(InputError, match=rf"model.safetensors cannot be used: the parameter {name} is not finite"):
         load_exported(exported)
-
-
-def test_sampling_needs_none_of_what_training_needs():
-    """The core is imported where these packages are not installed."""
-    program = """
-    import sys
-    absent = ("tensorflow_datasets", "grain", "orbax", "array_record", "tensorboardX", "matplotlib")
-    sys.modules.update(dict.fromkeys(absent))
-    import sisma_jax.pipeline, sisma_jax.runs.export, sisma_jax.runs.folder
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], check=True, cwd=ROOT)
 
 
 def test_denoiser_of_latents_without_its_autoencoder_is_refused(tmp_path):

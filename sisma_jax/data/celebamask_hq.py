@@ -1,17 +1,17 @@
-"""CelebAMask-HQ (Lee et al., arXiv 1907.11922) from the raw download to array_record shards.
+"""Converts the raw files of CelebAMask-HQ (Lee et al., arXiv 1907.11922) to records of array_record shards.
 
-Two layouts of the raw files are read. The official download:
+The raw files have one of two layouts. The first is that of the official download:
 
     CelebA-HQ-img/<id>.jpg
-    CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png      white where the part is; no file, no part
+    CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png      white where the part is; no file if there is no such part
 
-and label maps that were already made from the parts, or that hold the classes of another set:
+The second holds label maps, which are merged parts or the masks of another data set:
 
     images/<id>.jpg (or .png)
-    labels/<id>.png                                           one channel, class indices
+    labels/<id>.png                                           one channel of class indices
 
-A record holds the image as JPEG or PNG, the bytes of its file as they are unless it is stored smaller, the label map as
-a lossless PNG, and the id.
+A record holds the image, the label map as a PNG, and the id. The image is the unchanged content of its JPEG or PNG
+file, unless `config.stored_size` requires a smaller one.
 """
 
 import dataclasses
@@ -35,41 +35,48 @@ from sisma_jax.files import AnyPath, bucket_errors
 NAME = "celebamask_hq"
 MAPPING_FILE = "CelebA-HQ-to-CelebA-mapping.txt"
 
-# CelebA's own partition by original index (list_eval_partition.txt): train, then val, then test.
+# CelebA partitions its images by index (list_eval_partition.txt): train, then val, then test.
 CELEBA_FIRST_VAL = 162771
 CELEBA_FIRST_TEST = 182638
 
-# About 60 MB of full-size faces: what an interruption loses at most, for each process that writes.
+# About 60 MB of full-size faces. An interruption loses at most one shard per writing process.
 FACES_PER_SHARD = 512
 
 _OBTAIN = (
-    "Expected are CelebA-HQ-img/<id>.jpg with CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png (the official "
-    "download, unpacked), or images/<id>.jpg with labels/<id>.png. The data set is available, for non-commercial "
-    "research only, from the Google Drive link at https://github.com/switchablenorms/CelebAMask-HQ."
+    "The folder must hold CelebA-HQ-img/<id>.jpg and CelebAMask-HQ-mask-anno/<id // 2000>/<id>_<part>.png (the "
+    "unpacked official download), or images/<id>.jpg and labels/<id>.png. The data set is available, for "
+    "non-commercial research only, from the Google Drive link at https://github.com/switchablenorms/CelebAMask-HQ."
 )
-_SKIP = "data.skip_damaged leaves such faces out."
+_SKIP = "data.skip_damaged leaves out such faces."
 
 
 @dataclasses.dataclass(frozen=True)
 class Face:
-    """The raw files of one example."""
+    """The raw files of one example.
+
+    Attributes:
+      id: id of the example.
+      image: path of the image file.
+      mask: path of the label map, or paths of the part files in the order in which they are drawn.
+      missing: error message if the image or the mask does not exist; empty if both exist.
+    """
 
     id: int
     image: str
     mask: str | tuple[str, ...]
-    """The file of the label map, or the files of the parts in the order in which they are painted."""
     missing: str = ""
-    """Says that the image or the mask does not exist."""
 
     def read(self, classes: ClassSet, stored_size: int = 0) -> dict[str, bytes | int]:
-        """Returns the example's record: encoded image, encoded label map, id.
+        """Returns the record of the example: {"image": JPEG or PNG bytes, "mask": PNG bytes, "id": int}.
 
         Args:
-          classes: that the labels or parts belong to.
-          stored_size: side to which larger images and masks are resized; 0 leaves the bytes of the image as they are.
+          classes: class set of the labels or parts.
+          stored_size: an image or mask whose shorter side is larger is cropped to its central square and resized to
+            this side, in pixels. 0 keeps the original size, and the bytes of the image file.
 
         Raises:
-          InputError: a file is missing or damaged, holds a value that is no label, or image and mask differ in shape.
+          InputError: a file is missing or damaged, the mask holds a value that is not a label, or image and mask differ
+            in aspect ratio.
         """
         if self.missing:
             raise InputError(self.missing)
@@ -78,9 +85,9 @@ class Face:
         if isinstance(self.mask, str):
             mask, source = masks.read_mask_file(self.mask, classes), self.mask
         else:
-            mask, source = paint_parts(self.mask, classes), f"{self.mask[0]} with the other parts"
+            mask, source = paint_parts(self.mask, classes), f"the mask of {self.mask[0]} and the other parts"
         (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
-        # Equal up to the rounding of one pixel of the mask.
+        # The ratios are equal up to rounding by one pixel of the mask.
         if abs(height * mask_width - width * mask_height) >= max(height, width):
             raise InputError(
                 f"{self.image} is {width}x{height} pixels and {source} is {mask_width}x{mask_height}: the image and "
@@ -94,10 +101,15 @@ class Face:
 
 
 def paint_parts(files: Iterable[str], classes: ClassSet) -> np.ndarray:
-    """Returns the label map, uint8 (H, W), that part files `<id>_<part>.png` make, each painted over those before it.
+    """Returns the label map, uint8 (H, W), of a face that is stored as one file per part.
+
+    Args:
+      files: paths of the form `<id>_<part>.png`, at least one. Each part covers the parts before it; the first class
+        covers the pixels of no part.
+      classes: class set whose names are the names of the parts.
 
     Raises:
-      InputError: a file is damaged, or differs from the first in size.
+      InputError: a file is damaged, or differs in size from the first.
     """
     mask = None
     for file in files:
@@ -105,9 +117,12 @@ def paint_parts(files: Iterable[str], classes: ClassSet) -> np.ndarray:
         if mask is None:
             mask = np.zeros(part.shape, np.uint8)
         if part.shape != mask.shape:
-            raise InputError(f"{file} has height and width {part.shape}; the other parts of this face, {mask.shape}.")
+            raise InputError(
+                f"{file} has height and width {part.shape}, but the other parts of this face have {mask.shape}; all "
+                "parts of a face must have the same size."
+            )
         mask[part] = classes.index[_part_name(file)]
-    assert mask is not None, "a face without parts is refused when the folder is listed"
+    assert mask is not None, "list_raw_folder lists no face without parts"
     return mask
 
 
@@ -123,7 +138,7 @@ class _File(NamedTuple):
 
 
 def _list_files(folder: Path, suffixes: tuple[str, ...]) -> Iterator[_File]:
-    """Yields the files of a folder that have one of the suffixes; hidden files are no data."""
+    """Yields the files in a folder that have one of the suffixes. Hidden files are left out."""
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
@@ -142,8 +157,8 @@ def _list_folders(folder: Path) -> list[Path]:
         raise InputError(f"{folder} cannot be read: {error.strerror}.") from error
 
 
-def _count(items: Sequence) -> str:
-    """Returns how many there are, and the first few: '3 (a, b, c)'."""
+def _count(items: Sequence[object]) -> str:
+    """Returns the number of items and the first five: '3 (a, b, c)'."""
     return f"{len(items)} ({', '.join(map(str, items[:5]))}{', ...' if len(items) > 5 else ''})"
 
 
@@ -151,7 +166,9 @@ def _by_id(files: Iterable[_File]) -> dict[int, _File]:
     found: dict[int, _File] = {}
     for file in files:
         if not re.fullmatch("[0-9]+", file.stem):
-            raise InputError(f"{file.path} is not named by its id, such as 00012{Path(file.path).suffix}.")
+            raise InputError(
+                f"{file.path} is not named by its id; expected a name such as 00012{Path(file.path).suffix}."
+            )
         other = found.setdefault(int(file.stem), file)
         if other is not file:
             raise InputError(f"{other.path} and {file.path} have the same id; keep one of them.")
@@ -165,7 +182,7 @@ def _parts_by_id(folder: Path, classes: ClassSet) -> dict[int, dict[str, _File]]
             match = re.fullmatch("([0-9]+)_(.+)", file.stem)
             if match is None or classes.index.get(match[2], 0) == 0:
                 raise InputError(
-                    f"{file.path} is not named <id>_<part>.png with a part among {', '.join(classes.names[1:])}."
+                    f"{file.path} is not named <id>_<part>.png, where <part> is one of {', '.join(classes.names[1:])}."
                 )
             other = found.setdefault(int(match[1]), {}).setdefault(match[2], file)
             if other is not file:
@@ -175,14 +192,23 @@ def _parts_by_id(folder: Path, classes: ClassSet) -> dict[int, dict[str, _File]]
 
 @dataclasses.dataclass(frozen=True)
 class RawFolder:
-    """The listing of a raw folder, before any file is opened."""
+    """The contents of a raw folder, listed without opening a file.
+
+    Attributes:
+      faces: faces in order of id.
+      files: all image and mask files, with their sizes and modification times.
+    """
 
     faces: tuple[Face, ...]
-    """In the order of their ids."""
     files: tuple[_File, ...]
 
     def fingerprint(self, root: Path, *others: Path) -> str:
-        """Returns a short hash of the names, sizes and modification times of the raw files."""
+        """Returns a hash, 10 hexadecimal digits, of the names, sizes and modification times of the raw files.
+
+        Args:
+          root: the raw folder; names are relative to it.
+          *others: further files that the hash covers.
+        """
         stats = [(path, path.stat()) for path in others]
         rows = [(file.path, file.size, file.mtime_ns) for file in self.files]
         rows += [(str(path), stat.st_size, stat.st_mtime_ns) for path, stat in stats]
@@ -193,23 +219,24 @@ class RawFolder:
 
 
 def list_raw_folder(root: Path, classes: ClassSet, *, skip_damaged: bool = False) -> RawFolder:
-    """Pairs the images and masks of a raw folder by id.
+    """Returns the faces of a raw folder, each with its image and its mask, without opening a file.
 
     Args:
-      root: the folder.
-      classes: that parts are named by, and in whose order they are painted.
-      skip_damaged: an image without a mask, a mask without an image and an empty file are errors only when the face is
-        read.
+      root: the raw folder.
+      classes: class set whose names are the names of the parts, in the order in which they are drawn.
+      skip_damaged: whether `Face.read` reports an image without a mask, a mask without an image, and an empty file. If
+        False, this function raises an error for them.
 
     Raises:
-      InputError: the folder is missing or holds neither layout, an image has no mask or a mask no image, or a file
-        is empty or strangely named.
+      InputError: the folder does not exist, cannot be read, holds no faces, or has neither layout; a file name does not
+        have the expected form; two files are of the same image or part; or, unless `skip_damaged`, an image or a mask
+        is missing or a file is empty.
     """
     if not root.is_dir():
         raise InputError(f"data.root: there is no folder {root}. {_OBTAIN}")
     official = root / "CelebA-HQ-img", root / "CelebAMask-HQ-mask-anno"
-    painted = root / "images", root / "labels"
-    layout = official if any(folder.is_dir() for folder in official) else painted
+    merged = root / "images", root / "labels"
+    layout = official if any(folder.is_dir() for folder in official) else merged
     missing = [folder.name for folder in layout if not folder.is_dir()]
     if missing:
         nested = root / "CelebAMask-HQ"
@@ -245,33 +272,50 @@ def list_raw_folder(root: Path, classes: ClassSet, *, skip_damaged: bool = False
             )
         if empty := sorted(file.path for file in files if file.size == 0):
             raise InputError(f"Empty files (0 bytes): {_count(empty)}; copy or download them again. {_SKIP}")
-    missing = {id: f"{mask_folder} has no mask for id {id}." for id in without_mask}
-    missing |= {id: f"{image_folder} has no image for id {id}." for id in without_image}
+    reasons = {id: f"{mask_folder} has no mask for id {id}." for id in without_mask}
+    reasons |= {id: f"{image_folder} has no image for id {id}." for id in without_image}
     faces = [Face(id, image_files[id].path, mask_paths[id]) for id in image_files.keys() & mask_paths.keys()]
-    faces += [Face(id, "", "", reason) for id, reason in missing.items()]
+    faces += [Face(id, "", "", reason) for id, reason in reasons.items()]
     return RawFolder(tuple(sorted(faces, key=lambda face: face.id)), files)
 
 
 def split_by_id(faces: Sequence[Face], num_test: int) -> dict[str, Sequence[Face]]:
-    """Returns the splits of the synthesis papers: the last `num_test` ids (28000-29999 of the full set) are the test.
+    """Returns the splits that papers on mask-to-image synthesis use: the last ids are the test split.
+
+    Args:
+      faces: all faces, in order of id.
+      num_test: number of test faces, at least 1; 2000 for the full data set (ids 28000-29999).
+
+    Returns:
+      {"train": faces, "test": faces}.
 
     Raises:
-      InputError: no face would be left to train on.
+      InputError: no face would be left for training.
     """
     if num_test >= len(faces):
-        raise InputError(f"data.num_test {num_test} leaves no face to train on: data.root holds {len(faces)}.")
+        raise InputError(
+            f"data.num_test {num_test} leaves no face for training: data.root holds {len(faces)}; choose a smaller "
+            "number."
+        )
     return {"train": faces[:-num_test], "test": faces[-num_test:]}
 
 
 def split_by_celeba(faces: Sequence[Face], mapping_file: Path) -> dict[str, Sequence[Face]]:
-    """Returns the splits of the face-parsing papers: those of CelebA, to which a mapping file leads from each id.
+    """Returns the splits that papers on face parsing use: the partition of CelebA.
+
+    Args:
+      faces: all faces, in order of id.
+      mapping_file: file that maps each id to an index of CelebA, as `read_mapping` reads it.
+
+    Returns:
+      {"train": faces, "val": faces, "test": faces}, without "val" if it has no faces.
 
     Raises:
-      InputError: the mapping file is missing, malformed or incomplete, or train or test would be empty.
+      InputError: the mapping file is missing, malformed or incomplete, or the train or test split would be empty.
     """
     original = read_mapping(mapping_file)
     if unknown := [face.id for face in faces if face.id not in original]:
-        raise InputError(f"{mapping_file} has no row for these ids: {_count(unknown)}.")
+        raise InputError(f"{mapping_file} has no row for these ids: {_count(unknown)}. Use the file of the download.")
     splits: dict[str, list[Face]] = {"train": [], "val": [], "test": []}
     for face in faces:
         index = original[face.id]
@@ -280,21 +324,21 @@ def split_by_celeba(faces: Sequence[Face], mapping_file: Path) -> dict[str, Sequ
     for name in ("train", "test"):
         if not splits[name]:
             raise InputError(
-                f"data.split celeba: by {mapping_file} none of the {len(faces)} faces is in the {name} split; "
-                "use data.split by_id for a part of the data set."
+                f"data.split celeba: according to {mapping_file}, none of the {len(faces)} faces is in the {name} "
+                "split; use data.split by_id for a subset of the data set."
             )
     return {name: members for name, members in splits.items() if members}
 
 
 def read_mapping(file: Path) -> dict[int, int]:
-    """Returns {id: CelebA index} from rows `idx orig_idx orig_file`, with or without the header row.
+    """Returns {id: index in CelebA} from a file with rows `idx orig_idx orig_file`, with or without a header row.
 
     Raises:
-      InputError: the file is missing, or a row is not of this form.
+      InputError: the file does not exist or cannot be read, or a row does not have this form.
     """
     if not file.is_file():
         raise InputError(
-            f"data.split celeba needs {file}, which comes with the download; data.split by_id does not need it."
+            f"data.split celeba needs {file}, which is part of the download; data.split by_id does not need it."
         )
     mapping = {}
     for number, line in enumerate(photos.read_bytes(file).decode(errors="replace").splitlines(), 1):
@@ -310,7 +354,13 @@ def read_mapping(file: Path) -> dict[int, int]:
 def read_faces(
     faces: Sequence[Face], classes: ClassSet, stored_size: int
 ) -> Iterator[dict[str, bytes | int] | InputError]:
-    """Yields the record of each face, and in place of a damaged one what is wrong with it."""
+    """Yields the record of each face, as `Face.read` returns it, or its InputError if the face cannot be read.
+
+    Args:
+      faces: faces of one shard.
+      classes: class set of the labels or parts.
+      stored_size: maximum side of images and masks in pixels; 0 keeps the original size.
+    """
     for face in faces:
         try:
             yield face.read(classes, stored_size)
@@ -319,12 +369,14 @@ def read_faces(
 
 
 def find_copy(config: DataConfig, cache_dir: AnyPath) -> AnyPath | None:
-    """Returns the folder of copied shards, on a host that has no raw folder and so cannot compute its fingerprint.
+    """Returns the folder of copied shards on a host without the raw folder, which cannot compute the fingerprint.
 
-    None if the raw folder is there, or there is no copy.
+    Returns:
+      The folder of the complete shards; None if the raw folder exists, or if there is no copy.
 
     Raises:
-      InputError: there are copies of several raw folders.
+      InputError: `cache_dir` holds shards of several raw folders.
+      OSError: `cache_dir` cannot be listed.
     """
     if Path(config.root).expanduser().exists():
         return None
@@ -336,7 +388,7 @@ def find_copy(config: DataConfig, cache_dir: AnyPath) -> AnyPath | None:
     if len(found) > 1:
         raise InputError(
             f"{folder} holds shards of several raw folders ({', '.join(sorted(path.parent.name for path in found))}), "
-            f"and data.root {config.root} is not there to tell which are meant; delete the others."
+            f"and data.root {config.root} is not present to select one; delete all but one."
         )
     return found[0] if found else None
 
@@ -349,13 +401,14 @@ def _variant(config: DataConfig, fingerprint: str) -> str:
 
 
 def recipe(config: DataConfig) -> shards.ShardRecipe:
-    """Returns how the shards of the raw files in `config.root` are built.
+    """Returns the recipe of the shards of the raw files in `config.root`. Lists the raw folder but opens no image.
 
-    The raw folder is listed, not read. The variant is named by the split, the size, a fingerprint of the raw files and,
-    if they are not the default, one of the classes; so a changed folder is another data set and is prepared anew.
+    The name of the variant contains the split, a fingerprint of the raw files, the stored size, and a fingerprint of
+    the classes if they are not the default. After the raw folder changes, its shards are therefore built again.
 
     Raises:
-      InputError: as `list_raw_folder`, `split_by_id` and `split_by_celeba`.
+      InputError: the raw folder is missing or malformed, or cannot be split; see `list_raw_folder`, `split_by_id` and
+        `split_by_celeba`.
     """
     root = Path(config.root).expanduser()
     raw = list_raw_folder(root, config.classes, skip_damaged=config.skip_damaged)

@@ -1,7 +1,7 @@
-"""The semantic classes of a data set: `ClassSet`, one value that travels with the configuration.
+"""The semantic classes of a data set, as a `ClassSet`, which is part of the configuration.
 
-A class set is a JSON file of names and colours. `class_sets/` holds those that are known by name; any other file of the
-same form describes the classes of a user's own data. A *mask* is an integer array (..., H, W) of indices into `names`.
+A JSON file defines a class set. `class_sets/` holds the class sets that are known by name. A user describes the classes
+of other data with a file of the same form. A *mask* is an integer array (..., H, W) of indices into `names`.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ import functools
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,18 +21,18 @@ _KNOWN = Path(__file__).parent / "class_sets"
 
 @dataclasses.dataclass(frozen=True)
 class ClassSet:
-    """Names and colours of the classes, and what a mirror image and a loss need to know about them.
+    """The names and colours of the classes, the classes that a flip exchanges, and the label without a class.
 
     Attributes:
-      title: what messages call the set.
-      names: of the classes, in the order of their indices. Masks that come as one file per part are painted in this
-        order, each part over those before it; the first class is where no part is.
-      colors: RGB in 0..255 of each class, for visualisation.
-      mirrored: pairs of classes that a horizontal flip exchanges (left and right are the subject's own).
-      ignored: label of pixels that belong to no class, outside the range of indices; None if every pixel has a class.
+      title: name of the class set in messages.
+      names: names of the 2 to 255 classes, in the order of their indices. If a mask is stored as one file per part, the
+        parts are drawn in this order, and a later part covers an earlier one. The first class covers the rest.
+      colors: RGB colour of each class, in 0..255, for visualisation.
+      mirrored: pairs of class names that a horizontal flip exchanges. Left and right are the subject's.
+      ignored: label of pixels that belong to no class, in len(names)..255. None if every pixel has a class.
 
     Raises:
-      InputError: the values contradict one another.
+      InputError: the values are invalid or inconsistent.
     """
 
     title: str
@@ -42,42 +42,23 @@ class ClassSet:
     ignored: int | None = None
 
     def __post_init__(self) -> None:
-        # JSON has lists where this has tuples, which are hashable.
+        # Lists from JSON become tuples, which are hashable.
         for field in ("names", "colors", "mirrored"):
             value = getattr(self, field)
             if not isinstance(value, list | tuple):
                 raise InputError(f"classes: {field} must be a list, got {value!r}.")
             object.__setattr__(self, field, tuple(tuple(x) if isinstance(x, list) else x for x in value))
-        self._check()
-
-    def _check(self) -> None:
-        count = len(self.names)
-
-        def require(condition: bool, message: str) -> None:
-            if not condition:
-                raise InputError(f"classes of {self.title!r}: {message}.")
-
-        require(isinstance(self.title, str) and bool(self.title), "title must be a name")
-        require(all(isinstance(name, str) and name for name in self.names), "names must be non-empty strings")
-        require(2 <= count <= 255, f"between 2 and 255 classes are possible, got {count}")
-        require(len(set(self.names)) == count, "names must be distinct")
-        require(all(map(_is_color, self.colors)), "a color must be three whole numbers in 0..255")
-        require(len(self.colors) == count, f"there are {len(self.colors)} colors for {count} names")
-        require(len(set(self.colors)) == count, "colors must be distinct")
-        is_pair = [isinstance(pair, tuple) and len(pair) == 2 for pair in self.mirrored]
-        require(all(is_pair), "mirrored must hold pairs of names")
-        mirrored = [name for pair in self.mirrored for name in pair]
-        require(all(name in self.names for name in mirrored), "mirrored must hold names of classes")
-        require(len(set(mirrored)) == len(mirrored), "a class can be mirrored into one other class only")
-        is_outside = self.ignored is None or (type(self.ignored) is int and count <= self.ignored <= 255)
-        require(is_outside, f"ignored must be null or a label in {count}..255, got {self.ignored!r}")
+        _check(self.title, self.names, self.colors, self.mirrored, self.ignored)
 
     @classmethod
-    def load(cls, name_or_file: str | os.PathLike) -> "ClassSet":
-        """Returns the class set of a name in `class_sets/`, or of a JSON file.
+    def load(cls, name_or_file: str | os.PathLike[str]) -> "ClassSet":
+        """Returns a class set by its name in `class_sets/`, or from a JSON file.
+
+        Args:
+          name_or_file: a name, such as "celebamask_hq", or the path of a file on the disk.
 
         Raises:
-          InputError: there is neither such a name nor such a file, or the file is malformed.
+          InputError: neither a name nor a file matches, or the file is malformed.
         """
         path = _KNOWN / f"{name_or_file}.json"
         if not path.is_file():
@@ -92,11 +73,15 @@ class ClassSet:
         return cls.from_json(values, source=str(path))
 
     @classmethod
-    def from_json(cls, values: Any, source: str) -> "ClassSet":
-        """Returns the class set of a parsed JSON object, whose keys are the attributes.
+    def from_json(cls, values: object, source: str) -> "ClassSet":
+        """Returns the class set that a parsed JSON value describes.
+
+        Args:
+          values: a dict whose keys are the attributes; attributes that have defaults may be absent.
+          source: where the value comes from, for the error message.
 
         Raises:
-          InputError: a key is missing or unknown, or the values contradict one another.
+          InputError: `values` is not such a dict, or its values are invalid or inconsistent.
         """
         fields = dataclasses.fields(cls)
         required = {field.name for field in fields if field.default is dataclasses.MISSING}
@@ -113,18 +98,18 @@ class ClassSet:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """A short hash of all that decides what a label means, which colours and the title do not."""
+        """A hash of 10 hexadecimal digits of names, mirrored pairs and ignored label; not of colours and title."""
         meaning = json.dumps([self.names, self.mirrored, self.ignored])
         return hashlib.sha256(meaning.encode()).hexdigest()[:10]
 
     @property
     def known_name(self) -> str | None:
-        """The name by which the program knows this class set, if it does."""
+        """The name of this class set in `class_sets/`, or None if it is not there."""
         return next((file.stem for file in sorted(_KNOWN.glob("*.json")) if ClassSet.load(file.stem) == self), None)
 
     @functools.cached_property
     def index(self) -> dict[str, int]:
-        """The index of each name."""
+        """The index of each class, by name."""
         return {name: index for index, name in enumerate(self.names)}
 
     @functools.cached_property
@@ -136,50 +121,89 @@ class ClassSet:
 
     @functools.cached_property
     def _palette(self) -> np.ndarray:
-        palette = np.full((256, 3), 128, np.uint8)  # the ignored label
+        palette = np.full((256, 3), 128, np.uint8)  # grey for the ignored label
         palette[: len(self)] = self.colors
         return palette
 
     def flip(self, mask: np.ndarray) -> np.ndarray:
-        """Mirrors a uint8 mask (..., H, W) about the vertical axis and exchanges mirrored classes."""
+        """Returns a mask flipped horizontally, with mirrored classes exchanged.
+
+        Args:
+          mask: uint8 (..., H, W).
+        """
         return self._mirror[mask[..., ::-1]]
 
     def colorize(self, mask: np.ndarray) -> np.ndarray:
-        """Returns a mask (..., H, W) in the classes' colours: uint8 RGB, (..., H, W, 3); ignored pixels are grey."""
+        """Returns the colour of each pixel of a mask, uint8 RGB (..., H, W, 3); the ignored label is grey.
+
+        Args:
+          mask: uint8 (..., H, W).
+        """
         return self._palette[mask]
 
     def is_label(self, values: np.ndarray) -> np.ndarray:
-        """Returns, for each integer of an array, whether it is a class index or the ignored label."""
+        """Returns a bool array that is True where an integer array holds a class index or the ignored label.
+
+        Args:
+          values: integer array of any shape.
+        """
         is_class = (values >= 0) & (values < len(self))
         return is_class if self.ignored is None else is_class | (values == self.ignored)
 
     def check(self, mask: np.ndarray, source: str) -> np.ndarray:
-        """Returns `mask` as uint8 after checking that every value is a class index or the ignored label.
+        """Returns a mask as uint8 if all its values are class indices or the ignored label.
 
         Args:
           mask: integer array (..., H, W).
-          source: what the mask was read from, for the message.
+          source: where the mask comes from, for the error message.
 
         Raises:
-          InputError: the array is not integer-valued, or holds a value that is no label.
+          InputError: the dtype is not an integer type, or a value is neither a class index nor the ignored label.
         """
         if not np.issubdtype(mask.dtype, np.integer):
-            raise InputError(f"{source}: a mask holds integer class indices, got dtype {mask.dtype}.")
+            raise InputError(f"{source}: a mask must hold integer class indices, got dtype {mask.dtype}.")
         outside = np.unique(mask[~self.is_label(mask)])
         if outside.size:
             besides = "" if self.ignored is None else f" and not the ignored label {self.ignored}"
             raise InputError(
                 f"{source}: label {', '.join(map(str, outside[:5]))} is outside 0..{len(self) - 1}{besides}; "
-                f"a mask holds class indices of {self.title} (0 {self.names[0]} ... {len(self) - 1} {self.names[-1]}), "
-                "not colours or another data set's classes."
+                f"a mask must hold class indices of {self.title} (0 {self.names[0]} ... {len(self) - 1} "
+                f"{self.names[-1]}), not colours or the classes of another data set."
             )
         return mask.astype(np.uint8)
 
 
-def _is_color(color: Any) -> bool:
-    is_triple = isinstance(color, tuple) and len(color) == 3
-    return is_triple and all(type(value) is int and 0 <= value <= 255 for value in color)
+def _check(
+    title: object, names: Sequence[object], colors: Sequence[object], mirrored: Sequence[object], ignored: object
+) -> None:
+    """Raises InputError unless the values, whose types JSON does not ensure, are those of a class set."""
+    count = len(names)
+
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise InputError(f"classes of {title!r}: {message}.")
+
+    require(isinstance(title, str) and bool(title), "title must be a name")
+    require(all(isinstance(name, str) and name for name in names), "names must be non-empty strings")
+    require(2 <= count <= 255, f"between 2 and 255 classes are possible, got {count}")
+    require(len(set(names)) == count, "names must be distinct")
+    require(all(map(_is_color, colors)), "a color must be three whole numbers in 0..255")
+    require(len(colors) == count, f"there are {len(colors)} colors for {count} names")
+    require(len(set(colors)) == count, "colors must be distinct")
+    pairs = [pair for pair in mirrored if isinstance(pair, tuple) and len(pair) == 2]
+    require(len(pairs) == len(mirrored), "mirrored must hold pairs of names")
+    exchanged = [name for pair in pairs for name in pair]
+    require(all(name in names for name in exchanged), "mirrored must hold names of classes")
+    require(len(set(exchanged)) == len(exchanged), "a class can be mirrored into one other class only")
+    is_outside = ignored is None or (type(ignored) is int and count <= ignored <= 255)
+    require(is_outside, f"ignored must be null or a label in {count}..255, got {ignored!r}")
+
+
+def _is_color(color: object) -> bool:
+    if not isinstance(color, tuple) or len(color) != 3:
+        return False
+    return all(type(value) is int and 0 <= value <= 255 for value in color)
 
 
 CELEBAMASK_HQ = ClassSet.load("celebamask_hq")
-"""The classes of CelebAMask-HQ (Lee et al., arXiv 1907.11922), the default."""
+"""The classes of CelebAMask-HQ (Lee et al., arXiv 1907.11922), which are the default."""

@@ -1,12 +1,15 @@
-"""From prepared shards to batches: Grain shuffles, decodes, resizes, mirrors, batches and shares them among processes.
+"""Reads batches from prepared shards with Grain: shuffles, decodes, resizes, flips and batches records.
 
-A record is a dict. It leaves the disk as {"image": bytes, "mask": bytes, "id": int} and reaches the device as
-{"image": uint8 (b, S, S, 3), "mask": uint8 (b, S, S), "id": int64 (b,)}; the transforms between are record in,
-record out.
+Each process reads its own rows of every batch.
 
-A data set that `config.name` may name is a module `sisma_jax/data/NAME.py`. Its function `recipe(config)` returns the
-`shards.ShardRecipe`; if hosts without the raw files can use a copy of the shards, its function
-`find_copy(config, cache_dir)` returns the folder of the copy, or None if the raw files are there or no copy is.
+A record is a dict. On disk it is {"image": bytes, "mask": bytes, "id": int}. A batch on the device is
+{"image": uint8 (b, S, S, 3), "mask": uint8 (b, S, S), "id": int64 (b,)}. Each transform in between maps a record to a
+record.
+
+Each value of `config.name` is the name of a module `sisma_jax/data/NAME.py`. The module defines `recipe(config)`, which
+returns a `shards.ShardRecipe`. It may also define `find_copy(config, cache_dir)`, for hosts that have a copy of the
+shards but not the raw files. `find_copy` returns the folder of the copy, or None if the raw files exist or there is no
+copy.
 """
 
 import abc
@@ -27,15 +30,18 @@ from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, to_path
 
 Record = dict[str, Any]
+Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """The rows of every batch that one process reads: some of its equal parts.
+    """The rows of each global batch that one process reads.
+
+    A global batch is divided into `of` equal parts. The process reads some of these parts.
 
     Attributes:
-      parts: numbers of the parts, rising.
-      of: number of parts of a batch.
+      parts: indices of the parts that the process reads, in increasing order.
+      of: number of parts in a global batch.
     """
 
     parts: tuple[int, ...]
@@ -46,59 +52,73 @@ WHOLE = Share((0,), 1)
 
 
 class Decode(grain.transforms.Map):
-    """Encoded bytes to arrays: image uint8 (H, W, 3), mask uint8 (H, W)."""
+    """Decodes the image to uint8 (H, W, 3) and the mask to uint8 (H, W).
+
+    Args:
+      classes: class set of the masks.
+      size_needed: resolution to which the caller resizes the image; a large JPEG is then decoded at half size.
+    """
 
     def __init__(self, classes: ClassSet, size_needed: int | None = None):
         self._classes, self._size_needed = classes, size_needed
 
-    def map(self, record: Record) -> Record:
-        source = f"record {record['id']}"
-        return record | {
-            "image": photos.decode_image(record["image"], source, size_needed=self._size_needed),
-            "mask": masks.decode_mask(record["mask"], source, self._classes),
+    def map(self, element: Record) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]  # Grain: untyped
+        """Returns the record with decoded image and mask.
+
+        Raises:
+          InputError: the image or the mask is damaged.
+        """
+        source = f"record {element['id']}"
+        return element | {
+            "image": photos.decode_image(element["image"], source, size_needed=self._size_needed),
+            "mask": masks.decode_mask(element["mask"], source, self._classes),
         }
 
 
 class Resize(grain.transforms.Map):
-    """The central square of image and mask at `size` pixels a side."""
+    """Crops image and mask to their central squares and resizes both to (size, size)."""
 
     def __init__(self, size: int):
         self._size = size
 
-    def map(self, record: Record) -> Record:
-        return record | {
-            "image": photos.resize_image(record["image"], self._size),
-            "mask": masks.resize_mask(record["mask"], self._size),
+    def map(self, element: Record) -> Record:  # pyright: ignore[reportIncompatibleMethodOverride]  # Grain: untyped
+        """Returns the record with resized image and mask."""
+        return element | {
+            "image": photos.resize_image(element["image"], self._size),
+            "mask": masks.resize_mask(element["mask"], self._size),
         }
 
 
 class RandomFlip(grain.transforms.RandomMap):
-    """Mirrors half of the records at random, and exchanges the mirrored classes of their masks."""
+    """Flips image and mask horizontally with probability 0.5, and exchanges the mirrored classes of a flipped mask."""
 
     def __init__(self, classes: ClassSet):
         self._classes = classes
 
-    def random_map(self, record: Record, rng: np.random.Generator) -> Record:
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]  # Grain: untyped
+        self, element: Record, rng: np.random.Generator
+    ) -> Record:
+        """Returns the record, flipped or unchanged."""
         if rng.random() < 0.5:
-            return record
-        return record | {"image": record["image"][:, ::-1], "mask": self._classes.flip(record["mask"])}
+            return element
+        return element | {"image": element["image"][:, ::-1], "mask": self._classes.flip(element["mask"])}
 
 
 class BatchSource(abc.ABC):
-    """Prepared shards and the batches in them: a `DataSet`, or its `LatentDataSet`.
+    """Prepared shards that yield batches; the base class of `DataSet` and `LatentDataSet`.
 
     Attributes:
-      config: what it was opened with.
-      path: folder of the shards, which may be a copy from a host that had the raw files.
-      classes: of the masks.
-      counts: number of examples of each split.
-      key: of that in a batch which a model learns to generate.
+      config: configuration with which the data set was opened.
+      path: folder of the shards; it may be a copy from a host that has the raw files.
+      classes: class set of the masks.
+      counts: number of examples in each split.
+      key: key in a batch of the array that a model learns to generate.
     """
 
     key: ClassVar[str]
 
     def __init__(self, config: DataConfig, path: AnyPath):
-        """Reads the metadata of complete shards."""
+        """Reads the metadata of the complete shards in `path`."""
         self.config = config
         self.path = path
         self.classes = config.classes
@@ -110,43 +130,47 @@ class BatchSource(abc.ABC):
         """Names of the splits."""
         return tuple(self.counts)
 
-    def train_batches(self, batch_size: int, seed: int, share: Share = WHOLE) -> grain.DatasetIterator:
-        """Returns an endless iterator over a share of the training batches, by default all of each.
+    def train_batches(self, batch_size: int, seed: int, share: Share = WHOLE) -> grain.DatasetIterator[Batch]:
+        """Returns an endless iterator over the training batches, or over the rows of each batch that `share` selects.
 
-        Every epoch goes through all examples in a new order. The order and the flips belong to the place in the global
-        sequence: row i of the k-th global batch is the same example whatever the share that reads it, and an iterator's
-        state (`get_state`, `set_state`: one counter) means the same batch for each. A batch may straddle two epochs, so
-        a data set smaller than a batch is no obstacle.
+        Each epoch visits all examples in a new order. The order and the flips depend only on the seed and on the
+        position in the global sequence, so row i of global batch k is the same example for every `share`. The state of
+        an iterator (`get_state`, `set_state`) is a single counter, which identifies the same global batch for every
+        `share`. A batch may span epochs, so `batch_size` may exceed the number of examples.
 
         Args:
-          batch_size: examples in a global batch.
-          seed: of the order and the flips, 0 to 2**32 - 1.
-          share: of each batch, with b = batch_size * len(share.parts) // share.of.
+          batch_size: number of examples in a global batch.
+          seed: seed of the order and the flips, in [0, 2**32 - 1].
+          share: rows of each global batch that the iterator yields; by default all.
+
+        Returns:
+          Iterator over dicts of arrays, each with batch_size * len(share.parts) // share.of rows.
 
         Raises:
-          InputError: the seed is out of range, or the batch does not divide into the parts.
+          InputError: `seed` is out of range, or `batch_size` is not a multiple of `share.of`.
         """
         if not 0 <= seed < 2**32:
             raise InputError(f"train.seed must be in 0..2**32 - 1, got {seed}.")
         if batch_size % share.of:
-            raise InputError(f"train.batch_size {batch_size} is not a multiple of the {share.of} parts that share it.")
+            raise InputError(
+                f"train.batch_size {batch_size} is not a multiple of the {share.of} parts into which each batch is "
+                f"divided; choose a multiple of {share.of}."
+            )
         records = grain.MapDataset.source(self._records("train")).seed(seed).shuffle().repeat()
         examples = self._to_examples(records, flip=self.config.flip)
         return self._read(_deal(examples, batch_size, share), "train")
 
-    def eval_batches(
-        self, split: str, batch_size: int, *, start: int = 0, limit: int | None = None
-    ) -> Iterator[dict[str, np.ndarray]]:
-        """Returns one pass over a split in the order of the ids, unmirrored; the last batch may be smaller.
+    def eval_batches(self, split: str, batch_size: int, *, start: int = 0, limit: int | None = None) -> Iterator[Batch]:
+        """Returns an iterator over one pass of a split, in order of id and without flips, as dicts of arrays.
 
         Args:
           split: one of `splits`.
-          batch_size: examples per batch.
-          start: number of the first example.
-          limit: stop after this many examples.
+          batch_size: number of examples per batch; the last batch may be smaller.
+          start: index of the first example, 0 <= start.
+          limit: maximum number of examples; None for all that follow `start`.
 
         Raises:
-          InputError: there is no such split.
+          InputError: the data set has no split of this name.
         """
         if split not in self.counts:
             raise InputError(f"{self.config.name} has no split {split!r}; it has {', '.join(self.splits)}.")
@@ -154,22 +178,22 @@ class BatchSource(abc.ABC):
         records = grain.MapDataset.source(self._records(split))[start:stop]
         return self._read(self._to_examples(records, flip=False).batch(batch_size, drop_remainder=False), split)
 
-    def _read(self, batches: grain.MapDataset, split: str) -> grain.DatasetIterator:
+    def _read(self, batches: grain.MapDataset[Record], split: str) -> grain.DatasetIterator[Batch]:
         threads = self.config.num_threads
-        # The elements are whole batches, so Grain's default buffer of 500 would hold gigabytes.
+        # Each element is a batch: Grain's default buffer of 500 elements would take gigabytes.
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
         return iter(self._finish(batches, split).to_iter_dataset(options))
 
     @abc.abstractmethod
-    def _records(self, split: str) -> Sequence:
-        """Returns what is shuffled: one element per example."""
+    def _records(self, split: str) -> Sequence[Any]:
+        """Returns the elements to shuffle, one per example; a subclass chooses their type."""
 
     @abc.abstractmethod
-    def _to_examples(self, records: grain.MapDataset, *, flip: bool) -> grain.MapDataset:
-        """Returns what each record becomes before it is batched: a dict of arrays or numbers."""
+    def _to_examples(self, records: grain.MapDataset[Any], *, flip: bool) -> grain.MapDataset[Record]:
+        """Maps each element of `_records` to an example, a dict of arrays or numbers that can be batched."""
 
-    def _finish(self, batches: grain.MapDataset, split: str) -> grain.MapDataset:
-        """Returns what each batch becomes."""
+    def _finish(self, batches: grain.MapDataset[Record], split: str) -> grain.MapDataset[Batch]:
+        """Maps batched examples to the batches that the iterators yield."""
         return batches
 
 
@@ -180,10 +204,11 @@ class DataSet(BatchSource):
 
     @classmethod
     def prepare(cls, config: DataConfig) -> "DataSet":
-        """Builds the shards unless they exist, and opens them; resumes a build that was interrupted.
+        """Returns the data set after building its shards, unless they exist. Resumes an interrupted build.
 
         Raises:
-          InputError: the raw files are missing or damaged, or the cache folder cannot be written.
+          InputError: the raw files are missing or damaged, the cache folder cannot be written, or the cache is in a
+            bucket that does not hold the shards.
         """
         module, cache_dir = _module(config), to_path(config.cache_dir)
         path = _find_copy(module, config, cache_dir)
@@ -195,10 +220,10 @@ class DataSet(BatchSource):
 
     @classmethod
     def open(cls, config: DataConfig) -> "DataSet":
-        """Opens shards that `prepare` has built.
+        """Returns the data set whose shards `prepare` has built.
 
         Raises:
-          InputError: there are none, or the raw files cannot be listed.
+          InputError: the shards do not exist, or the raw files cannot be listed.
         """
         module, cache_dir = _module(config), to_path(config.cache_dir)
         path = _find_copy(module, config, cache_dir) or module.recipe(config).path(cache_dir)
@@ -209,10 +234,10 @@ class DataSet(BatchSource):
         return cls(config, path)
 
     def _records(self, split: str) -> Sequence[Record]:
-        skip = tfds.decode.SkipDecoding
-        return self._reader.as_data_source(split, decoders={"image": skip(), "mask": skip()})
+        skip = {"image": tfds.decode.SkipDecoding(), "mask": tfds.decode.SkipDecoding()}
+        return self._reader.as_data_source(split, decoders=skip)  # pyright: ignore[reportCallIssue]  # TFDS: decorator
 
-    def _to_examples(self, records: grain.MapDataset, *, flip: bool) -> grain.MapDataset:
+    def _to_examples(self, records: grain.MapDataset[Record], *, flip: bool) -> grain.MapDataset[Record]:
         size = self.config.image_size
         examples = records.map(Decode(self.classes, size)).map(Resize(size))
         return examples.random_map(RandomFlip(self.classes)) if flip else examples
@@ -226,24 +251,24 @@ def _find_copy(module: ModuleType, config: DataConfig, cache_dir: AnyPath) -> An
     return module.find_copy(config, cache_dir) if hasattr(module, "find_copy") else None
 
 
-def _deal(examples: grain.MapDataset, batch_size: int, share: Share) -> grain.MapDataset:
-    """Returns a share of the global batches of endless examples."""
-    share = _widest(share)
+def _deal(examples: grain.MapDataset[Record], batch_size: int, share: Share) -> grain.MapDataset[Record]:
+    """Batches endless examples into global batches, and returns the rows of each that `share` selects."""
+    share = _merge_parts(share)
     parts = examples.batch(batch_size // share.of, drop_remainder=True)
-    # Access is random, so what comes before the slice is computed for this share's examples only, yet keyed by their
-    # global index. All slices have one length.
+    # A MapDataset has random access. The transforms before the slice therefore run only for the examples of this share,
+    # and their random numbers follow from the global index. The cut gives all slices the same length.
     parts = parts[: len(parts) - len(parts) % share.of]
     own = [parts[part :: share.of] for part in share.parts]
-    return own[0] if len(own) == 1 else grain.experimental.ZipMapDataset(own).map(_joined)
+    return own[0] if len(own) == 1 else grain.experimental.ZipMapDataset(own).map(_concatenate)
 
 
-def _widest(share: Share) -> Share:
-    """Returns the same rows as one part where they are one: parts 2 and 3 of 4 are part 1 of 2."""
+def _merge_parts(share: Share) -> Share:
+    """Returns an equal share with a single part if there is one: parts 2 and 3 of 4 are part 1 of 2."""
     first, count = share.parts[0], len(share.parts)
     is_one = share.parts == tuple(range(first, first + count)) and first % count == 0 and share.of % count == 0
     return Share((first // count,), share.of // count) if is_one else share
 
 
-def _joined(parts: tuple[Record, ...]) -> Record:
-    """Returns the rows of all parts."""
+def _concatenate(parts: tuple[Record, ...]) -> Record:
+    """Returns one batch with the rows of all parts."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,11 +1,11 @@
-"""The cache of encoded latents: a data set as an autoencoder encodes it, computed once.
+"""A cache of latents: the output of an autoencoder for each image of a data set, computed once and stored as shards.
 
-    CACHE/latents/VARIANT/1.0.0/     shards, and latents.json: which autoencoder, and statistics of its latents
+    CACHE/latents/VARIANT/1.0.0/     shards, and latents.json with the autoencoder's fingerprint and latent statistics
 
-A record holds mean and log variance of the latents of an image and of its mirror image, float16, scaled and shifted as
-the denoiser sees them, and the mask and its mirror image as zlib-compressed labels, which are read four times as fast
-as PNG. It reaches the device as {"moments": float16 (b, h, w, 2 C), "mask": uint8 (b, S, S), "id": int64 (b,)}, the
-mean's channels first.
+A record holds the mean and the log variance of the latents, float16, for the image and for the flipped image. They are
+scaled and shifted as the denoiser expects. The record also holds the mask and the flipped mask, compressed with zlib,
+which decodes four times as fast as PNG. A batch is {"moments": float16 (b, h, w, 2 C), "mask": uint8 (b, S, S),
+"id": int64 (b,)}, where the first C channels of the moments are the mean.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import functools
 import itertools
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,14 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from sisma_jax.config import DataConfig
 from sisma_jax.data import shards
-from sisma_jax.data.dataset import BatchSource, DataSet
+from sisma_jax.data.dataset import Batch, BatchSource, DataSet, Record
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, to_path, write_atomically
 
 NAME = "latents"
 STATISTICS_NAME = "latents.json"
 EXAMPLES_PER_SHARD = 1024
-# Enough for two digits of a standard deviation, however much the images differ.
+# Enough examples to estimate a standard deviation to two digits.
 _EXAMPLES_MEASURED = 2048
 
 _BYTES = tfds.features.Tensor(shape=(), dtype=np.object_)
@@ -41,13 +41,15 @@ _FEATURES = {name: _BYTES for name in ("moments", "mirrored_moments", "mask", "m
 
 @dataclasses.dataclass(frozen=True)
 class Encoder:
-    """What the cache needs of an autoencoder.
+    """The parts of an autoencoder that the cache needs.
 
     Attributes:
-      encode: uint8 images (batch_size, S, S, 3) to moments, float16 (batch_size, h, w, 2 C).
-      batch_size: images per call.
-      fingerprint: distinguishes this autoencoder from others.
-      scale, shift: that were applied to the moments; stored beside them.
+      encode: function from uint8 images (batch_size, S, S, 3) to moments, float16 (batch_size, h, w, 2 C): mean and log
+        variance of the latents, scaled and shifted.
+      batch_size: number of images per call of `encode`.
+      fingerprint: hash that identifies the autoencoder; part of the name of the cache folder.
+      scale: scale that `encode` applies to the latents, recorded in `latents.json`.
+      shift: shift that `encode` applies to the latents, recorded in `latents.json`.
     """
 
     encode: Callable[[np.ndarray], np.ndarray]
@@ -61,31 +63,40 @@ class LatentDataSet(BatchSource):
     """The latents of a data set; a batch holds "moments", "mask" and "id".
 
     Attributes:
-      statistics: what `latents.json` says.
+      statistics: contents of `latents.json`: the autoencoder's fingerprint, scale and shift, the shapes of one example,
+        and mean and standard deviation of each latent channel.
     """
 
     key = "moments"
 
     def __init__(self, config: DataConfig, path: AnyPath):
-        """Reads the metadata of complete shards; see `prepare` and `open`."""
+        """Reads the metadata of the complete shards in `path`; use `prepare` or `open` instead.
+
+        Raises:
+          InputError: `latents.json` cannot be read.
+        """
         self.statistics = _read_statistics(path)
         super().__init__(config, path)
 
     @classmethod
     def prepare(cls, dataset: DataSet, encoder: Encoder) -> "LatentDataSet":
-        """Encodes the data set unless this autoencoder has done so, and opens the latents; resumes after interruption.
+        """Returns the latents after encoding the data set, unless they exist. Resumes after an interruption.
 
         Raises:
-          InputError: the cache folder cannot be written.
+          InputError: the cache folder cannot be written, or it is in a bucket that does not hold the latents.
         """
         return cls(dataset.config, shards.build(_recipe(dataset, encoder), to_path(dataset.config.cache_dir)))
 
     @classmethod
     def open(cls, dataset: DataSet, fingerprint: str) -> "LatentDataSet":
-        """Opens the latents that the autoencoder with a fingerprint has encoded.
+        """Returns the latents that `prepare` has encoded.
+
+        Args:
+          dataset: the data set that was encoded.
+          fingerprint: fingerprint of the autoencoder.
 
         Raises:
-          InputError: there are none, or they cannot be read.
+          InputError: the latents do not exist, cannot be read, or are those of another autoencoder.
         """
         config = dataset.config
         path = to_path(config.cache_dir) / NAME / _variant(dataset, fingerprint) / shards.VERSION
@@ -105,20 +116,20 @@ class LatentDataSet(BatchSource):
     def _records(self, split: str) -> Sequence[int]:
         return range(self.counts[split])
 
-    def _to_examples(self, records: grain.MapDataset, *, flip: bool) -> grain.MapDataset:
-        return records.random_map(_MirrorHalf()) if flip else records.map(_unmirrored)
+    def _to_examples(self, records: grain.MapDataset[int], *, flip: bool) -> grain.MapDataset[Record]:
+        return records.random_map(_RandomFlip()) if flip else records.map(_unflipped)
 
-    def _finish(self, batches: grain.MapDataset, split: str) -> grain.MapDataset:
+    def _finish(self, batches: grain.MapDataset[Record], split: str) -> grain.MapDataset[Batch]:
         shapes = (tuple(self.statistics[name]) for name in ("moments_shape", "mask_shape"))
-        return batches.map(_Load(self._reader.as_data_source(split).data_source, *shapes))
+        source = self._reader.as_data_source(split)  # pyright: ignore[reportCallIssue]  # TFDS: decorator
+        return batches.map(_Load(source.data_source, *shapes))
 
 
 def _recipe(dataset: DataSet, encoder: Encoder) -> shards.ShardRecipe:
-    features = tfds.features.FeaturesDict(_FEATURES)
     return shards.ShardRecipe(
         name=NAME,
         variant=_variant(dataset, encoder.fingerprint),
-        features=features,
+        features=tfds.features.FeaturesDict(_FEATURES),
         jobs={
             split: [
                 functools.partial(_encode, dataset, encoder, split, start, min(start + EXAMPLES_PER_SHARD, count))
@@ -128,7 +139,7 @@ def _recipe(dataset: DataSet, encoder: Encoder) -> shards.ShardRecipe:
         },
         num_records=sum(dataset.counts.values()),
         information={"description": f"Latents of {dataset.config.name}."},
-        finish=functools.partial(_write_statistics, dataset.config.image_size, encoder, features),
+        finish=functools.partial(_write_statistics, dataset.config.image_size, encoder),
         in_process=True,
     )
 
@@ -140,7 +151,7 @@ def _variant(dataset: DataSet, fingerprint: str) -> str:
 
 def _encode(dataset: DataSet, encoder: Encoder, split: str, start: int, stop: int) -> Iterator[dict[str, Any]]:
     for batch in dataset.eval_batches(split, encoder.batch_size, start=start, limit=stop - start):
-        # The last batch is padded, so that one shape compiles.
+        # The last batch is padded, so that `encode` compiles for one shape only.
         image = np.resize(batch["image"], (encoder.batch_size, *batch["image"].shape[1:]))
         moments, mirrored = encoder.encode(image), encoder.encode(image[:, :, ::-1])
         for i, mask in enumerate(batch["mask"]):
@@ -153,13 +164,13 @@ def _encode(dataset: DataSet, encoder: Encoder, split: str, start: int, stop: in
             }
 
 
-def _write_statistics(size: int, encoder: Encoder, features: tfds.features.FeaturesDict, folder: Path) -> None:
-    """Writes which autoencoder encoded the latents, and the statistics of those of the training split."""
+def _write_statistics(size: int, encoder: Encoder, folder: Path) -> None:
+    """Writes `latents.json`: the autoencoder, the shapes, and statistics of latents of the training split."""
     shape = encoder.encode(np.zeros((encoder.batch_size, size, size, 3), np.uint8)).shape[1:]
     with ArrayRecordDataSource(sorted(map(str, folder.glob(f"{NAME}-train.*")))) as records:
         moments = np.stack(
             [
-                np.frombuffer(features.deserialize_example_np(record)["moments"], np.float16).reshape(shape)
+                np.frombuffer(_bytes_in(_parse(record), "moments"), np.float16).reshape(shape)
                 for record in itertools.islice(iter(records), _EXAMPLES_MEASURED)
             ]
         )
@@ -187,23 +198,23 @@ def _read_statistics(path: AnyPath) -> dict[str, Any]:
 
 
 class _Load(grain.transforms.Map):
-    """A batch of record numbers and of flags, whether the mirror image is meant, to the batch itself.
+    """Loads the records of a batch, given their indices and whether each is flipped.
 
-    Whole batches, and the records as protocol buffers: record by record and by the parser of TFDS, Python's own work
-    leaves half as many examples per second (see `benchmarks/data.py`).
+    It reads a whole batch at a time and parses the protocol buffers itself. Reading records one at a time through the
+    parser of TFDS yields half as many examples per second because of overhead in Python (see `benchmarks/data.py`).
     """
 
     def __init__(self, records: ArrayRecordDataSource, moments_shape: tuple[int, ...], mask_shape: tuple[int, ...]):
         self._records, self._moments_shape, self._mask_shape = records, moments_shape, mask_shape
 
-    def map(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        numbers, mirrored = batch["number"], batch["is_mirrored"]
-        moments = np.empty((len(numbers), *self._moments_shape), np.float16)
-        mask = np.empty((len(numbers), *self._mask_shape), np.uint8)
-        ids = np.empty(len(numbers), np.int64)
-        for i, record in enumerate(self._records.__getitems__(numbers.tolist())):
-            fields = tf_example_pb2.Example.FromString(record).features.feature
-            prefix = "mirrored_" if mirrored[i] else ""
+    def map(self, element: Batch) -> Batch:  # pyright: ignore[reportIncompatibleMethodOverride]  # Grain: untyped
+        indices, flipped = element["index"], element["is_flipped"]
+        moments = np.empty((len(indices), *self._moments_shape), np.float16)
+        mask = np.empty((len(indices), *self._mask_shape), np.uint8)
+        ids = np.empty(len(indices), np.int64)
+        for i, record in enumerate(self._records.__getitems__(indices.tolist())):
+            fields = _parse(record)
+            prefix = "mirrored_" if flipped[i] else ""
             moments[i] = np.frombuffer(_bytes_in(fields, f"{prefix}moments"), np.float16).reshape(self._moments_shape)
             labels = zlib.decompress(_bytes_in(fields, f"{prefix}mask"), bufsize=mask[i].size)
             mask[i] = np.frombuffer(labels, np.uint8).reshape(self._mask_shape)
@@ -211,16 +222,24 @@ class _Load(grain.transforms.Map):
         return {"moments": moments, "mask": mask, "id": ids}
 
 
-def _bytes_in(fields: Any, name: str) -> bytes:
+def _parse(record: bytes) -> Mapping[str, Any]:
+    """Returns the fields of a record by name, as protocol buffers `tf.train.Feature`."""
+    message = tf_example_pb2.Example  # pyright: ignore[reportAttributeAccessIssue]  # protobuf creates it at import
+    return message.FromString(record).features.feature
+
+
+def _bytes_in(fields: Mapping[str, Any], name: str) -> bytes:
     return fields[name].bytes_list.value[0]
 
 
-class _MirrorHalf(grain.transforms.RandomMap):
-    """A record's number, and at random whether its mirror image is meant."""
+class _RandomFlip(grain.transforms.RandomMap):
+    """Maps the index of a record to the index, and a flag that selects the flipped image with probability 0.5."""
 
-    def random_map(self, number: int, rng: np.random.Generator) -> dict[str, int | bool]:
-        return {"number": number, "is_mirrored": rng.random() >= 0.5}
+    def random_map(  # pyright: ignore[reportIncompatibleMethodOverride]  # Grain: untyped
+        self, element: int, rng: np.random.Generator
+    ) -> Record:
+        return {"index": element, "is_flipped": rng.random() >= 0.5}
 
 
-def _unmirrored(number: int) -> dict[str, int | bool]:
-    return {"number": number, "is_mirrored": False}
+def _unflipped(index: int) -> Record:
+    return {"index": index, "is_flipped": False}

@@ -1,7 +1,8 @@
-"""Image files: encoded bytes to uint8 RGB arrays and back, and resizing.
+"""Decodes, encodes and resizes image files, as uint8 RGB arrays.
 
-Every file that enters from outside is checked here or in `masks.py`, so that a damaged one is named before its pixels
-are used. OpenCV decodes, for speed. An image and its mask get the same geometry: the central square of each, resized.
+This module and `masks.py` check every file that a user supplies, so an error names a damaged file before its pixels are
+used. OpenCV decodes, because it is faster than Pillow. Image and mask have the same geometry: both are cropped to the
+central square and resized.
 """
 
 import io
@@ -24,10 +25,18 @@ _JPEG_END = b"\xff\xd9"
 
 
 def require_complete(data: bytes, source: str) -> None:
-    """Raises InputError for bytes that end before the image does.
+    """Checks that the bytes of a JPEG or PNG file are not truncated. Other formats pass unless they are empty.
 
-    Decoders disagree about such files: some fill the rest with grey and only warn. The end marker of a JPEG cannot
-    occur inside entropy-coded data, so a file whose last scan has none after it is truncated (or its tail is zeros).
+    Decoders differ in how they treat truncated files: some fill the missing pixels with grey and only warn. The end
+    marker of a JPEG cannot occur inside entropy-coded data. If no end marker follows the last start of a scan, the file
+    is truncated, or its tail is overwritten with zeros.
+
+    Args:
+      data: contents of the file.
+      source: where the bytes come from, for the error message.
+
+    Raises:
+      InputError: `data` is empty or truncated.
     """
     if not data:
         raise InputError(f"{source} is empty (0 bytes); copy or download it again.")
@@ -38,13 +47,23 @@ def require_complete(data: bytes, source: str) -> None:
 
 
 def not_an_image(source: str, detail: object = "") -> InputError:
-    """Returns the error for bytes that no decoder takes."""
+    """Returns the error for bytes that cannot be decoded.
+
+    Args:
+      source: where the bytes come from.
+      detail: message of the decoder, if it has one.
+    """
     reason = f" ({detail})" if detail else ""
-    return InputError(f"{source} cannot be decoded{reason}; a whole JPEG or PNG file is wanted.")
+    return InputError(f"{source} cannot be decoded{reason}; expected a complete JPEG or PNG file.")
 
 
 def decode_by_opencv(data: bytes, source: str, flags: int) -> np.ndarray:
-    """Returns what OpenCV decodes with `cv2.IMREAD_*` flags: uint8 or uint16, (H, W) or (H, W, 3) in BGR.
+    """Returns the pixels of an encoded image, uint8 or uint16, (H, W) or (H, W, 3) in BGR order.
+
+    Args:
+      data: contents of the image file.
+      source: where the bytes come from, for the error message.
+      flags: `cv2.IMREAD_*` flags, which decide the dtype and the number of channels.
 
     Raises:
       InputError: OpenCV cannot decode the bytes.
@@ -59,16 +78,17 @@ def decode_by_opencv(data: bytes, source: str, flags: int) -> np.ndarray:
 
 
 def decode_image(data: bytes, source: str, *, size_needed: int | None = None) -> np.ndarray:
-    """Decodes an image to uint8 RGB, (H, W, 3), upright according to its EXIF orientation.
+    """Returns an image as uint8 RGB, (H, W, 3), rotated according to its EXIF orientation.
 
     Args:
-      data: the bytes of a JPEG or PNG file (or of any other format that OpenCV reads).
-      source: where the bytes come from, for the message.
-      size_needed: side to which the caller will shrink the image. A JPEG of four times that side or more is decoded at
-        half size, which takes 0.4 of the time; the resized result differs by a few grey levels at most.
+      data: contents of a JPEG or PNG file, or of another format that OpenCV reads.
+      source: where the bytes come from, for the error message.
+      size_needed: resolution to which the caller resizes the image. A JPEG whose shorter side is at least four times as
+        large is decoded at half size, which takes 0.4 times as long. The resized image then differs by at most a few
+        grey levels. None decodes at full size.
 
     Raises:
-      InputError: the bytes are empty, truncated, or no image.
+      InputError: `data` is empty, truncated, or not an image.
     """
     require_complete(data, source)
     flags = cv2.IMREAD_COLOR
@@ -86,7 +106,11 @@ def _shorter_side(data: bytes, source: str) -> int:
 
 
 def encode_png(array: np.ndarray) -> bytes:
-    """Encodes a uint8 image (H, W, 3) in RGB, or a mask (H, W), as PNG bytes without loss."""
+    """Returns the bytes of a PNG file, which is lossless.
+
+    Args:
+      array: uint8 RGB image (H, W, 3), or mask (H, W).
+    """
     if array.ndim == 3:
         array = cv2.cvtColor(array, cv2.COLOR_RGB2BGR)
     _, encoded = cv2.imencode(".png", array)
@@ -94,14 +118,18 @@ def encode_png(array: np.ndarray) -> bytes:
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
-    """Encodes a uint8 image (H, W, 3) in RGB as JPEG bytes of quality 95, colours at full resolution."""
+    """Returns the bytes of a JPEG file of quality 95 without chroma subsampling (4:4:4).
+
+    Args:
+      image: uint8 RGB (H, W, 3).
+    """
     settings = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
     _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), settings)
     return encoded.tobytes()
 
 
 def central_square(array: np.ndarray) -> np.ndarray:
-    """Returns a view of the largest central square of an array (H, W, ...)."""
+    """Returns a view of the central square of an array (H, W, ...), with side min(H, W)."""
     height, width = array.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -109,7 +137,14 @@ def central_square(array: np.ndarray) -> np.ndarray:
 
 
 def resize_image(image: np.ndarray, size: int) -> np.ndarray:
-    """Returns the central square of `image` (H, W, 3) at (size, size, 3): area-averaged down, bicubic up."""
+    """Returns the central square of an image, resized to (size, size, 3).
+
+    Area averaging shrinks an image, and bicubic interpolation enlarges it.
+
+    Args:
+      image: uint8 RGB (H, W, 3).
+      size: height and width of the result, in pixels.
+    """
     image = central_square(image)
     if image.shape[0] == size:
         return image
@@ -117,11 +152,11 @@ def resize_image(image: np.ndarray, size: int) -> np.ndarray:
     return cv2.resize(image, (size, size), interpolation=interpolation)
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """Returns the contents of a file.
+def read_bytes(path: str | os.PathLike[str]) -> bytes:
+    """Returns the contents of a file on the disk or in a bucket.
 
     Raises:
-      InputError: it is missing, a folder, or not readable.
+      InputError: the file does not exist, is a folder, or cannot be read.
     """
     path = to_path(path)
     try:
@@ -131,6 +166,10 @@ def read_bytes(path: str | os.PathLike) -> bytes:
         raise InputError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
-def read_image_file(path: str | os.PathLike) -> np.ndarray:
-    """Returns an image file as uint8 RGB, (H, W, 3). Raises InputError as `decode_image` and `read_bytes` do."""
+def read_image_file(path: str | os.PathLike[str]) -> np.ndarray:
+    """Returns an image file as uint8 RGB, (H, W, 3), rotated according to its EXIF orientation.
+
+    Raises:
+      InputError: the file cannot be read, or is empty, truncated, or not an image.
+    """
     return decode_image(read_bytes(path), os.fspath(path))

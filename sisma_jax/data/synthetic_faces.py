@@ -1,4 +1,4 @@
-"""The embedded data set of drawn faces, which needs no download and whose masks are exact."""
+"""A data set of procedurally drawn faces. It needs no download, and its masks are exact."""
 
 import functools
 from collections.abc import Iterator
@@ -11,23 +11,29 @@ from sisma_jax.data import photos
 from sisma_jax.data.drawing.portrait import draw_face
 from sisma_jax.data.shards import ShardRecipe
 
-# The seed of the faces themselves. Fixed, so that runs with different training seeds see the same data.
+# The seed of the faces. It is fixed, so that runs with different training seeds use the same data.
 SEED = 0
 FACES_PER_SHARD = 256
 
 
 def draw_faces(ids: range, size: int) -> Iterator[dict[str, bytes | int]]:
-    """Yields the record of each face: image and mask as PNG, and its id."""
+    """Yields one record per face: image and mask as the bytes of PNG files, and the id.
+
+    Args:
+      ids: ids of the faces; an id and `SEED` determine a face.
+      size: height and width of image and mask, in pixels.
+    """
     for index in ids:
         image, mask = draw_face((SEED, index), size)
         yield {"image": photos.encode_png(image), "mask": photos.encode_png(mask), "id": index}
 
 
 def recipe(config: DataConfig) -> ShardRecipe:
-    """Returns how the faces of a configuration are drawn. The ids of the test split follow those of the training split.
+    """Returns the recipe of the shards with `config.num_train` training and `config.num_test` test faces.
 
-    The variant must be renamed whenever the same seed gives another image.
+    The ids of the test split follow those of the training split. The size is `config.image_size`.
     """
+    # Rename the variant whenever the same seed gives a different image.
     size, num_train, total = config.image_size, config.num_train, config.num_train + config.num_test
     splits = {"train": range(num_train), "test": range(num_train, total)}
     features = {

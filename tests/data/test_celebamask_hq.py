@@ -268,7 +268,7 @@ def test_damaged_and_missing_files_are_named_together_and_skipped_if_so_wished(t
     _truncate(root / "CelebA-HQ-img" / "3.jpg")
     _truncate(part_file(root, 5, "hair"))
     with pytest.raises(
-        InputError, match=r"(?s)2 examples cannot be made:.*3.jpg is truncated.*00005_hair.png is trunc"
+        InputError, match=r"(?s)2 examples are damaged or incomplete:.*3.jpg is truncated.*00005_hair.png is trunc"
     ):
         DataSet.prepare(data)
     (root / "CelebA-HQ-img" / "9.jpg").unlink()
@@ -302,7 +302,7 @@ def test_faces_that_were_left_out_are_named_again_without_the_flag(tmp_path, cap
     assert DataSet.prepare(skipping).counts == {"train": 3, "test": 2}
     for _ in range(2):
         with pytest.raises(
-            InputError, match=r"(?s)1 examples cannot be made:\n.*00002.png is trunc.*data.skip_damaged"
+            InputError, match=r"(?s)1 examples are damaged or incomplete:\n.*00002.png is trunc.*data.skip_damaged"
         ):
             DataSet.prepare(data)
     caplog.clear()

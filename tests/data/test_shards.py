@@ -105,7 +105,9 @@ def test_an_error_of_a_job_comes_out_of_its_process(tmp_path):
 @pytest.mark.parametrize("num_processes", [0, 2])
 def test_damaged_records_are_named_at_the_end_or_left_out(tmp_path, num_processes, caplog):
     damaged = recipe(damaged=(0, 7, 25))
-    with pytest.raises(InputError, match=r"(?s)3 examples cannot be made:.* 0 is.* 7 is.* 25 is damaged.*skip_damaged"):
+    with pytest.raises(
+        InputError, match=r"(?s)3 examples are damaged or incomplete:.* 0 is.* 7 is.* 25 is damaged.*skip_damaged"
+    ):
         shards.build(damaged, tmp_path, num_processes=num_processes)
     shards.build(damaged, tmp_path, num_processes=num_processes, skip_damaged=True)
     assert "3 examples are left out" in caplog.text
@@ -113,7 +115,9 @@ def test_damaged_records_are_named_at_the_end_or_left_out(tmp_path, num_processe
     assert numbers(tmp_path, "test") == [22, 23, 24, 26, 27]
     assert len((damaged.path(tmp_path) / shards.SKIPPED_NAME).read_text().splitlines()) == 3
     # The complete data set tells of them again.
-    with pytest.raises(InputError, match=r"(?s)3 examples cannot be made:.* 0 is.* 7 is.* 25 is damaged.*skip_damaged"):
+    with pytest.raises(
+        InputError, match=r"(?s)3 examples are damaged or incomplete:.* 0 is.* 7 is.* 25 is damaged.*skip_damaged"
+    ):
         shards.build(damaged, tmp_path, num_processes=num_processes)
     caplog.clear()
     shards.build(damaged, tmp_path, num_processes=num_processes, skip_damaged=True)
@@ -122,9 +126,9 @@ def test_damaged_records_are_named_at_the_end_or_left_out(tmp_path, num_processe
 
 def test_of_many_damaged_records_a_file_names_all(tmp_path):
     with pytest.raises(
-        InputError, match=r"(?s)28 examples .* 9 is damaged\n  and 18 more: all are named in /"
+        InputError, match=r"(?s)28 examples .* 9 is damaged\n  and 18 more: all are listed in /"
     ) as error:
         shards.build(recipe(damaged=tuple(range(28))), tmp_path, num_processes=0)
-    file = Path(str(error.value).split("named in ")[1].split()[0])
+    file = Path(str(error.value).split("listed in ")[1].split()[0])
     assert len(file.read_text().splitlines()) == 28
     file.unlink()

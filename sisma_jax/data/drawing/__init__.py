@@ -1,4 +1,4 @@
-"""Draws faces together with their masks: the pictures of the embedded data set."""
+"""Draws faces and their exact masks, for the data set `synthetic_faces`."""
 
 from sisma_jax.data.drawing.portrait import draw_face
 

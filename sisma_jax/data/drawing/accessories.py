@@ -1,4 +1,4 @@
-"""Glasses, hats, earrings and necklaces."""
+"""Draws glasses, hats, earrings and necklaces."""
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from sisma_jax.data.drawing.lighting import per_channel
 from sisma_jax.data.drawing.parameters import Face
 from sisma_jax.data.drawing.skin import EAR_Z, SIDES, SUBJECT
 
-# The lens of the picture's right eye, relative to the eye.
+# Outline of the lens on the right of the image, relative to the eye.
 _LENSES = {
     "round": ellipse(np.array([0.004, 0.012]), (0.080, 0.070), count=16),
     "rectangle": polyline(
@@ -36,14 +36,21 @@ _LENSES = {
         [-0.024, -0.044, -0.062, -0.066, 0.005, 0.050, 0.052, 0.03],
     ),
 }
-# Glasses: height of the lenses above the skin, and depths of bridge, hinge and ear.
+# Glasses: height of the lenses above the skin, and z of the bridge, the hinges and the ends of the temples.
 _LENS_LIFT, _BRIDGE_Z, _HINGE_Z, _TEMPLE_Z = 0.03, 0.33, 0.22, 0.02
-# Hats: height of the rim in the middle of the forehead, and of the crown above it.
+# Hats: v of the rim in the middle of the forehead, and height of the crown above the rim.
 _HATS = {"beanie": (-0.175, 0.33), "cap": (-0.19, 0.29), "brim": (-0.205, 0.36), "scarf": (-0.21, 0.28)}
 
 
 def paint_glasses(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndarray) -> None:
-    """Paints frame and lenses; eyes and brows keep their labels behind clear lenses, as in CelebAMask-HQ."""
+    """Draws the glasses, if any. Eyes and brows behind clear lenses keep their classes, as in CelebAMask-HQ.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      geometry: projection of the face.
+      light: light on the face, float32 RGB (3, side, side).
+    """
     glasses = face.glasses
     if glasses is None:
         return
@@ -74,7 +81,7 @@ def paint_glasses(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndar
 
 
 def paint_earrings(canvas: Canvas, face: Face, geometry: Geometry) -> None:
-    """Paints an earring below each ear that can be seen."""
+    """Draws an earring below each visible ear, if the face has earrings."""
     jewel = face.earring
     if jewel is None:
         return
@@ -100,7 +107,7 @@ def paint_earrings(canvas: Canvas, face: Face, geometry: Geometry) -> None:
 
 
 def paint_necklace(canvas: Canvas, face: Face, geometry: Geometry) -> None:
-    """Paints a necklace around the neck."""
+    """Draws the necklace, if any."""
     jewel = face.necklace
     if jewel is None:
         return
@@ -124,13 +131,20 @@ def paint_necklace(canvas: Canvas, face: Face, geometry: Geometry) -> None:
 
 
 def paint_hat(canvas: Canvas, face: Face, geometry: Geometry, on_face: np.ndarray) -> None:
-    """Paints a hat over the hair, and its shadow on the face (`on_face`: the face's opacity)."""
+    """Draws the hat, if any, over the hair, and its shadow on the face.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      geometry: projection of the face.
+      on_face: opacity of the face, float32 (side, side) in [0, 1], which clips the shadow.
+    """
     hat = face.hat
     if hat is None:
         return
     low, height = _HATS[hat.kind]
     wide = 0.292 * face.head.width + 0.7 * min(max(face.hair.side, 0.02), 0.06)
-    # The rim hangs lower over the ears, and it runs around the forehead, in front of the crown's outline.
+    # The rim is lower at the ears. It runs around the forehead, in front of the outline of the crown.
     rim = symmetric(np.array([[-wide, low + 0.075, 0.0], [-wide * 0.6, low + 0.02, 0.16], [0.0, low, 0.26]]))
     rim = geometry.picture(spline(rim))
     turn = np.linspace(0, np.pi, 13)
@@ -165,7 +179,7 @@ def paint_hat(canvas: Canvas, face: Face, geometry: Geometry, on_face: np.ndarra
 
 
 def _roundness(canvas: Canvas, face: Face, contour: np.ndarray) -> np.ndarray:
-    """Light around an upright round body of a contour's width, float32 (side, side)."""
+    """Returns the shading of a vertical cylinder as wide as a contour, float32 (side, side)."""
     axis = (np.arange(canvas.side, dtype=np.float32) + 0.5) / canvas.side
     across = (axis - np.float32(contour[:, 0].mean())) / np.float32(np.ptp(contour[:, 0]) / 2)
     slant = np.float32(0.45 * face.light.contrast * face.light.direction[0])

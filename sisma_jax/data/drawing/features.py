@@ -1,4 +1,4 @@
-"""Eyes, brows, nose and mouth."""
+"""Draws eyes, brows, nose and mouth."""
 
 import numpy as np
 
@@ -23,7 +23,14 @@ _LIPS_LIFT = 0.035
 
 
 def paint_eyes(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndarray) -> None:
-    """Paints both eyes with lids and lashes."""
+    """Draws both eyes with lids and lashes.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      geometry: projection of the face.
+      light: light on the face, float32 RGB (3, side, side).
+    """
     for side in SIDES:
         _paint_eye(canvas, face, geometry, side, light)
 
@@ -59,7 +66,7 @@ def _paint_eye(canvas: Canvas, face: Face, geometry: Geometry, side: int, light:
 
     height = eyes.gaze[1] + 0.5 * (upper.min() + lower.max()) - 0.003
     center = place(np.array([side * eyes.gaze[0]]), np.array([height]))[0]
-    radius, foreshortening = 0.0215 * geometry.scale, np.cos(face.pose.yaw)
+    radius, foreshortening = 0.0215 * geometry.scale, float(np.cos(face.pose.yaw))
     rounds = ((1.0, eyes.iris * 0.35, 0.0015), (0.84, eyes.iris, 0.002), (0.46, np.array([0.02, 0.02, 0.025]), 0.001))
     for factor, color, blur in rounds:
         contour = ellipse(center, (radius * factor * foreshortening, radius * factor))
@@ -82,7 +89,14 @@ def _paint_eye(canvas: Canvas, face: Face, geometry: Geometry, side: int, light:
 
 
 def paint_brows(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndarray) -> None:
-    """Paints both eyebrows."""
+    """Draws both eyebrows.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      geometry: projection of the face.
+      light: light on the face, float32 RGB (3, side, side).
+    """
     brows = face.brows
     t = np.linspace(0, 1, 15)
     u = EYE_U * face.eyes.spacing - 0.066 + brows.length * t
@@ -96,7 +110,7 @@ def paint_brows(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndarra
 
 
 def paint_nose(canvas: Canvas, face: Face, geometry: Geometry) -> None:
-    """Labels the nose, whose form the relief shows, and draws nostrils and wings."""
+    """Sets the class of the nose, whose shape the shading shows, and draws nostrils and creases."""
     nose, skin = face.nose, face.skin.color
     w, end = nose.width, nose.length
     u = [0.027, 0.030, 0.042, 0.060, 0.072, 0.060, 0.030, 0.0]
@@ -105,7 +119,7 @@ def paint_nose(canvas: Canvas, face: Face, geometry: Geometry) -> None:
     outline = symmetric(np.column_stack([np.multiply(u, w), v, lift]))
     canvas.mark(spline(geometry.face(outline[:, :2], outline[:, 2]), closed=True), "nose")
 
-    # Below the tip lies a shadow, the longer the higher the light.
+    # The shadow below the tip is longer if the light is higher.
     drop = end + 0.012 + 0.02 * max(-face.light.direction[1], 0)
     below = polyline(np.array([-0.045, 0.045, 0.025, -0.025]) * w, [end - 0.014, end - 0.014, drop, drop])
     canvas.tint(geometry.face(below, 0.04), (0.78, 0.70, 0.68), blur=0.008)
@@ -122,7 +136,14 @@ def paint_nose(canvas: Canvas, face: Face, geometry: Geometry) -> None:
 
 
 def paint_mouth(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndarray) -> None:
-    """Paints lips, and teeth where they are parted."""
+    """Draws the lips, and the teeth of an open mouth.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      geometry: projection of the face.
+      light: light on the face, float32 RGB (3, side, side).
+    """
     mouth, smile = face.mouth, max(face.mouth.smile, 0.0)
     x = np.linspace(-1, 1, 25)
     arch = np.maximum(1 - x**2, 0)
@@ -161,7 +182,7 @@ def paint_mouth(canvas: Canvas, face: Face, geometry: Geometry, light: np.ndarra
 
 
 def _paint_open_mouth(canvas: Canvas, face: Face, upper: np.ndarray, lower: np.ndarray, arch: np.ndarray) -> None:
-    """Paints what lies between the parted lips, whose facing edges are given."""
+    """Draws the inside of the mouth between the lower edge of the upper lip and the upper edge of the lower lip."""
     mouth = face.mouth
     canvas.paint(between(moved(upper, 0, -0.003), moved(lower, 0, 0.003)), (0.22, 0.06, 0.06), "mouth")
     opening = canvas.inside(between(upper, lower))

@@ -1,4 +1,4 @@
-"""Hair: the part behind the head, the part in front of it, and the strands that run over both."""
+"""Draws the hair behind the head and in front of it, with strands that cover both."""
 
 import cv2
 import numpy as np
@@ -10,24 +10,32 @@ from sisma_jax.data.drawing.lighting import highlight, irradiance, per_channel, 
 from sisma_jax.data.drawing.parameters import Face, HairSide
 from sisma_jax.data.drawing.skin import SIDES
 
-# The skull that hair grows on: half its width, its centre's height and its height above that, in face space.
+# The skull in face space: half its width, v of its centre, and its height above the centre.
 _SKULL_WIDTH, _SKULL_V, _SKULL_HEIGHT = 0.272, -0.06, 0.345
 _OUTER_Z, _BACK_Z = -0.03, -0.10
-# The strands' directions and light are smooth, so they are computed on a coarse grid over the picture.
+# Direction and light of the strands are smooth, so they are computed on a coarse grid over the image.
 _CELLS = 64
-# Strands meet above the head's top rather than on it, so that they do not crowd there.
+# Strands meet at a point above the head, at this multiple of its height, so they are not too dense at its top.
 _CROWN = 1.2
-# Outlines: size of the bumps and their number over a length of 3 picture sides.
+# Outlines: amplitude of the bumps, and their number on a contour of length 3 (in image sides).
 _BUMPS = {"straight": (0.004, 14), "wavy": (0.009, 18), "curly": (0.016, 30), "spiky": (0.016, 26)}
-# Strands: how far waves bend them aside, and waves in a picture's height.
+# Strands: amplitude of the waves, and number of waves per image height.
 _WAVES = {"straight": (0.0, 0), "spiky": (0.0, 0), "wavy": (0.05, 5), "curly": (0.11, 9)}
-# Strands: noise of so many columns across the hair, rows down it, and relative brightness.
+# Strands: layers of noise, each with a number of columns across the hair, of rows along it, and an amplitude.
 _STRANDS = ((22, 5, 0.11), (70, 6, 0.11), (180, 8, 0.09))
 _CROPPED = ("buzz", "receding")
 
 
 def paint_back(canvas: Canvas, face: Face, geometry: Geometry, strands: np.ndarray, rng: np.random.Generator) -> None:
-    """Paints the hair behind neck and shoulders."""
+    """Draws the hair behind neck and shoulders.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      geometry: projection of the face.
+      strands: colour of the strands, float32 RGB (3, side, side).
+      rng: generator of the uneven outlines.
+    """
     hair = face.hair
     if hair.tail:
         tail = polyline([0.20, 0.33, 0.40, 0.37, 0.30, 0.22, 0.20], [-0.10, -0.06, 0.12, 0.34, 0.55, 0.50, 0.25])
@@ -46,7 +54,7 @@ def paint_back(canvas: Canvas, face: Face, geometry: Geometry, strands: np.ndarr
 
 
 def front_contours(face: Face, geometry: Geometry, rng: np.random.Generator) -> list[np.ndarray]:
-    """Returns the outlines of the hair in front of the face, in the picture."""
+    """Returns the closed contours, each (P, 2), of the hair in front of the face, in the image."""
     hair = face.hair
     if hair.kind == "bald":
         return []
@@ -63,14 +71,28 @@ def front_contours(face: Face, geometry: Geometry, rng: np.random.Generator) -> 
 
 
 def paint_front(canvas: Canvas, face: Face, contours: list[np.ndarray], strands: np.ndarray) -> None:
-    """Paints the hair over the forehead and beside the face; skin shows through cropped hair."""
+    """Draws the hair over the forehead and beside the face. Skin is visible through cropped hair.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      contours: contours of the hair in front, as `front_contours` returns them.
+      strands: colour of the strands, float32 RGB (3, side, side).
+    """
     cropped = face.hair.kind in _CROPPED
     for contour in contours:
         canvas.paint(contour, strands, "hair", blur=0.006 if cropped else 0.003, opacity=0.72 if cropped else 1.0)
 
 
 def shade_face(canvas: Canvas, face: Face, contours: list[np.ndarray], within: np.ndarray) -> None:
-    """Darkens the face where the hair in front keeps light away."""
+    """Draws the shadow of the hair in front on the face.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      contours: contours of the hair in front, as `front_contours` returns them.
+      within: opacity of the face, float32 (side, side) in [0, 1], which clips the shadow.
+    """
     right, down, _ = face.light.direction
     strength = 0.4 if face.hair.kind in _CROPPED else 1.0
     for contour in contours:
@@ -79,10 +101,10 @@ def shade_face(canvas: Canvas, face: Face, contours: list[np.ndarray], within: n
 
 
 def strand_colors(canvas: Canvas, face: Face, geometry: Geometry, rng: np.random.Generator) -> np.ndarray:
-    """Returns the colour of lit strands all over the canvas, float32 (3, side, side).
+    """Returns the colour of lit strands on the whole canvas, float32 RGB (3, side, side).
 
-    Strands run like meridians from the parting down the head: lines on which the distance from the parting, over the
-    hair's width at that height, is constant.
+    Strands run down the head from the parting, as meridians run from a pole. On a strand, the distance from the parting
+    is a constant fraction of the width of the hair at that height.
     """
     hair = face.hair
     axis = (np.arange(_CELLS, dtype=np.float32) + 0.5) / _CELLS
@@ -103,7 +125,7 @@ def strand_colors(canvas: Canvas, face: Face, geometry: Geometry, rng: np.random
 
     normal = unit(0.85 * np.clip(across, -1.1, 1.1), 0.85 * rise, np.float32(0.62))
     light = irradiance(normal, face.light, wrap=0.5)
-    # Strands gleam in a band across them, halfway up the dome.
+    # The highlight is a band across the strands, about halfway up the head.
     band = np.exp(-(((rise + 0.62 + 0.15 * face.light.direction[1]) / 0.16) ** 2)) * np.clip(1 - 0.6 * across**2, 0, 1)
     band *= (0.5 + 0.5 * highlight(normal, face.light, 2.0)) * hair.gloss * (0.16 + 0.10 * hair.color.mean())
     tips = np.clip((y - 0.05) / 0.45, 0, 1)
@@ -114,7 +136,7 @@ def strand_colors(canvas: Canvas, face: Face, geometry: Geometry, rng: np.random
 
 
 def _strand_texture(across: np.ndarray, down: np.ndarray, kind: str, rng: np.random.Generator) -> np.ndarray:
-    """Relative brightness of strands: noise that is fine across them and long along them."""
+    """Returns the relative brightness of strands, minus 1: noise with short wavelength across and long along them."""
     rows, columns = 12, 360
     noise = np.zeros((rows, columns), np.float32)
     for cells_across, cells_down, strength in _STRANDS:
@@ -130,15 +152,15 @@ def _strand_texture(across: np.ndarray, down: np.ndarray, kind: str, rng: np.ran
 
 
 def _dome(width: float, height: float) -> np.ndarray:
-    """The quarter of a head from its top to its right (P, 2)."""
+    """Returns a quarter of the outline of the head, from its top to its right, (P, 2)."""
     turn = np.linspace(np.pi / 2, 0, 9)
-    # Close to the skull fuller than an ellipse; wide hair falls from the top in a narrower curve.
+    # Hair close to the skull is fuller than an ellipse, and wide hair is narrower.
     power = np.interp(width, [0.30, 0.37], [0.86, 1.04])
     return polyline(width * np.maximum(np.cos(turn), 0) ** power, _SKULL_V - height * np.sin(turn) ** power)
 
 
 def _outer(face: Face) -> np.ndarray:
-    """The hair's outer edge from the top of the head down its right side, in face space (P, 2)."""
+    """Returns the outer edge of the hair from the top of the head down its right side, (u, v) in face space, (P, 2)."""
     hair = face.hair
     width, height = (_SKULL_WIDTH + hair.side) * face.head.width, _SKULL_HEIGHT + hair.top
     if hair.kind == "afro":
@@ -153,7 +175,7 @@ def _outer(face: Face) -> np.ndarray:
 
 
 def _half(face: Face, geometry: Geometry, side: int, half: HairSide) -> tuple[np.ndarray, np.ndarray]:
-    """Outer edge from the top to the end, and inner edge from the end to the parting, in the picture."""
+    """Returns the edges of one half of the hair in the image: outer, from the top to the end, and inner, back up."""
     hair, w = face.hair, face.head.width
     if half.curtain and hair.kind in ("long", "bob"):
         outer = _outer(face)
@@ -162,9 +184,9 @@ def _half(face: Face, geometry: Geometry, side: int, half: HairSide) -> tuple[np
         dome = _dome((_SKULL_WIDTH + hair.side) * w, _SKULL_HEIGHT + hair.top)
         outer = np.concatenate([dome[:-1], [[0.282 * w, 0.0], [0.268 * w, 0.055]]])
         cheek = polyline(np.multiply([0.255, 0.250, 0.243], w), [0.05, -0.05, -0.11])
-    # From the temple to the parting, as shares of the way and drops below the hairline.
+    # Points from the temple to the parting: fraction of the distance, and drop below the hairline.
     if hair.kind in ("short", "buzz"):
-        # Recedes at the temples.
+        # The hairline recedes at the temples.
         temple = polyline(np.multiply([0.238, 0.205], w), [-0.150, -0.215 + 0.03 * half.sweep])
         shares, drops = [0.70, 0.35, 0], [0.016 + 0.08 * half.sweep, 0.006 + 0.045 * half.sweep, 0]
     else:
@@ -173,7 +195,7 @@ def _half(face: Face, geometry: Geometry, side: int, half: HairSide) -> tuple[np
     parting = side * hair.parting
     forehead = polyline(parting + np.multiply(shares, 0.225 * w - parting), np.subtract(drops, hair.line))
     inner = spline(np.concatenate([cheek, temple, forehead]))
-    # On the side turned away it is the hair further forward that bounds the head.
+    # On the side that is turned away, hair further forward forms the outline.
     forward = max(side * np.sin(face.pose.yaw), 0)
     outer = spline(outer)
     depth = _OUTER_Z + 1.1 * forward * outer[:, 0]
@@ -197,16 +219,16 @@ def _fringe(face: Face, geometry: Geometry, rng: np.random.Generator) -> np.ndar
 
 
 def _rough(contour: np.ndarray, face: Face, rng: np.random.Generator, inner_from: int | None = None) -> np.ndarray:
-    """Gives a smooth outline the raggedness of its kind of hair.
+    """Returns a smooth contour with bumps that depend on the texture of the hair.
 
-    Points from `inner_from` on are the hairline, which is less uneven and finer-toothed.
+    Points from index `inner_from` on are the hairline, which has smaller and finer bumps.
     """
     hair = face.hair
     amount, bumps = _BUMPS[hair.texture]
     closed = np.concatenate([contour, contour[:1]])
     travelled = np.concatenate([[0], np.cumsum(np.sqrt((np.diff(closed, axis=0) ** 2).sum(1)))])
     length = travelled[-1]
-    # Sampled evenly along the line, so that bumps are alike all around.
+    # Points at equal distances give bumps of equal size.
     at = np.linspace(0, length, max(int(length / 0.008), 16), endpoint=False)
     even = polyline(np.interp(at, travelled, closed[:, 0]), np.interp(at, travelled, closed[:, 1]))
     knots = max(int(bumps * length / 3), 6)

@@ -1,8 +1,10 @@
-"""Light on the face: a relief of head and features, and the light that a smooth surface of that shape reflects.
+"""Lights the face: a relief of head and features, and the shading of a smooth surface of this shape.
 
-Everything here is smooth, so it is computed on one coarse grid in the head frame, whatever the picture's
-resolution, and warped into the picture once.
+All fields are smooth. They are computed on one coarse grid in the head frame, independently of the resolution of the
+image, and then warped into the image.
 """
+
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
@@ -13,13 +15,20 @@ from sisma_jax.data.drawing.parameters import Face, Light
 
 Bell = tuple[float, float, float, float, float, float]
 
-# The grid's corner and cell in the head frame; it holds any head that the parameters allow.
+# Corner and cell size of the grid in the head frame. The grid contains every head that the parameters allow.
 _LEFT, _TOP, _CELL = -0.42, -0.50, 0.0085
 _COLUMNS, _ROWS = 100, 124
 
 
 class Relief:
-    """Normals of the face on the grid, and the tools to place smooth spots there."""
+    """Heights and normals of one face on the grid.
+
+    Attributes:
+      x: float32 (columns,), x of the grid in the head frame.
+      y: float32 (rows,), y of the grid in the head frame.
+      height: float32 (rows, columns), height of the features above the ellipsoid of the head.
+      normal: float32 (3, rows, columns), unit normals: (right, down, towards the viewer).
+    """
 
     def __init__(self, face: Face, geometry: Geometry):
         self._geometry = geometry
@@ -28,11 +37,12 @@ class Relief:
         self.height = self._heights(face)
         self.normal = self._normals()
 
-    def bells(self, bells: list[Bell]) -> np.ndarray:
-        """Returns the sum of bell-shaped spots on the face, float32 (rows, columns).
+    def bells(self, bells: Sequence[Bell]) -> np.ndarray:
+        """Returns a sum of Gaussians on the face, float32 (rows, columns).
 
         Args:
-          bells: (amount, u, v, radius across, radius down, lift above the surface) each.
+          bells: (amplitude, u, v, horizontal radius, vertical radius, height above the surface) of each Gaussian. One
+            radius from its centre, a Gaussian falls to 1/e of its amplitude.
         """
         amount, u, v, across, down, lift = np.array(bells).T
         center = self._geometry.head_frame(self._geometry.on_face(polyline(u, v), lift))
@@ -41,7 +51,12 @@ class Relief:
         return (rows @ columns).astype(np.float32)
 
     def to_picture(self, field: np.ndarray, side: int) -> np.ndarray:
-        """Warps a field (C, rows, columns) of the grid onto a canvas: (C, side, side)."""
+        """Returns a field on the grid, warped into the image, float32 (C, side, side).
+
+        Args:
+          field: float32 (C, rows, columns).
+          side: height and width of the canvas in pixels.
+        """
         linear = self._geometry.linear * side
         corner = linear @ [_LEFT, _TOP] + self._geometry.shift * side - 0.5
         matrix = np.concatenate([linear * _CELL, corner[:, None]], axis=1)
@@ -51,7 +66,7 @@ class Relief:
     def _heights(self, face: Face) -> np.ndarray:
         smile, nose, mouth = max(face.mouth.smile, 0.0), face.nose, face.mouth
         eye, wide = EYE_U * face.eyes.spacing, nose.width
-        bells = [
+        bells: list[Bell] = [
             (0.030, 0, mouth.height, 0.12, 0.085, 0),
             (0.008, 0, mouth.height - 0.012, 0.07, 0.014, 0),
             (0.013, 0, mouth.height + 0.020, 0.065, 0.018, 0),
@@ -78,46 +93,62 @@ class Relief:
         return self.bells(bells)
 
     def _normals(self) -> np.ndarray:
-        """Unit normals (right, down, to the viewer), float32 (3, rows, columns)."""
+        """Returns unit normals (right, down, towards the viewer), float32 (3, rows, columns)."""
         a, b, c = HEAD_AXES * [self._geometry.width, 1, 1]
-        # The ellipsoid's silhouette stays about the same as it turns; only the features move over it.
+        # The silhouette of the ellipsoid hardly changes as the head rotates; only the features move.
         center = self._geometry.head_frame(np.array([[0.0, HEAD_CENTER_V, 0.0]]))[0]
         x, y = (self.x - center[0])[None, :] / a, (self.y - center[1])[:, None] / b
         z = np.sqrt(np.maximum(1 - x**2 - y**2, 0.06))
         slope_y, slope_x = np.gradient(self.height, _CELL)
-        # The factor flattens the ellipsoid: a face is broader in front than one.
+        # The factor 0.62 flattens the ellipsoid, because the front of a face is flatter.
         return unit(0.62 * c / a * x / z - slope_x, 0.62 * c / b * y / z - slope_y, np.float32(1))
 
 
-def unit(right: np.ndarray, down: np.ndarray, forward: np.ndarray) -> np.ndarray:
-    """Returns vectors of the given components scaled to length 1, float32 (3, rows, columns)."""
+def unit(right: np.ndarray, down: np.ndarray, forward: np.ndarray | np.float32) -> np.ndarray:
+    """Returns the unit vectors with the direction of the given components, float32 (3, rows, columns).
+
+    Args:
+      right: components to the right, of a shape that broadcasts to (rows, columns), as are the others.
+      down: components down.
+      forward: components towards the viewer.
+    """
     vectors = np.stack(np.broadcast_arrays(right, down, forward)).astype(np.float32)
     return vectors / np.sqrt((vectors**2).sum(0))
 
 
 def irradiance(normal: np.ndarray, light: Light, wrap: float = 0.25) -> np.ndarray:
-    """Returns the light that reaches a surface, RGB float32 (3, rows, columns), about 1 where it faces the light.
+    """Returns the light that a surface receives, float32 RGB (3, rows, columns), about 1 where it faces the light.
+
+    The key light is diffuse with wrapped cosine: max((n · l + wrap) / (1 + wrap), 0).
 
     Args:
-      normal: float32 (3, rows, columns), unit length.
-      light: its directions are the picture's.
-      wrap: how far light bleeds past the terminator, as it does in skin and hair.
+      normal: unit normals, float32 (3, rows, columns).
+      light: key light and ambient light.
+      wrap: how far the light reaches past the terminator, because of scattering in skin and hair; 0 is Lambertian.
     """
     facing = np.clip((_along(normal, light.direction) + np.float32(wrap)) / np.float32(1 + wrap), 0, 1)
-    # Light from the sky and the room comes from above rather than below.
+    # Ambient light from the sky or the room is stronger from above.
     above = 1 - np.float32(0.22) * normal[1]
     key, ambient = light.contrast * light.key, (0.99 - 0.84 * light.contrast) * light.ambient
     return facing * per_channel(key) + above * per_channel(ambient)
 
 
 def highlight(normal: np.ndarray, light: Light, sharpness: float) -> np.ndarray:
-    """Returns the gleam of the light on a surface (Blinn's half vector), float32 (rows, columns) in [0, 1]."""
+    """Returns the specular highlight of the key light, float32 (rows, columns) in [0, 1].
+
+    This is the term max(n · h, 0) ** sharpness of the Blinn-Phong model (Blinn, 1977), with half vector h.
+
+    Args:
+      normal: unit normals, float32 (3, rows, columns).
+      light: light with the direction of the key light.
+      sharpness: exponent; larger values give smaller highlights.
+    """
     half = light.direction + np.array([0.0, 0.0, 1.0])
     return np.clip(_along(normal, half / np.linalg.norm(half)), 0, 1) ** np.float32(sharpness)
 
 
 def per_channel(color: np.ndarray) -> np.ndarray:
-    """Returns a colour (3,) as float32 (3, 1, 1), to be combined with fields."""
+    """Returns a colour (3,) as float32 (3, 1, 1), which broadcasts with fields (3, rows, columns)."""
     return color.astype(np.float32)[:, None, None]
 
 

@@ -1,4 +1,4 @@
-"""Draws a whole portrait with its mask: the layers, from the background to the hat."""
+"""Draws a portrait and its mask, layer by layer from the background to the hat."""
 
 from collections.abc import Sequence
 
@@ -11,25 +11,33 @@ from sisma_jax.data.drawing.lighting import Relief
 from sisma_jax.data.drawing.parameters import Face
 from sisma_jax.data.drawing.sampling import sample_face
 
-# Canvas pixels along the side of a picture's pixel. The label map is hard-edged, so each pixel takes 9 votes.
+# Side of an image pixel in canvas pixels. The label of an image pixel is the majority of 9 canvas pixels.
 _OVERSAMPLING = 3
 
 
 def draw_face(seed: int | Sequence[int], size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the portrait and the mask that belong to a seed; another size gives the same face.
+    """Returns the image and the mask of a random face. The seed determines the face at every size.
 
     Args:
-      seed: anything that seeds `numpy.random.default_rng`; the data set uses (its seed, the face's id).
+      seed: seed for `numpy.random.default_rng`, non-negative; the data set uses (seed of the data set, id of the face).
       size: height and width in pixels.
 
     Returns:
-      image uint8 (size, size, 3) RGB, and mask uint8 (size, size) of class indices.
+      The image, uint8 RGB (size, size, 3), and the mask, uint8 class indices (size, size) of CelebAMask-HQ.
     """
     return draw(sample_face(np.random.default_rng(seed)), size)
 
 
 def draw(face: Face, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns image and mask of a given face, as `draw_face` does."""
+    """Returns the image and the mask of a face with given parameters.
+
+    Args:
+      face: parameters of the face.
+      size: height and width in pixels.
+
+    Returns:
+      The image, uint8 RGB (size, size, 3), and the mask, uint8 class indices (size, size) of CelebAMask-HQ.
+    """
     rng = np.random.default_rng(face.texture_seed)
     canvas = Canvas(size * _OVERSAMPLING)
     geometry = Geometry(face)

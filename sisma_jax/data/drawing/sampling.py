@@ -1,9 +1,10 @@
-"""How a face is drawn at random: the distribution of `parameters.Face`.
+"""Samples the parameters of a random face.
 
-Sizes and places of the parts have the means and spreads that CelebAMask-HQ's label maps show.
+Sizes and positions of the parts have the means and standard deviations of the label maps of CelebAMask-HQ.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,22 +12,29 @@ from sisma_jax.data.drawing.parameters import (
     Background,
     Brows,
     Clothes,
+    EarringKind,
     Eyes,
     Face,
     Glasses,
     Hair,
+    HairKind,
     HairSide,
+    HairTexture,
     Hat,
     Head,
     Jewel,
     Light,
     Mouth,
+    NecklaceKind,
+    Neckline,
     Nose,
     Pose,
     Skin,
 )
 
-# From fair to deep, in display colour under neutral light.
+_T = TypeVar("_T")
+
+# RGB colours under neutral light, from light to dark.
 SKIN_TONES = np.array(
     [
         [0.96, 0.79, 0.70],
@@ -64,8 +72,8 @@ IRIS_COLORS = {
 
 
 def sample_face(rng: np.random.Generator) -> Face:
-    """Returns a random face."""
-    # One hidden trait makes features go together: 0 is angular with short hair, 1 is soft with long hair and make-up.
+    """Returns the parameters of a random face."""
+    # A latent variable correlates features: 0 is angular with short hair, 1 is soft with long hair and make-up.
     softness = float(np.clip(rng.beta(0.45, 0.4), 0, 1))
     age = float(rng.beta(1.3, 2.6))
     tone = float(rng.uniform(0, len(SKIN_TONES) - 1))
@@ -114,19 +122,19 @@ def sample_face(rng: np.random.Generator) -> Face:
 
 
 def _normal(rng: np.random.Generator, mean: float, std: float) -> float:
-    """A normal variate cut at 2.5 standard deviations, so that no face falls apart."""
+    """Returns a normal sample, clipped at 2.5 standard deviations to keep faces plausible."""
     return float(mean + std * np.clip(rng.standard_normal(), -2.5, 2.5))
 
 
-def _pick(rng: np.random.Generator, weights: dict[Any, float]) -> Any:
-    """One of the keys, with a probability in proportion to its weight."""
+def _pick(rng: np.random.Generator, weights: Mapping[_T, float]) -> _T:
+    """Returns a random key, with probability proportional to its weight."""
     keys = list(weights)
     steps = np.cumsum(list(weights.values()))
     return keys[int(np.searchsorted(steps, rng.random() * steps[-1], side="right"))]
 
 
 def _color(rng: np.random.Generator, saturation: tuple[float, float], value: tuple[float, float]) -> np.ndarray:
-    """A colour of random hue."""
+    """Returns a random RGB colour of uniform hue, with saturation and value (HSV) uniform in the given ranges."""
     hue, s, v = rng.uniform(0, 6), rng.uniform(*saturation), rng.uniform(*value)
     k = (np.array([5.0, 3.0, 1.0]) + hue) % 6
     return v * (1 - s * np.clip(np.minimum(k, 4 - k), 0, 1))
@@ -203,6 +211,8 @@ def _sample_mouth(rng: np.random.Generator, softness: float, skin: np.ndarray) -
 
 
 def _sample_hair(rng: np.random.Generator, softness: float, age: float, tone: float, hat: bool) -> Hair:
+    kind: HairKind
+    texture: HairTexture
     long_haired = rng.random() < 0.08 + 0.88 * softness
     if long_haired:
         kind = _pick(rng, {"long": 62, "bob": 20, "tied": 13, "afro": 5})
@@ -258,7 +268,7 @@ def _sample_hair_color(rng: np.random.Generator, age: float, tone: float) -> np.
 
 
 def _sample_clothes(rng: np.random.Generator, softness: float) -> Clothes:
-    necklines = {
+    necklines: dict[Neckline, float] = {
         "crew": 30,
         "v": 20,
         "collar": 32 - 20 * softness,
@@ -304,7 +314,7 @@ def _sample_hat(rng: np.random.Generator) -> Hat:
     )
 
 
-def _sample_jewel(rng: np.random.Generator, kinds: tuple[str, ...]) -> Jewel:
+def _sample_jewel(rng: np.random.Generator, kinds: tuple[EarringKind | NecklaceKind, ...]) -> Jewel:
     metals = np.array([[0.86, 0.70, 0.34], [0.80, 0.81, 0.84], [0.93, 0.90, 0.86]])
     color = metals[rng.integers(3)] if rng.random() < 0.75 else _color(rng, (0.5, 0.9), (0.4, 0.9))
     return Jewel(kind=_pick(rng, dict.fromkeys(kinds, 1)), color=color, size=float(rng.uniform(0.9, 1.6)))

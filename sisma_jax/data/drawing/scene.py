@@ -1,4 +1,4 @@
-"""What lies behind and below the face: background, neck and clothes."""
+"""Draws the background, the neck and the clothes."""
 
 import math
 
@@ -15,7 +15,7 @@ _CELLS = 32
 
 
 def paint_background(canvas: Canvas, background: Background, rng: np.random.Generator) -> None:
-    """Fills the canvas: a coarse picture, enlarged, as a background out of focus is."""
+    """Fills the canvas with a background that is out of focus: a coarse image, enlarged."""
     axis = (np.arange(_CELLS, dtype=np.float32) + 0.5) / _CELLS
     x, y = axis[None, :], axis[:, None]
     colors = background.colors.astype(np.float32)[:, :, None, None]
@@ -52,14 +52,21 @@ def _step(x: np.ndarray, softness: float) -> np.ndarray:
 
 
 def paint_neck(canvas: Canvas, face: Face, geometry: Geometry, face_contour: np.ndarray) -> None:
-    """Paints neck and bare shoulders, with the shadow that the chin throws on them."""
+    """Draws neck and bare shoulders, with the shadow of the chin.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      geometry: projection of the face.
+      face_contour: contour (P, 2) of the head in the image.
+    """
     w, skin, light = face.head.neck_width, face.skin.color, face.light
     u = [0.70, 0.62, 0.36, w * 1.18, w, w * 0.98, w * 1.02]
     v = [0.90, 0.56, 0.485, 0.435, 0.37, 0.28, 0.10]
     half = geometry.body(spline(polyline(u, v)))
     other = geometry.body(mirrored(spline(polyline(u, v)), -1))
     contour = between(half, other)
-    # Light falls off around the neck as around a column.
+    # The neck is shaded as a vertical cylinder.
     middle = geometry.body(np.array([[0.0, 0.4]]))[0, 0]
     x = ((np.arange(canvas.side, dtype=np.float32) + 0.5) / canvas.side - middle) / (w * 1.25)
     facing = np.clip(0.86 + 0.35 * light.contrast * light.direction[0] * x - 0.16 * np.minimum(x**2, 1.5), 0.35, 1.1)
@@ -67,7 +74,7 @@ def paint_neck(canvas: Canvas, face: Face, geometry: Geometry, face_contour: np.
     field = np.broadcast_to(per_channel(color) * facing, (3, canvas.side, canvas.side))
     canvas.paint(contour, field, "neck")
     inside = canvas.inside(contour)
-    # The chin's shadow moves away from the light; the part under the jaw stays dark in any light.
+    # The shadow of the chin moves away from the light. The part under the jaw is dark in any light.
     jaw = face_contour[face_contour[:, 1] > face_contour[:, 1].mean()]
     cast = moved(jaw, -0.10 * light.direction[0], 0.035 + 0.05 * max(-light.direction[1], 0))
     canvas.tint(cast, (0.58, 0.50, 0.48), blur=0.018, within=inside)
@@ -82,11 +89,11 @@ def paint_neck(canvas: Canvas, face: Face, geometry: Geometry, face_contour: np.
 
 
 def paint_clothes(canvas: Canvas, face: Face, geometry: Geometry, rng: np.random.Generator) -> None:
-    """Paints what the subject wears."""
+    """Draws the clothes, with random folds."""
     clothes, top, w = face.clothes, face.clothes.height, face.head.neck_width
     if clothes.neckline == "none":
         return
-    # Half the neckline, from the shoulder to the middle.
+    # Half of the neckline, from the shoulder to the middle.
     u, v = {
         "crew": ([w * 1.12, w * 0.75, 0], [-0.005, 0.050, 0.075]),
         "v": ([w * 1.15, w * 0.6, 0], [0.0, 0.075, 0.155]),
@@ -123,14 +130,14 @@ def paint_clothes(canvas: Canvas, face: Face, geometry: Geometry, rng: np.random
 
 
 def _cloth(canvas: Canvas, face: Face, geometry: Geometry, contour: np.ndarray) -> np.ndarray:
-    """The cloth's colour, float32 (3, side, side); only rows that the contour reaches are filled."""
+    """Returns the colour of the cloth, float32 RGB (3, side, side). Rows above the contour are black."""
     clothes, light = face.clothes, face.light
     first = int(np.clip(contour[:, 1].min() * canvas.side - 2, 0, canvas.side))
     axis = (np.arange(canvas.side, dtype=np.float32) + 0.5) / canvas.side
     origin = geometry.body(np.zeros((1, 2)))[0].astype(np.float32)
     x, y = axis[None, :] - origin[0], axis[first:, None] - origin[1]
     if clothes.pattern == "stripes":
-        # They follow the shoulders' slope.
+        # The stripes follow the slope of the shoulders.
         amount = _step(np.sin(2 * np.pi * (y - 0.25 * np.abs(x)) / 0.055), 0.33)
     elif clothes.pattern == "check":
         down = y - 0.2 * np.abs(x)
@@ -138,7 +145,7 @@ def _cloth(canvas: Canvas, face: Face, geometry: Geometry, contour: np.ndarray) 
     elif clothes.pattern == "dots":
         amount = _step(np.sin(2 * np.pi * x / 0.07) * np.sin(2 * np.pi * y / 0.07) - 0.55, 0.1)
     elif clothes.pattern == "jacket":
-        # A lapel's edge runs from the neck down to the middle; inside lies the shirt.
+        # The edge of a lapel runs from the neck down to the middle; the shirt is inside.
         amount = _step(0.62 * (0.60 - y) - np.abs(x), 0.008)
     else:
         amount = np.zeros_like(x + y)

@@ -1,4 +1,4 @@
-"""Ears and the skin of the face."""
+"""Draws the ears and the skin of the face."""
 
 import numpy as np
 
@@ -9,10 +9,10 @@ from sisma_jax.data.drawing.lighting import Relief, highlight, irradiance, per_c
 from sisma_jax.data.drawing.parameters import Face
 
 SIDES = (-1, 1)
-# The subject's side that lies on the picture's left (-1) and right (+1).
+# The subject's side on the left (-1) and on the right (+1) of the image.
 SUBJECT = {-1: "r", 1: "l"}
 EAR_Z = -0.03
-# Half the head's outline from the top of the skull to the chin: u, v and depth.
+# Half of the outline of the head, from the top of the skull to the chin: u, v and z.
 _OUTLINE = np.array(
     [
         [0.000, -0.405, -0.04],
@@ -36,7 +36,7 @@ _EAR_ROOT = np.array([0.25, 0.065])
 
 
 def face_contour(face: Face, geometry: Geometry) -> np.ndarray:
-    """Returns the outline of the whole head without hair and ears, in the picture."""
+    """Returns the closed contour (P, 2) of the head without hair and ears, in the image."""
     head, half = face.head, _OUTLINE.copy()
     half[4:7, 0] *= head.cheeks
     half[7, 0] *= head.jaw
@@ -44,20 +44,20 @@ def face_contour(face: Face, geometry: Geometry) -> np.ndarray:
     half[9, 0] *= head.chin
     half[:, 0] *= head.width
     half[7:, 1] += head.chin_drop * np.array([0.3, 0.7, 1, 1])
-    # Joined at the chin; the spline closes at the top.
+    # The halves join at the chin, and the spline closes at the top.
     both = symmetric(half)[:-1]
     turn, sin = np.sign(face.pose.yaw), abs(np.sin(face.pose.yaw))
     away = np.sign(both[:, 0]) == turn
-    # On the side turned away the cheek's silhouette, not the ear's line, bounds the face ...
+    # On the side that is turned away, the outline is the silhouette of the cheek, not the line of the ear.
     bulge = np.interp(both[:, 1], [-0.40, -0.30, -0.06, 0.06], [0.0, 0.9, 0.9, 0.5])
     both[:, 2] += np.where(away, bulge * np.abs(both[:, 0]) * sin, 0)
-    # ... and on the near side the jaw runs forward from the ear.
+    # On the near side, the jaw runs forward from the ear.
     both[:, 0] *= np.where(away, 1, 1 - 0.4 * sin * np.clip((both[:, 1] - 0.10) / 0.25, 0, 1))
     return geometry.picture(spline(both, closed=True))
 
 
 def paint_ears(canvas: Canvas, face: Face, geometry: Geometry) -> None:
-    """Paints both ears; the face, painted later, hides the one that is turned away."""
+    """Draws both ears; the face, which is drawn later, covers an ear that is turned away."""
     for side in SIDES:
         outline = spline((_EAR - _EAR_ROOT) * face.head.ear_size + _EAR_ROOT, closed=True)
         contour = geometry.at_depth(mirrored(outline, side) * np.array([face.head.width, 1]), EAR_Z)
@@ -70,16 +70,23 @@ def paint_ears(canvas: Canvas, face: Face, geometry: Geometry) -> None:
 
 
 def paint_skin(canvas: Canvas, face: Face, relief: Relief, contour: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Paints the lit skin of the face.
+    """Draws the lit skin of the face.
+
+    Args:
+      canvas: canvas to draw on.
+      face: parameters of the face.
+      relief: relief of the face.
+      contour: contour (P, 2) of the head in the image.
+      rng: generator of grain and freckles.
 
     Returns:
-      The light on the face, float32 RGB (3, side, side), for what is painted on it.
+      The light on the face, float32 RGB (3, side, side), for the features that are drawn on it.
     """
     skin, light = face.skin, irradiance(relief.normal, face.light)
     shine = (0.10 + 0.12 * skin.shine) * (0.6 + 0.4 * skin.color.mean())
     gleam = highlight(relief.normal, face.light, 14.0) * np.float32(shine)
     gleam_color = face.light.key * (0.5 + 0.5 * skin.color / skin.color.max())
-    # Light that leaves the skin after scattering in it is red: shadows turn warm, not grey.
+    # Light that scatters in the skin becomes red, so shadows on skin are warm, not grey.
     scattered = light ** per_channel(np.array([0.86, 1.05, 1.10]))
     lit = _complexion(face, relief, rng) * scattered + gleam * per_channel(gleam_color)
     canvas.paint(contour, relief.to_picture(lit, canvas.side), "skin")
@@ -87,7 +94,10 @@ def paint_skin(canvas: Canvas, face: Face, relief: Relief, contour: np.ndarray, 
 
 
 def _complexion(face: Face, relief: Relief, rng: np.random.Generator) -> np.ndarray:
-    """The skin's own colour over the face: redder cheeks and nose, darker eye sockets, freckles, a beard's shadow."""
+    """Returns the albedo of the skin, float32 RGB (3, rows, columns) on the grid of the relief.
+
+    Cheeks and nose are redder, and eye sockets are darker. Freckles and the shadow of a beard are added.
+    """
     skin, mouth, nose = face.skin, face.mouth, face.nose
     cheeks = relief.bells([(1.0, side * 0.15, 0.13, 0.075, 0.06, 0) for side in SIDES])
     tip = relief.bells([(0.7, 0, nose.length - 0.035, 0.05, 0.04, 0.08), (0.4, 0, mouth.height + 0.11, 0.06, 0.05, 0)])

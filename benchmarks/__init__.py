@@ -1,1 +1,2 @@
-"""Speed and memory, measured at shapes people run. Each file beside `measure.py` is one benchmark's command."""
+"""Measurements of speed and memory at realistic shapes. Each module is a command, except for shared code: `measure.py`,
+`peers.py` and `tpu_compiler.py`."""

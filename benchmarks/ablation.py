@@ -1,9 +1,9 @@
-"""Trains small denoisers that differ in one choice, for equal steps, and compares them on held-out faces.
+"""Trains small denoisers that differ in one choice and compares them on held-out faces.
 
     python benchmarks/ablation.py --root FOLDER [--workdir runs/ablation] [--seeds 0 1 2]
 
-FOLDER holds CelebAMask-HQ, or a part of it. Every run has a folder of its own, so an interrupted ablation resumes.
-Prints the table of docs/ablation.md; all numbers are in WORKDIR/ablation.json.
+FOLDER contains CelebAMask-HQ or a part of it. Every run has its own folder, so an interrupted ablation resumes. The
+command prints the table of docs/ablation.md and writes all numbers to WORKDIR/ablation.json.
 """
 
 import concurrent.futures
@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 from pathlib import Path
+from typing import Any, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,15 +29,17 @@ from sisma_jax.commands.evaluate import load_or_train_segmenter
 from sisma_jax.commands.train import All
 from sisma_jax.config import Config
 from sisma_jax.data.dataset import DataSet
+from sisma_jax.files import AnyPath
 from sisma_jax.models.factory import init_params
 from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Choices for the model, and steps over those asked for. The first is what the others differ from, in what is said
-# beside them. 4 orders take 1.6 times as long as one: the last has the same time.
-VARIANTS = {
+# For each variant the fields of `ModelConfig` that it sets, and the factor by which it multiplies the number of steps.
+# The first variant is the baseline, which all others change in one respect. A step with 4 orders takes 1.6 times as
+# long as one with 1 order, so the last variant trains for the same time as the one before it.
+VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
     "Cross-Mamba, state from mask; 1 order": ({}, 1),
     "Cross-Mamba, readout from mask": ({"cross_wiring": "readout_from_mask"}, 1),
     "SPADE": ({"mask_conditioning": "spade"}, 1),
@@ -47,7 +50,26 @@ VARIANTS = {
 }
 
 
-def experiment(root: Path, cache_dir: Path, num_steps: int, seed: int, choices: dict) -> Config:
+class Scores(TypedDict):
+    """The results of a run: measurements on held-out data, and the median rate of training."""
+
+    parameters: int
+    held_out_loss: float
+    miou: float
+    pixel_accuracy: float
+    examples_per_sec: float
+
+
+def experiment(root: Path, cache_dir: Path, num_steps: int, seed: int, choices: dict[str, Any]) -> Config:
+    """Returns the configuration of one run: `configs/celebamask_sample.py` with a small model.
+
+    Args:
+      root: folder of the raw data.
+      cache_dir: folder for the shards.
+      num_steps: training steps of 8 faces.
+      seed: of initialisation, order of the data and noise.
+      choices: fields of `ModelConfig` to replace.
+    """
     base = config_files.load(ROOT / "configs" / "celebamask_sample.py")
     return dataclasses.replace(
         base,
@@ -62,8 +84,14 @@ def experiment(root: Path, cache_dir: Path, num_steps: int, seed: int, choices: 
     )
 
 
-def run(experiment: Config, workdir: Path, segmenter: Path) -> dict:
-    """Trains and evaluates, unless that is done, and returns the scores."""
+def run(experiment: Config, workdir: Path, segmenter: AnyPath) -> Scores:
+    """Trains and evaluates, unless the folder already contains an evaluation, and returns the scores.
+
+    Args:
+      experiment: configuration of the run.
+      workdir: folder of the run.
+      segmenter: file of the trained segmenter that reads masks from faces.
+    """
     logging.getLogger("sisma_jax").setLevel(logging.INFO)
     folder = RunFolder(workdir, experiment)
     if not folder.evaluation.exists():
@@ -82,12 +110,13 @@ def run(experiment: Config, workdir: Path, segmenter: Path) -> dict:
     }
 
 
-def use_one_core(cores: multiprocessing.Queue) -> None:
+def use_one_core(cores: "multiprocessing.Queue[int]") -> None:
+    """Binds this process to the next core in the queue."""
     os.sched_setaffinity(0, {cores.get()})
 
 
 def spread(values: list[float], digits: int) -> str:
-    """Mean and half the range."""
+    """Returns "mean ± half the range" of `values`, with the given number of decimal `digits`."""
     half = (max(values) - min(values)) / 2
     return f"{statistics.mean(values):.{digits}f} ± {half:.{digits}f}"
 
@@ -98,15 +127,15 @@ def main(
     seeds: tuple[int, ...] = (0, 1, 2),
     num_steps: int = 400,
     cores: tuple[int, ...] = (0, 1),
-):
-    """Runs what is missing and prints the table.
+) -> None:
+    """Executes the runs that are missing and prints the table.
 
     Args:
-      root: as --data.root of configs/celebamask_sample.py.
-      workdir: one folder per run.
-      seeds: of initialisation, order of data, noise.
-      num_steps: of 8 faces each.
-      cores: one run at a time on each.
+      root: folder of the raw data, as --data.root of configs/celebamask_sample.py.
+      workdir: folder for the results; contains one folder per run.
+      seeds: one run of each variant per seed, which determines initialisation, order of the data and noise.
+      num_steps: training steps of 8 faces.
+      cores: numbers of the CPU cores to use; each executes one run at a time.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.resolve() / "compiled"))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
@@ -131,20 +160,20 @@ def main(
         results = {key: future.result() for key, future in futures.items()}
     rows = []
     for name in VARIANTS:
-        of_seeds = [results[name, seed] for seed in seeds]
+        scores = [results[name, seed] for seed in seeds]
         rows.append(
             [
                 name,
-                f"{of_seeds[0]['parameters'] / 1e3:.0f}k",
-                spread([one["held_out_loss"] for one in of_seeds], 4),
-                spread([one["miou"] for one in of_seeds], 3),
-                spread([one["pixel_accuracy"] for one in of_seeds], 3),
-                f"{statistics.median([one['examples_per_sec'] for one in of_seeds]):.1f}",
+                f"{scores[0]['parameters'] / 1e3:.0f}k",
+                spread([one["held_out_loss"] for one in scores], 4),
+                spread([one["miou"] for one in scores], 3),
+                spread([one["pixel_accuracy"] for one in scores], 3),
+                f"{statistics.median([one['examples_per_sec'] for one in scores]):.1f}",
             ]
         )
     title = f"{num_steps} steps of 8, seeds {', '.join(map(str, seeds))}: mean ± half the range"
     measure.print_table(
-        title, ["", "parameters", "held-out loss", "mIoU", "pixel accuracy", "examples/s per core"], rows
+        title, ["", "parameters", "held-out loss", "mIoU", "pixel accuracy", "examples per second per core"], rows
     )
     problems = [{"variant": name, "seed": seed, **scores} for (name, seed), scores in results.items()]
     measure.write_json(workdir / "ablation.json", "ablation", settings={"num_steps": num_steps}, problems=problems)

@@ -2,9 +2,9 @@
 
     make cuda-compile
 
-XLA's own GPU compiler runs, with the description of the device in place of the device; ptxas then reports, for every
-kernel of the dumped PTX, registers a thread (at most 255) and bytes spilled. Spills call for smaller blocks in
-`kernels.selective_scan.pallas_gpu.block_sizes`, and are this script's failure.
+XLA's GPU compiler runs with a description of the device instead of the device. For every kernel in the PTX that it
+dumps, ptxas then reports the registers per thread (at most 255) and the bytes that are spilled. If any bytes are
+spilled, the script fails; reduce the sizes in `kernels.selective_scan.pallas_gpu.block_sizes`.
 """
 
 import argparse
@@ -16,12 +16,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from typing import Any
 
-# The presets' d_inner, and the tokens of their latents.
+# d_inner of each preset, and the number of tokens of the latents for which the presets are made.
 D_INNER = {"S": 768, "B": 1536, "L": 2048, "XL": 2304}
 LENGTH, D_STATE = 1024, 16
 
-# What the compiler asks of a device: an H100 PCIe.
+# The description of an H100 PCIe that the compiler needs, a GpuTargetConfigProto in text form.
 TARGET_CONFIG = """
 gpu_device_info {
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
@@ -53,16 +54,23 @@ device_description_str: "NVIDIA H100 PCIe"
 """
 
 
-def main():
+def main() -> None:
+    """Compiles the kernels for every combination of the options and prints a row per kernel.
+
+    Raises:
+      SystemExit: always; with an error message if a kernel spills registers.
+    """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target-config", type=pathlib.Path, help="a GpuTargetConfigProto in text form; the H100's")
-    parser.add_argument("--presets", nargs="+", choices=D_INNER, default=list(D_INNER))
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument(
+        "--target-config", type=pathlib.Path, help="file with a GpuTargetConfigProto in text form (default: an H100)"
+    )
+    parser.add_argument("--presets", nargs="+", choices=D_INNER, default=list(D_INNER), help="sizes of the model")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="batch sizes")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="dtypes of the sequences")
     args = parser.parse_args()
     target_config = args.target_config.read_text() if args.target_config else TARGET_CONFIG
     with tempfile.TemporaryDirectory() as dump:
-        # Before JAX is imported, which reads both once.
+        # JAX reads both variables once, when it is imported.
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
         print(f"{'preset':6} {'batch':>5} {'dtype':8} {'kernel':33} registers  spills  temporaries of the gradient")
@@ -73,14 +81,27 @@ def main():
                 row = f"{preset:6} {batch:5} {dtype:8} {name:33} {registers:9} {spilled:7} {megabytes:9.0f} MB"
                 print(row, flush=True)
                 spills += spilled
-    sys.exit(f"{spills} bytes are spilled" if spills else 0)
+    sys.exit(f"the kernels spill {spills} bytes; use smaller blocks" if spills else 0)
 
 
-def compile_gradient(target_config, batch, length, d_inner, d_state, dtype):
-    """Compiles the scan and its gradient by all inputs; returns the megabytes of its temporary arrays."""
+def compile_gradient(target_config: str, batch: int, length: int, d_inner: int, d_state: int, dtype: str) -> float:
+    """Compiles the selective scan with its gradients with respect to all inputs.
+
+    Args:
+      target_config: description of the device, a GpuTargetConfigProto in text form.
+      batch: number of sequences.
+      length: tokens per sequence.
+      d_inner: channels.
+      d_state: states per channel.
+      dtype: of the sequences u, delta, B, C and z; the other inputs are float32.
+
+    Returns:
+      The size of the temporary arrays in megabytes.
+    """
     import jax
     from jax.experimental import topologies
 
+    from benchmarks.tpu_compiler import temporary_bytes
     from sisma_jax.kernels.selective_scan.pallas_gpu import selective_scan_pallas_gpu
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=target_config, topology="1x1x1")
@@ -92,23 +113,30 @@ def compile_gradient(target_config, batch, length, d_inner, d_state, dtype):
     arguments |= dict(D=channels, z=sequence, delta_bias=channels)
     arguments |= dict(initial_state=struct((batch, d_inner, d_state), "float32"))
 
-    def gradient(arguments, cotangents):
+    def gradient(arguments: dict[str, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> Any:
         outputs, vjp = jax.vjp(lambda x: selective_scan_pallas_gpu(**x, delta_softplus=True), arguments)
         return outputs, vjp(cotangents)
 
     cotangents = (sequence, arguments["initial_state"])
     compiled = jax.jit(gradient).lower(arguments, cotangents).compile()
-    return compiled.memory_analysis().temp_size_in_bytes / 1e6
+    return temporary_bytes(compiled) / 1e6
 
 
-def register_usage(dump):
-    """{name: (registers, bytes spilled)} of this project's kernels in the dumped PTX, whose files are removed."""
+def register_usage(dump: pathlib.Path) -> dict[str, tuple[int, int]]:
+    """Returns {name: (registers per thread, bytes spilled)} of the selective scan's kernels in the PTX in `dump`.
+
+    All files in the folder are deleted.
+
+    Raises:
+      StopIteration: ptxas is not installed; see requirements-cuda.txt.
+      CalledProcessError: ptxas refuses the PTX.
+    """
     ptxas = next(path for root in sys.path for path in pathlib.Path(root).glob("nvidia/cuda_nvcc/bin/ptxas"))
-    # XLA numbers the kernels that it calls more than once.
+    # XLA appends a number to the name of a kernel that it calls more than once.
     pattern = r"entry function '(selective_scan\w*?)(?:__\d+)?' for.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     found = {}
     for file in sorted(dump.iterdir()):
-        if file.suffix == ".ptx" and file.stat().st_size:  # it dumps an empty one too
+        if file.suffix == ".ptx" and file.stat().st_size:  # XLA also dumps an empty file
             command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, file]
             report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
             for name, spilled, registers in re.findall(pattern, report, re.DOTALL):

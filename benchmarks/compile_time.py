@@ -1,10 +1,10 @@
-"""Times the compilation of a training step at two depths, its layers run with `jax.lax.scan` and unrolled.
+"""Times the compilation of a training step at two depths, with layers in `jax.lax.scan` and with layers unrolled.
 
     python benchmarks/compile_time.py [--size B] [--depths 12 28] [--chip v5e] [--json FILE]
 
-Batch 2 at 64 px, 1,024 tokens, float32 on this machine's CPU; with --chip, in bfloat16 for one chip of a TPU that is
-not there, Pallas kernels included. What is timed is `lower` (tracing and all) and `compile`, each model once:
-a second compilation would find the first in caches.
+Batch 2 at 64 px (1,024 tokens), in float32 for the CPU of this machine; with --chip in bfloat16 for one chip of a TPU
+that need not be present, including the Pallas kernels. The benchmark times `lower`, which includes tracing, and
+`compile`. Each model is compiled once, since caches would shorten a second compilation.
 """
 
 import contextlib
@@ -25,33 +25,51 @@ from flax import nnx
 
 from benchmarks import measure, tpu_compiler
 from sisma_jax.config import Config, TrainConfig, preset
+from sisma_jax.models.condition import Condition
 from sisma_jax.models.layers import Stack
+from sisma_jax.models.patches import Grid
+from sisma_jax.parallel import sharding
 from sisma_jax.training.state import init_state
 from sisma_jax.training.step import make_update
 
 
-def unrolled(self, x, embedding, condition):
-    """Stands in for `Stack.run` of a flat denoiser: layer after layer in the program."""
-    graph, params = nnx.split(self.stacked)
+def unrolled(self: Stack, x: Grid, embedding: jax.Array, condition: Condition) -> tuple[Grid, None]:
+    """Replaces `Stack.run` in a flat denoiser: the compiled program contains each layer separately.
+
+    Args:
+      self: the stack of layers.
+      x: tokens (B, H, W, D).
+      embedding: of the time, (B, D).
+      condition: at the resolution of x.
+
+    Returns:
+      The output of the last layer, and None in place of the outputs of all layers.
+    """
+    graph, params = nnx.split(getattr(self, sharding.STACKED))
     paths = self.paths(*x.shape[1:3])
     for i in range(len(self.layers)):
-        of_layer, its_paths = jax.tree.map(lambda leaf, i=i: leaf[i], (params, paths))
-        x = nnx.merge(graph, of_layer)(x, embedding, condition, its_paths)
+        layer_params, layer_paths = jax.tree.map(lambda leaf, i=i: leaf[i], (params, paths))
+        x = nnx.merge(graph, layer_params)(x, embedding, condition, layer_paths)
     return x, None
 
 
 @contextlib.contextmanager
 def layers(arrangement: str) -> Iterator[None]:
+    """Makes models run their layers in this way inside the context.
+
+    Args:
+      arrangement: "unrolled", or "rolled" for `jax.lax.scan`.
+    """
     with mock.patch.object(Stack, "run", unrolled) if arrangement == "unrolled" else contextlib.nullcontext():
         yield
 
 
-def compile_secs(config: Config, device: jax.Device) -> tuple[float, float]:
-    """Returns the seconds of lowering and of compiling the training step for a device."""
-    sharding = jax.sharding.SingleDeviceSharding(device)
+def compile_secs(config: Config, device: tpu_compiler.Device) -> tuple[float, float]:
+    """Returns the seconds for lowering and for compiling the training step for a device."""
+    on_device = jax.sharding.SingleDeviceSharding(device)
 
     def place(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=on_device)
 
     batch = config.train.batch_size
     shapes = {"image": (batch, 64, 64, 3), "mask": (batch, 64, 64)}
@@ -70,15 +88,15 @@ def main(
     chip: str = "",
     arrangements: tuple[str, ...] = ("rolled", "unrolled"),
     json: Path | None = None,
-):
-    """Prints the table.
+) -> None:
+    """Prints a table of the seconds of lowering and compiling.
 
     Args:
-      size: S, B, L or XL; its depth is replaced.
+      size: S, B, L or XL; the depth of the preset is replaced.
       depths: numbers of layers.
-      chip: v5e, v5p or v6e; empty for the CPU.
-      arrangements: rolled (`jax.lax.scan`, as the model is) or unrolled.
-      json: the file for the numbers.
+      chip: v5e, v5p or v6e; empty for the CPU of this machine.
+      arrangements: rolled (layers in `jax.lax.scan`, as in the model) or unrolled.
+      json: file for the numbers.
     """
     jax.config.update("jax_enable_compilation_cache", False)
     device = tpu_compiler.device(chip) if chip else jax.devices("cpu")[0]

@@ -1,11 +1,12 @@
-"""How fast examples reach the training step, beside how fast the step takes them.
+"""Measures how fast the data pipeline delivers examples, and how fast training steps consume them.
 
     python benchmarks/data.py [--root FOLDER] [--num-faces 1024] [--json FILE]
 
-256-px masks with JPEG images of 256 px, then with cached 32 x 32 x 4 latents; examples per second in batches of 64,
-medians of several passes, and by how much the process has grown meanwhile. The latents are random numbers: their values
-cost the same. Without --root, drawn faces are written in the layout of CelebAMask-HQ. Also how fast these become
-shards, and the steps' appetite: examples per second of a training step on this machine.
+The pipeline delivers 256-px masks with JPEG images of 256 px, and then with cached 32 x 32 x 4 latents. The latents are
+random numbers, since their values do not affect the time. The table shows examples per second in batches of 64, as
+medians of several passes; then follows how much the process has grown during the passes. It also shows how fast raw
+files are converted to shards, and how many examples per second training steps consume on this machine. Without --root,
+the benchmark draws faces and writes them in the layout of CelebAMask-HQ.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ import resource
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -27,7 +28,7 @@ from benchmarks import measure
 from configs import demo as configs_demo
 from sisma_jax.config import AutoencoderConfig, Config, DataConfig, TrainConfig, preset
 from sisma_jax.data import photos
-from sisma_jax.data.dataset import DataSet
+from sisma_jax.data.dataset import BatchSource, DataSet
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.data.latents import Encoder, LatentDataSet
 from sisma_jax.training.state import init_state
@@ -38,7 +39,7 @@ BATCH_SIZE = 64
 
 
 def write_drawn_faces(root: Path, num_faces: int) -> None:
-    """Writes drawn faces in the layout of label maps."""
+    """Draws `num_faces` faces and writes images and label maps in the layout of CelebAMask-HQ to `root`."""
     for name in ("images", "labels"):
         (root / name).mkdir(parents=True)
     for index in range(num_faces):
@@ -48,7 +49,7 @@ def write_drawn_faces(root: Path, num_faces: int) -> None:
 
 
 def random_encoder() -> Encoder:
-    """Stands in for an autoencoder."""
+    """Returns an encoder whose latents are random numbers, in place of an autoencoder's."""
     rng = np.random.default_rng(0)
 
     def encode(image: np.ndarray) -> np.ndarray:
@@ -58,23 +59,48 @@ def random_encoder() -> Encoder:
     return Encoder(encode, batch_size=16, fingerprint="random", scale=1.0, shift=0.0)
 
 
-def take(iterator: Iterator, batches: int) -> float:
-    """Returns the seconds that batches take."""
+def take(iterator: Iterator[Mapping[str, np.ndarray]], batches: int) -> float:
+    """Returns the seconds that the next `batches` elements of an iterator take."""
     start = time.perf_counter()
     for _ in itertools.islice(iterator, batches):
         pass
     return time.perf_counter() - start
 
 
+def measure_source(source: BatchSource, batches: int, repeats: int) -> tuple[list[float], float, dict[str, np.ndarray]]:
+    """Reads training batches of 64 examples.
+
+    Args:
+      source: the prepared data.
+      batches: batches per pass.
+      repeats: number of timed passes, after one that is not timed.
+
+    Returns:
+      Examples per second of each pass, the growth of the process in MiB during the passes, and the next batch.
+    """
+    iterator = source.train_batches(BATCH_SIZE, seed=0)
+    take(iterator, batches)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    rates = [batches * BATCH_SIZE / take(iterator, batches) for _ in range(repeats)]
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return rates, grown, next(iterator)
+
+
 def appetite(config: Config, batch: dict[str, np.ndarray], repeats: int) -> list[float]:
-    """Returns examples per second of a training step, once compiled."""
+    """Returns the examples per second of training steps, without compilation.
+
+    Args:
+      config: of a denoiser of latents.
+      batch: "moments" and "mask" of at least `config.train.batch_size` examples.
+      repeats: number of steps that are timed, after one that is not.
+    """
     update = jax.jit(make_update(config), donate_argnums=0)
     state = jax.jit(lambda: init_state(config))()
-    batch = {name: batch[name][: config.train.batch_size] for name in ("moments", "mask")}
+    examples = {name: batch[name][: config.train.batch_size] for name in ("moments", "mask")}
     rates = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
-        state, metrics = update(state, batch)
+        state, metrics = update(state, examples)
         jax.block_until_ready(metrics)
         rates.append(config.train.batch_size / (time.perf_counter() - start))
     return rates[1:]
@@ -88,17 +114,17 @@ def main(
     num_threads: int = 4,
     steps: bool = True,
     json: Path | None = None,
-):
-    """Prints the table.
+) -> None:
+    """Prints a table of examples per second.
 
     Args:
-      root: folder of CelebAMask-HQ or a part of it.
-      num_faces: drawn without it.
-      batches: of 64 examples, per pass.
-      repeats: passes.
-      num_threads: that read ahead.
-      steps: also time training steps.
-      json: the file for all samples.
+      root: folder of CelebAMask-HQ or a part of it; without it, faces are drawn.
+      num_faces: number of faces to draw.
+      batches: batches of 64 examples per pass.
+      repeats: number of passes.
+      num_threads: threads that read ahead.
+      steps: time training steps, too.
+      json: file for all samples.
     """
     with tempfile.TemporaryDirectory() as folder:
         if root is None:
@@ -117,27 +143,21 @@ def main(
         dataset = DataSet.prepare(data)
         count = sum(dataset.counts.values())
         samples = {"raw files to shards": [count / (time.perf_counter() - start)]}
-        sources = {"JPEG at 256 px": dataset, "cached latents": LatentDataSet.prepare(dataset, random_encoder())}
-        grown = {}
-        for name, source in sources.items():
-            # One after the other: the threads of an idle iterator fill its buffers.
-            iterator = source.train_batches(BATCH_SIZE, seed=0)
-            take(iterator, batches)
-            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            samples[name] = [batches * BATCH_SIZE / take(iterator, batches) for _ in range(repeats)]
-            grown[name] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-            batch = next(iterator)
-            del iterator
+        latents = LatentDataSet.prepare(dataset, random_encoder())
+        grown: dict[str, float] = {}
+        # One source after the other: the threads of an idle iterator would fill its buffers.
+        samples["JPEG at 256 px"], grown["JPEG at 256 px"], _ = measure_source(dataset, batches, repeats)
+        samples["cached latents"], grown["cached latents"], batch = measure_source(latents, batches, repeats)
         demo = dataclasses.replace(configs_demo.get_config().model, patch_size=2)
-        eaters = [("the demo's model", demo, 16), ("SISMA-U-S", preset("U-S", patch_size=1), 4)] if steps else []
-        for name, model, batch_size in eaters:
+        models = [("the demo's model", demo, 16), ("SISMA-U-S", preset("U-S", patch_size=1), 4)] if steps else []
+        for name, model, batch_size in models:
             config = Config(
                 autoencoder=AutoencoderConfig(kind="kl"),
                 model=model,
                 data=DataConfig(image_size=SIZE),
                 train=TrainConfig(batch_size=batch_size),
             )
-            samples[f"taken by a step: {name}"] = appetite(config, batch, min(repeats, 3))
+            samples[f"consumed by a training step: {name}"] = appetite(config, batch, min(repeats, 3))
     rows = [[name, f"{np.median(x):,.1f}", f"{np.min(x):,.1f} to {np.max(x):,.1f}"] for name, x in samples.items()]
     measure.print_table("Examples per second", ["", "median", "range"], rows)
     for name, mebibytes in grown.items():

@@ -1,24 +1,25 @@
-"""Times a call of the denoiser at growing numbers of tokens: SISMA, its U, and the DiT of as many parameters.
+"""Times a function evaluation of the denoiser by number of tokens: SISMA, its U shape, and a DiT of the same size.
 
     python benchmarks/denoiser.py [--size B] [--tokens 1024 4096] [--no-parts] [--json FILE]
 
-Latents of 32, 64 and 128 positions a side, 4 channels, patch 1: images of 256, 512 and 1024 px. One image, float32,
-forward, parameters at random; the condition, encoded once for all steps of a sampler, is given.
+The latents have 32, 64 or 128 positions per side, 4 channels and patch size 1, which corresponds to images of 256, 512
+and 1024 px. The benchmark evaluates one image in float32, forward only, with random parameters. The encoding of the
+mask is not included, since a sampler computes it once for all steps.
 
-Every part of a layer is also run alone, at each resolution of the model; its share is its time at all layers over that
-of the call. FLOPs are those of the parts by XLA's cost analysis, which counts the body of a loop once: so for the scan
-it is asked for one step, for the convolution and attention for those of XLA. JSON: {"benchmark", "machine", "settings",
+The benchmark also runs every part of a layer alone, at each resolution of the model. The share of a part is its time in
+all layers divided by the time of the function evaluation. FLOPs are the sum over the parts by XLA's cost analysis. This
+counts the body of a loop once, so the FLOPs of the scan are those of one step multiplied by the number of steps, and
+those of convolution and attention are XLA's for its own implementations. JSON: {"benchmark", "machine", "settings",
 "problems"}.
 """
 
-import collections
 import dataclasses
 import functools
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypeAlias, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,6 +34,7 @@ from sisma_jax.config import ModelConfig, preset
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.kernels import selective_scan
 from sisma_jax.models.condition import Condition
+from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.models.dit import Attention, attention
 from sisma_jax.models.factory import layer_parts
@@ -43,37 +45,68 @@ CHANNELS, DOWNSAMPLING = 4, 8
 PARTS = ("scan", "projections", "convolution", "attention", "feed-forward")
 
 
+State: TypeAlias = nnx.State[Any, Any]
+"""Parameters of a module, or their shapes."""
+
+
+class PartCost(TypedDict):
+    """Seconds and FLOPs of one of `PARTS` in all layers of a model."""
+
+    secs: float
+    flops: float
+
+
+class DenoiserResult(measure.Result):
+    """A result with the number of parameters, the median's ratio to that of the first model, and the costs of parts."""
+
+    parameters: int
+    ratio_to_first: float | None
+    parts: NotRequired[dict[str, PartCost]]
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """A piece of a layer's work.
+    """One operation of a layer.
 
     Attributes:
-      function: does it once.
-      counted: does the same without loops but one of `steps` equal steps, of which this is one.
-      times: in a layer.
+      part: the one of `PARTS` to which it belongs.
+      function: executes the operation once.
+      arguments: of `function`.
+      times: how often a layer executes the operation.
+      counted: a function without loops whose FLOPs are counted in place of those of `function`, or None.
+      counted_arguments: of `counted`.
+      steps: how many times the work of `counted` is contained in that of `function`.
     """
 
     part: str
-    function: Callable
-    arguments: tuple
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
     times: int
-    counted: Callable | None = None
-    counted_arguments: tuple = ()
+    counted: Callable[..., Any] | None = None
+    counted_arguments: tuple[Any, ...] = ()
     steps: int = 1
 
     def flops(self) -> float:
-        """Of all its times in a layer."""
+        """Returns the FLOPs of all executions in a layer.
+
+        Raises:
+          RuntimeError: the compiler does not report them.
+        """
         function, arguments = (
             (self.counted, self.counted_arguments) if self.counted else (self.function, self.arguments)
         )
-        return self.times * self.steps * jax.jit(function).lower(*arguments).cost_analysis()["flops"]
+        cost = jax.jit(function).lower(*arguments).cost_analysis()
+        if cost is None:
+            raise RuntimeError("the compiler does not report the cost of its programs")
+        return self.times * self.steps * cost["flops"]
 
 
 def matched_dit(config: ModelConfig, mask_conditioning: str | None = None) -> ModelConfig:
-    """Returns the DiT of the same width whose depth brings it nearest to the parameters of `config`'s SISMA.
+    """Returns a DiT of the same width, with the depth at which its number of parameters is nearest to that of a SISMA.
 
     Args:
-      mask_conditioning: the DiT's, if not that of `config`: "concat" leaves it with self-attention alone.
+      config: of the SISMA model.
+      mask_conditioning: of the DiT, by default that of `config`; with "concat" it contains only self-attention.
     """
     conditioning = mask_conditioning or config.mask_conditioning
     baseline = dataclasses.replace(config, backbone="dit", mask_conditioning=conditioning)
@@ -88,6 +121,11 @@ def matched_dit(config: ModelConfig, mask_conditioning: str | None = None) -> Mo
 
 
 def models(size: str) -> dict[str, ModelConfig]:
+    """Returns the models to compare, by name, with patch size 1.
+
+    Args:
+      size: S, B, L or XL.
+    """
     flat = preset(size, patch_size=1)
     return {
         f"SISMA-{size}": flat,
@@ -97,34 +135,50 @@ def models(size: str) -> dict[str, ModelConfig]:
     }
 
 
-def random_parameters(state: nnx.State) -> nnx.State:
-    """Small random values everywhere, gates included, so that no part of the work can be left out."""
+def random_parameters(state: State) -> State:
+    """Returns small random values of these shapes, also for gates, whose initial zeros could let XLA remove work."""
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda x: jnp.asarray(0.02 * rng.standard_normal(x.shape, np.float32)), state)
 
 
-def denoiser(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Returns the model's structure and its parameters' shapes."""
+def denoiser(config: ModelConfig) -> tuple[nnx.GraphDef[Denoiser], State]:
+    """Returns the graph definition of a model and the shapes of its parameters."""
     sizes = len(CELEBAMASK_HQ), CHANNELS, DOWNSAMPLING
 
-    def make():
+    def make() -> Denoiser:
         return Denoiser(config, layer_parts(config.backbone), *sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
 
     return nnx.split(nnx.eval_shape(make))
 
 
-def call(graph: nnx.GraphDef, params: nnx.State, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+def call(graph: nnx.GraphDef[Denoiser], params: State, x: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+    """Returns the velocity, float32 with the shape of x.
+
+    Args:
+      graph: of the denoiser.
+      params: its parameters.
+      x: noisy latents, float32 (B, H, W, C).
+      t: times in [0, 1], float32 (B,).
+      condition: the encoded masks.
+    """
     return nnx.merge(graph, params)(x, t, condition)
 
 
 def layers_at(config: ModelConfig, side: int) -> dict[int, int]:
-    """Returns how many layers work on a grid of each side."""
+    """Returns the number of layers by the side of the grid of tokens on which they operate.
+
+    Args:
+      config: of the model.
+      side: tokens along the side of the latent.
+    """
     counts = {side // 2**i: 2 * depth for i, depth in enumerate(config.level_depths)}
     return counts | {side // 2 ** len(config.level_depths): config.depth}
 
 
 def random_block(config: ModelConfig) -> Block:
-    def make():
+    """Returns one layer of a model with random parameters."""
+
+    def make() -> Block:
         return make_block(config, layer_parts(config.backbone), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
 
     graph, state = nnx.split(nnx.eval_shape(make))
@@ -132,10 +186,16 @@ def random_block(config: ModelConfig) -> Block:
 
 
 def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
-    """Returns what a layer does on a grid of the given side, but for what is elementwise and the reorderings."""
+    """Returns the operations of a layer, without elementwise operations and the reordering of tokens.
+
+    Args:
+      block: the layer.
+      side: tokens along the side of the grid.
+      d_model: channels of a token.
+    """
     rng = np.random.default_rng(0)
 
-    def grid(channels):
+    def grid(channels: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal((1, side, side, channels), np.float32))
 
     x = grid(d_model)
@@ -162,14 +222,14 @@ def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
     return work
 
 
-def _applied(part: str, function: Callable, *arguments: Any) -> Work:
+def _applied(part: str, function: Callable[..., Any], *arguments: Any) -> Work:
     if isinstance(function, nnx.Module):
         graph, params = nnx.split(function)
         return Work(part, lambda params, *args: nnx.merge(graph, params)(*args), (params, *arguments), 1)
     return Work(part, function, arguments, 1)
 
 
-def _convolution(conv: nnx.Module, x: jax.Array, times: int) -> Work:
+def _convolution(conv: DepthwiseConv, x: jax.Array, times: int) -> Work:
     counted = functools.partial(
         jax.lax.conv_general_dilated,
         window_strides=(1, 1),
@@ -190,31 +250,42 @@ def _scan(scan: OrderedScan, x: jax.Array) -> Work:
     step = (u[:, :1], u[:, :1], scan.A_log[...], state[:, :1], state[:, :1], scan.D[...])
     whole = (u, u, scan.A_log[...], state, state, scan.D[...])
 
-    def run(u, delta, A_log, B, C, D):
-        return selective_scan(u, delta, -jnp.exp(A_log), B, C, D, delta_softplus=True)
+    def run(
+        u: jax.Array,
+        delta: jax.Array,
+        A_log: jax.Array,
+        B: jax.Array,
+        C: jax.Array,
+        D: jax.Array,
+        implementation: str | None = None,
+    ) -> measure.PyTree:
+        return selective_scan(u, delta, -jnp.exp(A_log), B, C, D, delta_softplus=True, implementation=implementation)
 
-    def one(u, delta, A_log, B, C, D):
-        return selective_scan(u, delta, -jnp.exp(A_log), B, C, D, delta_softplus=True, implementation="reference")
-
-    return Work("scan", run, whole, 1, one, step, steps=length)
+    return Work("scan", run, whole, 1, functools.partial(run, implementation="reference"), step, steps=length)
 
 
-def measure_parts(config: ModelConfig, side: int, repeats: int) -> dict[str, dict[str, float]]:
-    """Returns the seconds and FLOPs of every part at all layers of the model."""
+def measure_parts(config: ModelConfig, side: int, repeats: int) -> dict[str, PartCost]:
+    """Returns the cost of each of `PARTS` in all layers of a model.
+
+    Args:
+      config: of the model.
+      side: tokens along the side of the latent.
+      repeats: number of timed runs of each operation.
+    """
     block = random_block(config)
-    runs, counts = {}, {}
-    flops = collections.Counter()
+    runs: dict[tuple[str, int, int], Callable[[], measure.PyTree]] = {}
+    counts: dict[tuple[str, int, int], int] = {}
+    costs: dict[str, PartCost] = {part: {"secs": 0, "flops": 0} for part in PARTS}
     for one_side, layers in layers_at(config, side).items():
         for i, work in enumerate(work_of_layer(block, one_side, config.d_model)):
-            flops[work.part] += layers * work.flops()
+            costs[work.part]["flops"] += layers * work.flops()
             candidate = measure.compiled_candidate("", work.function, *work.arguments)
             candidate.run()
             runs[work.part, one_side, i] = candidate.run
             counts[work.part, one_side, i] = layers * work.times
-    secs = collections.Counter()
     for name, samples in measure.round_robin(runs, repeats).items():
-        secs[name[0]] += counts[name] * float(np.median(samples))
-    return {part: {"secs": secs[part], "flops": flops[part]} for part in PARTS}
+        costs[name[0]]["secs"] += counts[name] * float(np.median(samples))
+    return costs
 
 
 def main(
@@ -224,16 +295,16 @@ def main(
     budget_secs: float = 60.0,
     parts: bool = True,
     json: Path | None = None,
-):
-    """Times the denoisers.
+) -> None:
+    """Times the denoisers and prints tables for each number of tokens.
 
     Args:
       size: S, B, L or XL.
-      tokens: squares of the latent's side.
-      repeats: rounds in which every model has a turn.
-      budget_secs: a model that has run for so long sits out the remaining rounds.
-      parts: also run every part of a layer alone.
-      json: the file for all samples.
+      tokens: numbers of tokens, each a square number.
+      repeats: number of rounds; each round runs every model once.
+      budget_secs: a model whose runs add up to more than this is left out of the remaining rounds.
+      parts: run every part of a layer alone, too.
+      json: file for all samples.
     """
     configs = models(size)
     records = []
@@ -254,29 +325,30 @@ def main(
         del candidates  # and the parameters with them
         first = results[0]["median_secs"]
         rows, shares = [], []
-        for result, (name, config) in zip(results, configs.items(), strict=True):
-            result["parameters"] = sizes[name]
-            median = result["median_secs"]
+        denoiser_results: list[DenoiserResult] = []
+        for measured, (name, config) in zip(results, configs.items(), strict=True):
+            median = measured["median_secs"]
             ratio = median / first if median and first else None
-            result["ratio_to_first"] = ratio
+            result: DenoiserResult = {**measured, "parameters": sizes[name], "ratio_to_first": ratio}
+            denoiser_results.append(result)
             row = [name, f"{config.depth + 2 * sum(config.level_depths)}", f"{sizes[name] / 1e6:.0f}M"]
             row += [*measure.milliseconds(result), measure.mebibytes(result["temporary_bytes"])]
             rows.append([*row, "-" if ratio is None else f"{ratio:.2f}"])
             if parts and median:
-                result["parts"] = measure_parts(config, side, repeats)
-                total = sum(part["flops"] for part in result["parts"].values())
+                costs = result["parts"] = measure_parts(config, side, repeats)
+                total = sum(part["flops"] for part in costs.values())
                 cells = [
                     f"{1e3 * part['secs']:.0f} ms {100 * part['secs'] / median:.0f}%" if part["secs"] else "-"
-                    for part in result["parts"].values()
+                    for part in costs.values()
                 ]
-                rest = 100 * (1 - sum(part["secs"] for part in result["parts"].values()) / median)
+                rest = 100 * (1 - sum(part["secs"] for part in costs.values()) / median)
                 shares.append([name, f"{total / 1e9:.1f}", f"{total / median / 1e9:.0f}", *cells, f"{rest:.0f}%"])
         columns = ["", "depth", "parameters", "ms", "quartiles", "temp MiB", "/SISMA"]
-        measure.print_table(f"{length} tokens, a call", columns, rows)
+        measure.print_table(f"{length} tokens, one function evaluation", columns, rows)
         if shares:
-            columns = ["", "GFLOP", "GFLOP/s", *PARTS, "the rest"]
-            measure.print_table(f"{length} tokens, parts of the call", columns, shares)
-        records.append({"tokens": length, "results": results})
+            columns = ["", "GFLOP", "GFLOP/s", *PARTS, "other"]
+            measure.print_table(f"{length} tokens, parts of the function evaluation", columns, shares)
+        records.append({"tokens": length, "results": denoiser_results})
         if json:
             settings = {"size": size, "repeats": repeats, "budget_secs": budget_secs}
             measure.write_json(json, "denoiser", settings=settings, problems=records)

@@ -1,7 +1,7 @@
-"""Times functions side by side, says how far they are from what the machine allows, and writes tables and JSON.
+"""Measures functions side by side, computes the lower bound that the machine sets, and writes tables and JSON.
 
-A busy machine slows everything for a while. So functions take turns, A, B, C, A, B, C, and none is compared with
-another that was measured at another time.
+Other work on a machine slows down everything for a while. The functions therefore run in turn (A, B, C, A, B, C), so
+that the times that are compared were measured during the same period.
 """
 
 import dataclasses
@@ -14,13 +14,18 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+PyTree = Any
+"""A tree whose leaves are JAX or NumPy arrays."""
+
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,56 +33,121 @@ class Candidate:
     """One of the functions that are measured side by side.
 
     Attributes:
-      run: computes, and returns a tree of arrays once it is finished.
-      group: candidates of one group compute the same thing; the group's first one says what.
-      temporary_bytes: memory beside arguments and results at its peak, where the compiler tells.
-      needed_bytes: all its memory, as far as known.
-      skip: why it is not to be run, or "".
+      name: label in tables and JSON; unique among the candidates of a call of `measure`.
+      run: computes a tree of arrays and returns it once the computation has finished.
+      group: candidates of one group must return the same values as the first candidate of the group; "" means no check.
+      temporary_bytes: peak memory in addition to arguments and results; None if the compiler does not report it.
+      needed_bytes: total memory of a run, as far as it is known.
+      skip: the reason not to run the candidate, or "".
     """
 
     name: str
-    run: Callable[[], Any]
+    run: Callable[[], PyTree]
     group: str = ""
     temporary_bytes: int | None = None
     needed_bytes: int = 0
     skip: str = ""
 
 
-def compiled_candidate(name: str, function: Callable, *arguments, group: str = "") -> Candidate:
-    """`function(*arguments)` under `jax.jit`, compiled here."""
+class Result(TypedDict):
+    """The JSON record of a candidate. Without samples, the two times are None and `skipped` gives the reason."""
+
+    name: str
+    temporary_bytes: int | None
+    skipped: str | None
+    median_secs: float | None
+    quartiles_secs: list[float] | None
+    samples_secs: list[float]
+
+
+class Floor(TypedDict):
+    """The JSON record of a lower bound on the time; `secs` is the larger of `bytes_secs` and `exponentials_secs`."""
+
+    bytes: int
+    bytes_per_sec: float
+    bytes_secs: float
+    exponentials: int
+    exponentials_per_sec: float
+    exponentials_secs: float
+    secs: float
+
+
+class MachineFacts(TypedDict):
+    """What the numbers depend on in addition to the code. `packages` has the installed versions; `date` is UTC."""
+
+    cpu: str
+    cores: int | None
+    device: str
+    backend: str
+    python: str
+    packages: dict[str, str]
+    date: str
+
+
+def compiled_candidate(name: str, function: Callable[..., PyTree], *arguments: PyTree, group: str = "") -> Candidate:
+    """Returns a candidate that runs `function(*arguments)`, which is compiled here with `jax.jit`.
+
+    Args:
+      name: as `Candidate.name`.
+      function: maps trees of arrays to a tree of arrays.
+      arguments: the values for which the function is compiled and run.
+      group: as `Candidate.group`.
+    """
     compiled = jax.jit(function).lower(*arguments).compile()
+
+    def run() -> PyTree:
+        return jax.block_until_ready(compiled(*arguments))
+
     memory = compiled.memory_analysis()
+    if memory is None:
+        return Candidate(name, run, group)
     return Candidate(
         name,
-        run=lambda: jax.block_until_ready(compiled(*arguments)),
-        group=group,
+        run,
+        group,
         temporary_bytes=memory.temp_size_in_bytes,
         needed_bytes=memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes,
     )
 
 
 def round_robin(
-    runs: Mapping[str, Callable[[], Any]], repeats: int, budget_secs: float = 60.0, clock=time.perf_counter
-) -> dict[str, list[float]]:
-    """Returns each function's times in seconds, all of them run once in turn, `repeats` times over.
+    runs: Mapping[Name, Callable[[], PyTree]],
+    repeats: int,
+    budget_secs: float = 60.0,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Name, list[float]]:
+    """Returns the times of each function in seconds. Each round runs every function once, in order.
 
-    A function that has used up `budget_secs` sits out the remaining rounds. Run each once before: compilation and first
-    touches are not what is measured.
+    Run every function once before, so that compilation and first memory accesses are not measured.
+
+    Args:
+      runs: functions by name; each returns after its work has finished.
+      repeats: number of rounds.
+      budget_secs: a function whose times add up to more than this is left out of the remaining rounds.
+      clock: returns the current time in seconds.
     """
-    samples = {name: [] for name in runs}
+    samples: dict[Name, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
             if sum(samples[name]) > budget_secs:
                 continue
-            time.sleep(0.005)  # the threads of another library's pool spin for a moment after its work
+            time.sleep(0.005)  # threads of another library's pool may spin for a moment after their work
             start = clock()
             run()
             samples[name].append(clock() - start)
     return samples
 
 
-def relative_error(result: Any, expected: Any) -> float:
-    """The largest error of any array in a tree, relative to that array's largest entry; NaN if there is one."""
+def relative_error(result: PyTree, expected: PyTree) -> float:
+    """Returns the largest error of any array in a tree, relative to the largest magnitude in the expected array.
+
+    Args:
+      result: tree of arrays.
+      expected: tree of arrays with the same leaves in the same order.
+
+    Returns:
+      The error; NaN if an array contains NaN, infinity if the shapes of the trees' leaves differ.
+    """
     result, expected = jax.tree.leaves(result), jax.tree.leaves(expected)
     if [np.shape(x) for x in result] != [np.shape(x) for x in expected]:
         return float("inf")
@@ -88,12 +158,23 @@ def relative_error(result: Any, expected: Any) -> float:
     return float(np.max(errors))
 
 
-def measure(candidates: Sequence[Candidate], repeats: int, budget_secs: float, tolerance: float) -> list[dict]:
-    """Returns a JSON-ready result for each candidate, once its value is seen to agree with its group's first.
+def measure(candidates: Sequence[Candidate], repeats: int, budget_secs: float, tolerance: float) -> list[Result]:
+    """Returns a JSON-ready result for each candidate, in order.
 
-    One whose first run takes longer than `budget_secs` is not run again: that run is its only sample.
+    Each candidate is run once before the timed rounds. If its values differ from those of the first candidate of its
+    group, or if it needs more memory than is available, it is not timed.
+
+    Args:
+      candidates: the functions to compare.
+      repeats: number of timed rounds, as in `round_robin`.
+      budget_secs: as in `round_robin`. A candidate whose first run takes longer is not run again; that run is its only
+        sample.
+      tolerance: the largest accepted `relative_error`.
     """
-    runs, samples, skipped, expected = {}, {}, {}, {}
+    runs: dict[str, Callable[[], PyTree]] = {}
+    samples: dict[str, list[float]] = {}
+    skipped: dict[str, str] = {}
+    expected: dict[str, PyTree] = {}
     for candidate in candidates:
         if reason := candidate.skip or _does_not_fit(candidate):
             skipped[candidate.name] = reason
@@ -118,7 +199,7 @@ def _does_not_fit(candidate: Candidate) -> str:
 
 
 def available_bytes() -> int:
-    """Memory that is available without swapping; where the system does not tell, all of it."""
+    """Returns the memory that is available without swapping, or all memory if the system does not report this."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -126,61 +207,71 @@ def available_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _result(candidate: Candidate, samples: list[float] | None, skipped: str | None) -> dict:
-    result = {"name": candidate.name, "temporary_bytes": candidate.temporary_bytes, "skipped": skipped}
-    if samples is None:
-        return result | {"median_secs": None, "quartiles_secs": None, "samples_secs": []}
-    quartiles = np.percentile(samples, [25, 75]).tolist()
-    return result | {
-        "median_secs": statistics.median(samples),
-        "quartiles_secs": quartiles,
-        "samples_secs": samples,
+def _result(candidate: Candidate, samples: list[float] | None, skipped: str | None) -> Result:
+    return {
+        "name": candidate.name,
+        "temporary_bytes": candidate.temporary_bytes,
+        "skipped": skipped,
+        "median_secs": None if samples is None else statistics.median(samples),
+        "quartiles_secs": None if samples is None else np.percentile(samples, [25, 75]).tolist(),
+        "samples_secs": [] if samples is None else samples,
     }
 
 
-# The floor: no implementation moves its arguments and results, or takes its exponentials, faster than these do.
+# The floor is a lower bound for all implementations: none moves its arguments and results faster than a large copy, and
+# none computes its exponentials faster than a loop over an array in cache.
 
-COPIED_FLOATS = 64 * 2**20  # 256 MiB: several times the largest cache
+COPIED_FLOATS = 64 * 2**20  # 256 MiB, several times the largest cache
 EXPONENTIALS_IN_CACHE = 2**18  # 1 MiB, shared by the cores
 
 
 def copy_candidate() -> Candidate:
-    """Reads and writes an array larger than any cache, in place: fresh pages would cost more than the copy.
+    """Returns a candidate that reads and writes an array larger than any cache.
 
-    The added one makes XLA share the work among the cores, as it does not for a bare copy.
+    The array is donated, since the first access to new memory pages would cost more than the copy. The function adds
+    one because XLA shares an addition among the cores but not a bare copy.
     """
     add_one = jax.jit(lambda x: x + 1, donate_argnums=0)
     holder = [jnp.zeros(COPIED_FLOATS)]
 
-    def run():
+    def run() -> None:
         holder[0] = jax.block_until_ready(add_one(holder[0]))
 
     return Candidate("floor: copy", run)
 
 
 def exponentials_candidate(count: int) -> Candidate:
-    """Takes about `count` exponentials of an array that stays in cache."""
+    """Returns a candidate that computes about `count` exponentials (at least 2**24) of an array in cache."""
     x = jnp.full((EXPONENTIALS_IN_CACHE,), 0.5)
-    rounds = _sweep_rounds(count)
-    # x -> exp(-x) stays near 0.567, away from the slow paths for infinities and denormals.
-    sweep = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, x: jnp.exp(-x), x))
-    return Candidate("floor: exp", lambda: jax.block_until_ready(sweep(x)))
+    rounds = _exponential_rounds(count)
+    # The iteration x -> exp(-x) stays near 0.567, away from infinities and denormals, which would be slower.
+    iterate = jax.jit(lambda x: jax.lax.fori_loop(0, rounds, lambda _, x: jnp.exp(-x), x))
+    return Candidate("floor: exp", lambda: jax.block_until_ready(iterate(x)))
 
 
-def _sweep_rounds(count: int) -> int:
-    # At least 16M, some milliseconds: a shorter sweep would time the call.
+def _exponential_rounds(count: int) -> int:
+    # 16M exponentials take some milliseconds. With fewer, the overhead of the call would dominate.
     return -(-max(count, 2**24) // EXPONENTIALS_IN_CACHE)
 
 
-def floor(moved_bytes: int, exponentials: int, results: Sequence[Mapping], swept: int) -> dict:
-    """Returns the least time for so many bytes and exponentials, from the two candidates' results.
+def floor(moved_bytes: int, exponentials: int, results: Sequence[Result], swept: int) -> Floor:
+    """Returns the lower bound on the time of a computation: max(bytes / bandwidth, exponentials / rate).
 
     Args:
-      swept: the count that `exponentials_candidate` was asked for.
+      moved_bytes: bytes that the computation has to read and write.
+      exponentials: number of exponentials that it has to compute.
+      results: those of `copy_candidate` and `exponentials_candidate` among others.
+      swept: the argument `count` of `exponentials_candidate`.
+
+    Raises:
+      ValueError: one of the two candidates was not run.
     """
     secs = {result["name"]: result["median_secs"] for result in results}
-    bytes_per_sec = 2 * 4 * COPIED_FLOATS / secs["floor: copy"]
-    exponentials_per_sec = _sweep_rounds(swept) * EXPONENTIALS_IN_CACHE / secs["floor: exp"]
+    copy_secs, exp_secs = secs.get("floor: copy"), secs.get("floor: exp")
+    if copy_secs is None or exp_secs is None:
+        raise ValueError(f"results of {list(secs)} lack a time of 'floor: copy' or 'floor: exp'; measure both")
+    bytes_per_sec = 2 * 4 * COPIED_FLOATS / copy_secs
+    exponentials_per_sec = _exponential_rounds(swept) * EXPONENTIALS_IN_CACHE / exp_secs
     bytes_secs, exponentials_secs = moved_bytes / bytes_per_sec, exponentials / exponentials_per_sec
     return {
         "bytes": moved_bytes,
@@ -193,8 +284,14 @@ def floor(moved_bytes: int, exponentials: int, results: Sequence[Mapping], swept
     }
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]):
-    """Prints columns aligned: the first to the left, the others to the right."""
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a title and aligned columns, the first one left-aligned and the others right-aligned.
+
+    Args:
+      title: the line above the table.
+      columns: the headings.
+      rows: each with one cell per column.
+    """
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     print(f"\n{title}")
     for row in [columns, *rows]:
@@ -202,15 +299,17 @@ def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]
         print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip(), flush=True)
 
 
-def milliseconds(result: Mapping) -> tuple[str, str]:
-    """Median and quartiles in milliseconds, or why there are none."""
-    if result["median_secs"] is None:
-        return "-", result["skipped"]
-    low, high = result["quartiles_secs"]
-    return f"{1e3 * result['median_secs']:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}"
+def milliseconds(result: Result) -> tuple[str, str]:
+    """Returns the two cells of a table for a `result`: median and quartiles in milliseconds, or "-" and a reason."""
+    median, quartiles = result["median_secs"], result["quartiles_secs"]
+    if median is None or quartiles is None:
+        return "-", result["skipped"] or ""
+    low, high = quartiles
+    return f"{1e3 * median:.1f}", f"{1e3 * low:.1f}-{1e3 * high:.1f}"
 
 
-def mebibytes(count: int | None) -> str:
+def mebibytes(count: float | None) -> str:
+    """Returns `count` bytes in MiB, without the unit; "-" for None."""
     return "-" if count is None else f"{count / 2**20:.1f}"
 
 
@@ -218,8 +317,8 @@ PACKAGES = ("jax", "jaxlib", "numpy", "torch", "mambapy", "transformers")
 
 
 @functools.cache
-def machine_facts() -> dict:
-    """What the numbers depend on, beside the code."""
+def machine_facts() -> MachineFacts:
+    """Returns processor, device, versions and the time of the first call."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
@@ -234,7 +333,13 @@ def machine_facts() -> dict:
     }
 
 
-def write_json(path: str | Path, benchmark: str, **contents):
-    """Writes {"benchmark", "machine", **contents}."""
+def write_json(path: str | Path, benchmark: str, **contents: object) -> None:
+    """Writes {"benchmark": benchmark, "machine": machine_facts(), **contents} to a file.
+
+    Args:
+      path: the file, which is replaced if it exists.
+      benchmark: name of the benchmark.
+      contents: JSON-ready values, such as `settings` and `problems`.
+    """
     report = {"benchmark": benchmark, "machine": machine_facts(), **contents}
     Path(path).write_text(json.dumps(report, indent=1) + "\n")

@@ -1,10 +1,10 @@
-"""Plans SISMA-B and SISMA-XL at 256 and 512 px on several TPUs, none of which need be present: docs/plan.md's tables.
+"""Plans SISMA-B and SISMA-XL at 256 and 512 px on several TPUs, which need not be present: the tables of docs/plan.md.
 
     python benchmarks/plan_table.py [--results runs/plan_table.jsonl] [--topologies v5e:2x2] [--document docs/plan.md]
 
-Each plan takes some minutes, most of them in the compiler, and is kept as a line of the results, so that the same
-command resumes an interrupted table. After a change to the model or its sharding, give another file. Needs the compiler
-(`make tpu-compiler`).
+Each plan takes some minutes, most of them in the compiler. It is saved as a line of the results file, so the same
+command resumes an interrupted table. After a change to the model or its sharding, give another results file. The
+command needs the TPU compiler (`make tpu-compiler`).
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import logging
 import re
 import sys
 from pathlib import Path
+from typing import Any, TypeAlias
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -38,9 +39,20 @@ MAX_TRIALS = 3
 
 BEGIN, END = "<!-- {} -->", "<!-- end of {} -->"
 
+PlanRecord: TypeAlias = dict[str, Any]
+"""The fields of `sisma_jax.planning.Plan`, as JSON."""
+Plans: TypeAlias = dict[tuple[str, int, str], PlanRecord]
+"""By preset, size in pixels and topology."""
+
 
 def experiment(preset: str, size: int, num_devices: int) -> Config:
-    """Returns the configuration of real faces at this size, with the model's preset, sharded over all devices."""
+    """Returns `configs/celebamask_hq_SIZE.py` with the sizes of a preset, sharded over all devices.
+
+    Args:
+      preset: a key of `sisma_jax.config.PRESETS`.
+      size: side of the images in pixels, 256 or 512.
+      num_devices: size of the mesh axis `fsdp`.
+    """
     base = config_files.load(ROOT / "configs" / f"celebamask_hq_{size}.py")
     return dataclasses.replace(
         base,
@@ -49,26 +61,26 @@ def experiment(preset: str, size: int, num_devices: int) -> Config:
     )
 
 
-def read(results: Path) -> dict[tuple[str, int, str], dict]:
-    """Returns the plans that were made, by preset, size and topology."""
+def read(results: Path) -> Plans:
+    """Returns the plans in a results file; none if the file does not exist."""
     lines = results.read_text().splitlines() if results.exists() else []
     records = [json.loads(line) for line in lines]
     return {(record["preset"], record["size"], record["topology"]): record["plan"] for record in records}
 
 
-def plans_table(plans: dict[tuple[str, int, str], dict]) -> list[str]:
-    """Returns the rows of the table of plans, in Markdown, and a row without numbers for each that was not made."""
+def plans_table(plans: Plans) -> list[str]:
+    """Returns the table of the plans as rows of Markdown. Rows of plans that do not exist contain no numbers."""
     columns = (
         "model",
         "px",
         "chips",
         "GiB per chip",
         "state",
-        "step of 64: arguments + temporaries + program",
-        "sampler of 16",
+        "step, batch 64: arguments + temporaries + program",
+        "sampler, batch 16",
         "TFLOPs per step",
-        "sent",
-        "at least ms",
+        "sent per step",
+        "lower bound, ms",
         "largest batch",
         "too large",
     )
@@ -80,7 +92,7 @@ def plans_table(plans: dict[tuple[str, int, str], dict]) -> list[str]:
     return rows
 
 
-def _cells(made: dict) -> list[str]:
+def _cells(made: PlanRecord) -> list[str]:
     train, sampler, largest = made["train"], made["sampler"], made["largest_batch"]
     sent = sum(each["sent_bytes"] for each in train["traffic"]["collectives"]) if train["traffic"] else None
     least_secs = train["flops"]["matmul"] / (made["num_devices"] * made["peak_flops"])
@@ -96,13 +108,13 @@ def _cells(made: dict) -> list[str]:
     ]
 
 
-def _too_large(largest: dict) -> str:
+def _too_large(largest: dict[str, Any]) -> str:
     if largest["too_large"] is not None:
         return str(largest["too_large"])
     return f"({largest['expected_too_large']})"
 
 
-def _sum(program: dict) -> str:
+def _sum(program: dict[str, Any]) -> str:
     if program["memory"] is None:
         needed = "" if program["needed"] is None else f": > {gib(program['needed'])}"
         return f"does not fit{needed}"
@@ -112,7 +124,7 @@ def _sum(program: dict) -> str:
 
 
 def state_table() -> list[str]:
-    """Returns the rows of the table of state bytes, in Markdown."""
+    """Returns the table of the bytes of the training state per device as rows of Markdown."""
     rows = [f"| | {' | '.join(f'fsdp {parts}' for parts in FSDP)} |", "|" + "---|" * (len(FSDP) + 1)]
     for preset in PRESETS:
         states = []
@@ -127,12 +139,18 @@ def state_table() -> list[str]:
 
 
 def gib(count: int) -> str:
-    """Bytes as GiB, without the unit."""
+    """Returns `count` bytes in GiB, without the unit."""
     return f"{count / 2**30:.2f}"
 
 
 def write(document: Path, tables: dict[str, list[str]]) -> None:
-    """Replaces each table between its marks in the document."""
+    """Replaces each table between its markers in a Markdown document.
+
+    Args:
+      document: the file.
+      tables: rows by the name of the table, for example "plans" for the markers "<!-- plans -->" and "<!-- end of plans
+        -->". Tables without markers in the document are left out.
+    """
     text = document.read_text()
     for name, rows in tables.items():
         begin, end = BEGIN.format(name), END.format(name)
@@ -148,13 +166,16 @@ def main(
     presets: tuple[str, ...] = PRESETS,
     sizes: tuple[int, ...] = SIZES,
     max_trials: int = MAX_TRIALS,
-):
-    """Plans what is missing and prints the tables.
+) -> None:
+    """Makes the plans that are missing and prints the tables.
 
     Args:
-      results: the plans, one per line.
-      document: whose tables are replaced.
-      max_trials: batches that are compiled in search of the largest, the configured one included.
+      results: file of the plans, one per line.
+      document: Markdown file whose tables are replaced.
+      topologies: keys of `TOPOLOGIES`.
+      presets: keys of `sisma_jax.config.PRESETS`.
+      sizes: sides of the images in pixels.
+      max_trials: number of batch sizes that the search for the largest one may compile, including the configured one.
     """
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING, force=True)
     logging.getLogger("sisma_jax").setLevel(logging.INFO)

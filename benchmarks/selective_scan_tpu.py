@@ -3,9 +3,10 @@
     make tpu-compiler
     python benchmarks/selective_scan_tpu.py [--d-inner 1536] [--dtype bfloat16] [--json FILE]
 
-A TPU core issues one bundle of instructions per cycle, so that the bundles in the compiled kernel, those of a loop's
-body times its iterations, are the cycles that it takes where no copy keeps it waiting. They compare block sizes; they
-are no timing. The gradient's memory is the compiler's: exact.
+A TPU core issues one bundle of instructions per cycle. The number of bundles in a compiled kernel, with those of a loop
+body multiplied by its iterations, is therefore the number of cycles that the kernel takes if it never waits for a copy.
+The numbers serve to compare block sizes; they are not times. The compiler's number for the memory of the gradient is
+exact.
 """
 
 import collections
@@ -26,19 +27,21 @@ from benchmarks import measure, tpu_compiler
 from sisma_jax.kernels import selective_scan
 from sisma_jax.kernels.selective_scan import pallas_tpu
 
-# Iterations of each loop in a kernel, in the order of its code, by the steps of a chunk.
+# The steps that one iteration of each loop in a kernel processes, in the order of the loops in the code.
 TILES, GROUPS = 16, 8
 LOOPS = {"forward": (TILES, GROUPS, TILES), "backward": (TILES, GROUPS, GROUPS, TILES)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the compiler makes of one choice of block sizes.
+    """The compiler's numbers for one choice of block sizes.
 
     Attributes:
-      channels, steps: of a block.
-      bundles: by pass, for one time step of all channels of one example.
-      temporary_bytes: of value and gradients.
+      channels: channels per block.
+      steps: time steps per chunk.
+      is_chosen: whether `pallas_tpu.block_sizes` chooses these sizes.
+      bundles: by pass, the bundles for one time step of all channels of one example.
+      temporary_bytes: peak memory of value and gradients in addition to arguments and results.
     """
 
     channels: int
@@ -48,8 +51,33 @@ class Choice:
     temporary_bytes: int
 
 
-def analyse(dump: Path, chip: str, dtype: str, batch: int, length: int, d_inner: int, d_state: int, sizes) -> Choice:
-    def value_and_gradients(inputs, cotangent):
+def analyse(
+    dump: Path,
+    chip: str,
+    dtype: str,
+    batch: int,
+    length: int,
+    d_inner: int,
+    d_state: int,
+    sizes: pallas_tpu.BlockSizes,
+) -> Choice:
+    """Compiles the scan and its gradients with given block sizes and returns the compiler's numbers.
+
+    Args:
+      dump: the folder into which the compiler writes its listings; its files are deleted first.
+      chip: as for `tpu_compiler.device`.
+      dtype: of the sequences u, delta, B and C; A, D and delta_bias are float32.
+      batch: number of sequences.
+      length: tokens per sequence.
+      d_inner: channels.
+      d_state: states per channel.
+      sizes: the block sizes to use in place of the chosen ones.
+
+    Raises:
+      RuntimeError: a kernel does not have the loops in `LOOPS`.
+    """
+
+    def value_and_gradients(inputs: dict[str, jax.Array], cotangent: jax.Array) -> measure.PyTree:
         y, vjp = jax.vjp(
             lambda inputs: selective_scan(**inputs, delta_softplus=True, implementation="pallas_tpu"), inputs
         )
@@ -78,16 +106,16 @@ def analyse(dump: Path, chip: str, dtype: str, batch: int, length: int, d_inner:
         steps=sizes.steps,
         is_chosen=sizes == chosen,
         bundles={name: blocks * _bundles(dump, name, sizes.steps) / sizes.steps for name in LOOPS},
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        temporary_bytes=tpu_compiler.temporary_bytes(compiled),
     )
 
 
 def _bundles(dump: Path, name: str, steps: int) -> int:
-    """Bundles that one invocation of a kernel issues, from the compiler's listing of its code."""
+    """Returns the bundles that one invocation of a kernel issues, from the compiler's listing of its code."""
     (listing,) = dump.glob(f"*selective_scan_{name}*-final_bundles.txt")
-    by_loop = collections.Counter()
+    by_loop: collections.Counter[int] = collections.Counter()
     loop = 0
-    # A line is "0x1b LB: >> { ... }": address, loop entry if it is one, a sign for each loop around, instructions.
+    # A line is "0x1b LB: >> { ... }": address, "LB" at the entry of a loop, one ">" per enclosing loop, instructions.
     for line in re.finditer(r"^\s*0x[0-9a-f]+\s+(LB)?[^>{]*((?:> ?)*)\{", listing.read_text(), re.MULTILINE):
         depth = line[2].count(">")
         if depth == 2 and line[1]:
@@ -95,7 +123,9 @@ def _bundles(dump: Path, name: str, steps: int) -> int:
         by_loop[loop if depth == 2 else 0] += depth > 0
     iterations = [steps // size for size in LOOPS[name]]
     if loop != len(iterations):
-        raise RuntimeError(f"{listing.name} has {loop} loops, not {len(iterations)}: the kernel's code has changed")
+        raise RuntimeError(
+            f"{listing.name} has {loop} loops, expected {len(iterations)}; update LOOPS to the kernel's code"
+        )
     return by_loop[0] + sum(count * by_loop[i + 1] for i, count in enumerate(iterations))
 
 
@@ -109,17 +139,22 @@ def main(
     tiles: tuple[int, ...] = (2, 4, 6),
     steps: tuple[int, ...] = (32, 64, 128),
     json: Path | None = None,
-):
-    """Compiles the kernels for every pair of block sizes.
+) -> None:
+    """Compiles the kernels for every pair of block sizes and prints a table.
 
     Args:
       chip: v5e, v5p or v6e.
+      dtype: of the sequences; bfloat16 or float32.
+      batch: number of sequences.
+      length: tokens per sequence.
+      d_inner: channels.
+      d_state: states per channel.
       tiles: widths of a block of channels, in tiles of 128.
-      steps: lengths of a chunk.
-      json: the file for all numbers.
+      steps: time steps per chunk.
+      json: file for all numbers.
     """
     with tempfile.TemporaryDirectory() as folder:
-        # Read once, when the compiler is loaded.
+        # The compiler reads this variable once, when it is loaded.
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         choices = [
             analyse(Path(folder), chip, dtype, batch, length, d_inner, d_state, pallas_tpu.BlockSizes(tiles=t, steps=s))

@@ -1,13 +1,14 @@
-"""Compiles for a TPU without one: `libtpu` brings the compiler, and JAX describes the chip to it.
+"""Compiles programs for a TPU that need not be present: `libtpu` contains the compiler, and JAX describes the chip.
 
     make tpu-compiler
 
-What the compiler says of bytes, operations and memory is about the program that would run. Its seconds are an estimate
-by which it chooses among programs, not a measurement, and it does not see inside Pallas kernels.
+The compiler's numbers of bytes, operations and memory are those of the program that a TPU would run. Its time is an
+estimate by which it chooses between programs, not a measurement, and it does not cover Pallas kernels.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, TypedDict
 
 import jax
 
@@ -16,14 +17,18 @@ from sisma_jax.parallel.topology import tpu_devices
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
 
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  jaxlib has no type stubs
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What the compiler says of a program for one chip.
+    """The compiler's numbers for a program on one chip.
 
     Attributes:
-      bytes_accessed: by all operations, each counted alone; those in a loop's body once.
-      estimated_secs: None where an operation has no estimate.
+      bytes_accessed: sum over all operations; an operation in the body of a loop is counted once.
+      flops: counted in the same way.
+      estimated_secs: None if the compiler has no estimate for one of the operations.
+      temporary_bytes: peak memory in addition to arguments and results.
     """
 
     bytes_accessed: float
@@ -32,33 +37,76 @@ class Program:
     temporary_bytes: int
 
 
-def device(chip: str = "v5e"):
-    """Returns one chip of a TPU that need not be present; raises InputError without libtpu."""
+class ProgramsRecord(TypedDict):
+    """The JSON record of a table of programs; `programs` maps names to the fields of `Program`."""
+
+    title: str
+    programs: dict[str, dict[str, Any]]
+
+
+def device(chip: str = "v5e") -> Device:
+    """Returns one chip of a TPU that need not be present.
+
+    Args:
+      chip: a key of `TOPOLOGIES`.
+
+    Raises:
+      InputError: libtpu is not installed.
+    """
     return tpu_devices(TOPOLOGIES[chip])[0]
 
 
-def compile_for(device, function: Callable, *shapes: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
-    """`function` under `jax.jit`, compiled for one chip and arguments of these shapes."""
+def compile_for(device: Device, function: Callable[..., Any], *shapes: Any) -> jax.stages.Compiled:
+    """Returns `function` under `jax.jit`, compiled for one device.
+
+    Args:
+      device: as returned by `device`.
+      function: maps trees of arrays to a tree of arrays.
+      shapes: the arguments, as trees of `jax.ShapeDtypeStruct`.
+    """
     sharding = jax.sharding.SingleDeviceSharding(device)
     arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
     return jax.jit(function).lower(*arguments).compile()
 
 
-def analyse(device, function: Callable, *shapes: jax.ShapeDtypeStruct) -> Program:
-    """Returns the compiler's account of `function` at these shapes."""
+def temporary_bytes(compiled: jax.stages.Compiled) -> int:
+    """Returns the peak memory of a program in addition to its arguments and results.
+
+    Raises:
+      RuntimeError: the compiler does not report it.
+    """
+    memory = compiled.memory_analysis()
+    if memory is None:
+        raise RuntimeError("the compiler does not report the memory of its programs")
+    return memory.temp_size_in_bytes
+
+
+def analyse(device: Device, function: Callable[..., Any], *shapes: Any) -> Program:
+    """Returns the compiler's numbers for a function; arguments and errors as for `compile_for`.
+
+    Raises:
+      RuntimeError: the compiler does not report memory or cost.
+    """
     compiled = compile_for(device, function, *shapes)
     cost = compiled.cost_analysis()
-    secs = cost.get("optimal_seconds", -1.0)  # the sum over operations, -1 for one without an estimate
+    if cost is None:
+        raise RuntimeError("the compiler does not report the cost of its programs")
+    secs = cost.get("optimal_seconds", -1.0)  # the sum over operations; negative if one of them has no estimate
     return Program(
         bytes_accessed=cost.get("bytes accessed", 0.0),
         flops=cost.get("flops", 0.0),
         estimated_secs=secs if secs > 0 else None,
-        temporary_bytes=compiled.memory_analysis().temp_size_in_bytes,
+        temporary_bytes=temporary_bytes(compiled),
     )
 
 
-def print_programs(title: str, programs: Mapping[str, Program]) -> dict:
-    """Prints a row for each program, and returns them as a JSON record."""
+def print_programs(title: str, programs: Mapping[str, Program]) -> ProgramsRecord:
+    """Prints a table with one row per program and returns it as a JSON record.
+
+    Args:
+      title: the line above the table.
+      programs: by the name in the first column.
+    """
     rows = [
         [
             name,

@@ -192,7 +192,7 @@ def test_the_scans_benchmark_writes_what_it_documents(tmp_path, small_copy, monk
             assert result["ratio_to_floor"] == pytest.approx(result["median_secs"] / record["floor"]["secs"])
             assert result["ratio_to_associative"] == pytest.approx(result["median_secs"] / associative)
     printed = capsys.readouterr().out
-    assert "Microseconds a token, forward" in printed
+    assert "Microseconds per token, forward" in printed
     assert "B=2 L=3 D=4 N=2, forward and backward. Floor" in printed
 
 

@@ -1,10 +1,10 @@
-"""Real faces at 128 px in the latents of an autoencoder that the run trains itself: no weights to download.
+"""Real faces at 128 px, in the latent space of an autoencoder that the run trains itself: no weights to download.
 
-One command prepares the data, trains the autoencoder (128 px to 32 x 32 x 4), caches its latents, trains SISMA on them,
-samples and measures. Cost: about an hour and a half on 2 CPU cores. Run:
+One command prepares the data, trains the autoencoder (from 128 px to 32 x 32 x 4), caches its latents, trains SISMA on
+them, samples and evaluates. Cost: about 90 minutes on 2 CPU cores. Run:
     python run.py --config configs/autoencoder_celebamask_sample.py --data.root=FOLDER
-where FOLDER holds images/ID.jpg and labels/ID.png of a few thousand faces, or the official download. The commands
-`autoencoder` and `latents` in front of `train` do the job in steps.
+where FOLDER contains images/ID.jpg and labels/ID.png of a few thousand faces, or is the official download. The commands
+`autoencoder`, `latents` and `train` run these stages one by one.
 """
 
 from sisma_jax.config import (
@@ -21,6 +21,7 @@ from sisma_jax.config import (
 
 
 def get_config() -> Config:
+    """Returns the configuration of 128 px with an autoencoder of its own."""
     return Config(
         data=DataConfig(name="celebamask_hq", root="celebamask_sample", image_size=128, stored_size=128, num_test=300),
         autoencoder=AutoencoderConfig(

@@ -1,10 +1,12 @@
-"""CelebAMask-HQ at 256 px, as the relatives of the paper: SISMA-B on the latents of Stable Diffusion's autoencoder.
+"""CelebAMask-HQ at 256 px, as in related work: SISMA-B on the latents of Stable Diffusion's autoencoder.
 
-Wants the official download of CelebAMask-HQ and the folder of https://huggingface.co/stabilityai/sd-vae-ft-mse with
-config.json and diffusion_pytorch_model.safetensors. Run on a TPU VM or a GPU (requirements-tpu.txt or -cuda.txt):
+Needs the official download of CelebAMask-HQ, and config.json and diffusion_pytorch_model.safetensors of
+https://huggingface.co/stabilityai/sd-vae-ft-mse in one folder. Run on a TPU VM or a GPU (requirements-tpu.txt or
+requirements-cuda.txt):
     python run.py --config configs/celebamask_hq_256.py --data.root=FOLDER --autoencoder.weights=FOLDER
 
-1,024 tokens. The settings are those of U-Shape Mamba's public code, but for the batch, which there is 8 a process.
+An image has 1,024 tokens. The settings follow the public code of U-Shape Mamba, except for the batch size, which is 8
+per process there.
 """
 
 from sisma_jax.config import (
@@ -21,6 +23,7 @@ from sisma_jax.config import (
 
 
 def get_config() -> Config:
+    """Returns the configuration of CelebAMask-HQ at 256 px."""
     return Config(
         data=DataConfig(name="celebamask_hq", root="CelebAMask-HQ", image_size=256, stored_size=256, num_threads=16),
         autoencoder=AutoencoderConfig(kind="kl", weights="sd-vae-ft-mse"),

@@ -1,11 +1,11 @@
-"""CelebAMask-HQ at 512 px: as at 256 px, with four times the latents. See celebamask_hq_256.py for what it wants.
+"""CelebAMask-HQ at 512 px: as celebamask_hq_256.py, which lists the files it needs, with four times as many latents.
 
 Run on a TPU VM or a GPU:
     python run.py --config configs/celebamask_hq_512.py --data.root=FOLDER --autoencoder.weights=FOLDER
 
-Patches of 2 x 2 latents keep the 1,024 tokens of 256 px. More latents of a face show more of it through the same noise,
-so times are shifted towards noise (arXiv 2403.03206, eq. 23, by sqrt(4)): in training by their mean, in sampling by
-`shift`.
+With patches of 2 x 2 latents, an image has 1,024 tokens, as at 256 px. With more latents per face, the same noise hides
+less of the face. Therefore times are shifted towards noise by sqrt(4) (arXiv 2403.03206, eq. 23): in training by
+`time_mean`, and in sampling by `shift`.
 """
 
 import math
@@ -23,9 +23,11 @@ from sisma_jax.config import (
 )
 
 SHIFT = 2.0
+"""Time shift relative to 256 px: the square root of the ratio of the numbers of latents."""
 
 
 def get_config() -> Config:
+    """Returns the configuration of CelebAMask-HQ at 512 px."""
     return Config(
         data=DataConfig(name="celebamask_hq", root="CelebAMask-HQ", image_size=512, stored_size=512, num_threads=16),
         autoencoder=AutoencoderConfig(kind="kl", weights="sd-vae-ft-mse"),

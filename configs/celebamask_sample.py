@@ -1,8 +1,8 @@
-"""Real faces at 64 px, in pixel space: a folder of a few thousand CelebAMask-HQ images and label maps.
+"""Real faces at 64 px, in pixel space, from a few thousand images and label maps of CelebAMask-HQ.
 
 Cost: about an hour on 2 CPU cores. Run:
     python run.py --config configs/celebamask_sample.py --data.root=FOLDER
-where FOLDER holds images/ID.jpg and labels/ID.png, or the official download.
+where FOLDER contains images/ID.jpg and labels/ID.png, or is the official download.
 """
 
 from sisma_jax.config import (
@@ -18,6 +18,7 @@ from sisma_jax.config import (
 
 
 def get_config() -> Config:
+    """Returns the configuration of real faces at 64 px."""
     return Config(
         data=DataConfig(name="celebamask_hq", root="celebamask_sample", image_size=64, num_test=300),
         model=ModelConfig(depth=4, d_model=128, patch_size=4, d_state=8, expand=1, mlp_ratio=2.0, d_label=16),

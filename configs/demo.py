@@ -1,6 +1,6 @@
-"""The demo: drawn faces at 64 px, in pixel space, small enough for two CPU cores.
+"""The demo: drawn faces at 64 px, in pixel space, with a model that trains on two CPU cores.
 
-Cost: about six minutes on 2 CPU cores, half of them training. Run: python run.py --config configs/demo.py
+Cost: about six minutes on 2 CPU cores, of which training takes half. Run: python run.py --config configs/demo.py
 """
 
 from sisma_jax.config import (
@@ -16,6 +16,7 @@ from sisma_jax.config import (
 
 
 def get_config() -> Config:
+    """Returns the configuration of the demo."""
     return Config(
         data=DataConfig(name="synthetic_faces", image_size=64, num_train=2048, num_test=128),
         model=ModelConfig(depth=4, d_model=128, patch_size=4, d_state=4, expand=1, mlp_ratio=2.0, d_label=16),

@@ -9,18 +9,18 @@ from typing import Any
 
 import jax
 
-from .typing import Array, Float
+from .typing import Array, Float, ScanArguments
 
 SEQUENCE_AXIS = "seq"
 """The mesh axis over which the tokens of an image are sharded. The batch is never sharded over it."""
 
-# The vector registers of a TPU have 128 lanes, and channels are on the lanes: with fewer channels per device the
-# remaining lanes are idle and the kernel takes as long.
+# The vector registers of a TPU have 128 lanes, and channels are on the lanes. With fewer channels per device the
+# remaining lanes are idle, and the kernel takes the same time.
 MIN_CHANNELS = 128
 
 
 def split_scan(
-    scan: Callable[..., tuple[Float[Array, "B L D"], Float[Array, "B D N"]]], arguments: dict[str, Array | None]
+    scan: Callable[..., tuple[Float[Array, "B L D"], Float[Array, "B D N"]]], arguments: ScanArguments
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     """Returns `scan(**arguments)`, where each device of the mesh in context computes its part of batch and channels.
 
@@ -29,20 +29,19 @@ def split_scan(
 
     Args:
       scan: takes the arguments by name and returns (y, final_state).
-      arguments: those of `selective_scan`, by name; None where an optional one is absent.
+      arguments: the array arguments of `selective_scan`, by name; None for absent ones.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not _free_axes(mesh):
         return scan(**arguments)
-    arguments = {name: x for name, x in arguments.items() if x is not None}
     batch = batch_axes(arguments["u"], mesh)
     channels = channel_axes(arguments["u"], mesh, taken=batch)
     # The recurrence couples neither examples nor channels, so the scan needs no communication. B and C have no channel
-    # axis and A, D and delta_bias no batch axis: shard_map's transpose sums their gradients over the devices.
+    # axis, and A, D and delta_bias have no batch axis: shard_map's transpose sums their gradients over the devices.
     sequence, state, parameter = jax.P(batch, None, channels), jax.P(batch, channels), jax.P(channels)
-    specs = dict(u=sequence, delta=sequence, z=sequence, initial_state=state, B=jax.P(batch), C=jax.P(batch))
-    specs |= dict.fromkeys(("A", "D", "delta_bias"), parameter)
-    in_specs = {name: specs[name] for name in arguments}
+    # Absent arguments are empty pytrees, so their specs are not used.
+    in_specs = dict(u=sequence, delta=sequence, z=sequence, initial_state=state, B=jax.P(batch), C=jax.P(batch))
+    in_specs |= dict.fromkeys(("A", "D", "delta_bias"), parameter)
     return map_parts(lambda x: scan(**x), (in_specs,), (sequence, state))(arguments)
 
 
@@ -50,14 +49,13 @@ def map_parts(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Ca
     """Returns `jax.shard_map` of the function over all axes of the mesh in context that are not manual already.
 
     Args:
-      function: computes one device's part.
-      in_specs: PartitionSpecs, in the structure of the function's arguments.
-      out_specs: PartitionSpecs, in the structure of its result.
+      function: computes one device's part; it takes positional arguments.
+      in_specs: tuple of one entry per argument, a PartitionSpec or a pytree of them that is a prefix of the argument.
+      out_specs: PartitionSpec, or a pytree of them that is a prefix of the result.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    # JAX's interpreter for Pallas kernels, which the tests use, does not track which values vary over devices.
-    options = dict(axis_names=_free_axes(mesh), check_vma=False)
-    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **options)
+    axes = _free_axes(jax.sharding.get_abstract_mesh())
+    # check_vma: Pallas's interpreter, which the tests use, does not track which values vary over devices.
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, axis_names=axes, check_vma=False)
 
 
 def _free_axes(mesh: jax.sharding.AbstractMesh) -> set[str]:
@@ -68,8 +66,12 @@ def _free_axes(mesh: jax.sharding.AbstractMesh) -> set[str]:
 def batch_axes(x: Array, mesh: jax.sharding.AbstractMesh) -> tuple[str, ...]:
     """Returns the mesh axes over which to shard the first axis of x.
 
-    They are the explicit axes that shard it already, and every automatic axis, except `seq`, whose size divides what is
-    left of it. Manual axes do not count: inside their `jax.shard_map`, x is one device's part.
+    They are the explicit mesh axes that shard it already, and then each automatic mesh axis other than `seq` that still
+    divides the axis of x. Manual mesh axes do not count: inside their `jax.shard_map`, x is one device's part.
+
+    Args:
+      x: of any shape with at least one axis; it may be a tracer.
+      mesh: the mesh in context, from `jax.sharding.get_abstract_mesh`.
     """
     # An explicit axis is part of the array's type. A PartitionSpec entry is None, one name or a tuple of names.
     explicit = jax.typeof(x).sharding.spec[0] or ()
@@ -91,6 +93,11 @@ def channel_axes(x: Array, mesh: jax.sharding.AbstractMesh, taken: tuple[str, ..
 
     Devices along these axes would otherwise repeat each other's work, for example with a batch of one image on several
     devices. An axis is used if it leaves each device a multiple of 128 channels.
+
+    Args:
+      x: of any shape with channels last; it may be a tracer.
+      mesh: the mesh in context, from `jax.sharding.get_abstract_mesh`.
+      taken: names of the mesh axes that shard other axes of x.
     """
     axes, parts = [], 1
     for name in mesh.auto_axes:
@@ -104,6 +111,9 @@ def row_parts(*sides: int) -> int:
     """Returns the number of parts into which the automatic mesh axis `seq` divides sides of these sizes.
 
     It is 1 if the mesh in context has no such axis, or if the axis does not divide all of the sides.
+
+    Args:
+      sides: sizes of the array axes to be sharded.
     """
     mesh = jax.sharding.get_abstract_mesh()
     parts = mesh.shape[SEQUENCE_AXIS] if SEQUENCE_AXIS in mesh.auto_axes else 1
@@ -116,6 +126,10 @@ def vary_as(varying: Array, x: Array) -> Array:
     This makes the gradients of replicated parameters correct. Each device computes its part of such a gradient, and JAX
     sums the parts in the transpose of the cast from replicated to varying. JAX inserts that cast where the two kinds of
     value meet in an operation, but it cannot see operations inside a custom VJP, so the cast is explicit here.
+
+    Args:
+      varying: the array whose mesh axes x gets.
+      x: of any shape; outside a `jax.shard_map` it is returned as it is.
     """
     axes = jax.typeof(varying).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x

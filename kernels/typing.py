@@ -16,6 +16,8 @@ Axes that exist only inside one kernel, such as `blocks` and `tiles`, have a wor
 because linters read "D" as a forward reference.
 """
 
+from typing import TypedDict
+
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -29,4 +31,30 @@ Ref = jax.Ref
 space of each reference are stated where its block spec is built: `pallas_tpu_layout.py` and `pallas_gpu_layout.py`.
 """
 
-__all__ = ["Array", "Bool", "Float", "Index", "Int", "Ref"]
+
+class _ScanInputs(TypedDict):
+    """The array arguments of `selective_scan` by name, without the initial state; None for absent ones."""
+
+    u: Array
+    delta: Array
+    A: Array
+    B: Array
+    C: Array
+    D: Array | None
+    z: Array | None
+    delta_bias: Array | None
+
+
+class ScanArguments(_ScanInputs):
+    """The array arguments of `selective_scan`, by name, as a caller passes them."""
+
+    initial_state: Array | None
+
+
+class ScanArrays(_ScanInputs):
+    """The array arguments of `selective_scan`, by name, or their gradients. The initial state is always present."""
+
+    initial_state: Array
+
+
+__all__ = ["Array", "Bool", "Float", "Index", "Int", "Ref", "ScanArguments", "ScanArrays"]

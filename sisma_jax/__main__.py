@@ -6,13 +6,13 @@ _PROGRAM = "sisma-jax"
 
 
 def main() -> None:
-    """Runs the command line on the arguments of the process; exits with 2 if the packages that it needs are absent."""
+    """Runs the command line with the arguments of this process; exits with code 2 if a package is missing."""
     try:
         from sisma_jax import cli
     except ModuleNotFoundError as error:
         print(
             f"Error: the command line needs the package {error.name}: pip install 'sisma-jax[train]'. "
-            "To sample from Python, sisma_jax.load(FILE) needs nothing more.",
+            "Sampling from Python, with sisma_jax.load(FILE), does not need it.",
             file=sys.stderr,
         )
         sys.exit(2)

@@ -1,7 +1,7 @@
 """The command line: python run.py [--config FILE] [COMMAND] [--workdir DIR] [--section.key=value ...].
 
-The only code that speaks of flags: it turns these into a command and a configuration, and the arguments that an error
-of the library names back into flags.
+No other module knows about flags. This one turns them into a command and a configuration, and turns the names of
+arguments in the library's error messages back into flags.
 """
 
 import argparse
@@ -37,33 +37,35 @@ from sisma_jax.parallel.distributed import DistributedOptions
 from sisma_jax.parallel.preemption import stopping
 from sisma_jax.runs import export, folder
 
-# Failures of the disk or of its permissions, which the user can fix; any other OSError is a defect of the program.
+# Disk and permission errors, which the user can fix. Any other OSError is a defect of the program.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
 _COMMANDS = (All, Prepare, Autoencoder, Latents, Train, Sample, Evaluate, Export, Plan)
 
 
 class Command(Protocol):
-    """What every command is: its options, and what it does with a configuration and the folder of a run."""
+    """A command. It is also a frozen dataclass, whose fields are the command's options."""
 
-    def run(self, config: Config, workdir: AnyPath) -> None: ...
+    def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command with a configuration on the run in `workdir`; raises InputError for bad input."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Generates photorealistic faces from semantic masks: prepares data, trains, samples and evaluates.
+    """Semantic face image synthesis: prepares data, trains, samples faces for masks, and evaluates.
 
-    Every value of the configuration file can be overridden: --train.batch_size=32.
+    An option such as --train.batch_size=32 overrides a value of the configuration.
     """
 
     command: Any
     config: str = ""
-    """Configuration file, for example configs/demo.py. Without one, that of the run in workdir."""
+    """Configuration file, for example configs/demo.py. If empty: the configuration of the run in workdir."""
     workdir: str = ""
-    """Folder of the run, or gs://BUCKET/...; it is resumed if it exists. Default: runs/NAME for configs/NAME.py."""
+    """Folder of the run, on a disk or in a bucket (gs://BUCKET/...). If empty: runs/NAME for configs/NAME.py."""
     compile_cache: str = ""
-    """Folder that keeps compiled programs for the next start, or none. Default: the environment's
-    JAX_COMPILATION_CACHE_DIR, or ~/.cache/sisma_jax."""
+    """Folder of JAX's persistent compilation cache, or none to turn it off.
+    If empty: JAX_COMPILATION_CACHE_DIR of the environment, or else ~/.cache/sisma_jax."""
     distributed: Annotated[DistributedOptions, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=DistributedOptions
     )
@@ -71,19 +73,20 @@ class Arguments:
 
     @property
     def run_folder(self) -> AnyPath:
-        """The folder of the run."""
+        """Folder of the run: `workdir`, or runs/NAME for configs/NAME.py."""
         return to_path(self.workdir) if self.workdir else to_path("runs") / to_path(self.config).stem
 
 
 def parse(arguments: list[str], program: str = "run.py") -> Arguments:
-    """Returns the arguments over the values of the configuration file; exits with code 2 on a wrong one.
+    """Returns the parsed arguments, which override the values of the configuration file.
 
     Args:
       arguments: the words after the program's name.
-      program: its name in the usage.
+      program: name of the program in the usage message.
 
     Raises:
       InputError: the configuration cannot be read, or a value is out of range.
+      SystemExit: a flag or a command is unknown or has the wrong type (code 2), or help was requested (code 0).
     """
     base = _base_config(arguments)
     kind, messages = _arguments_type(base.sample), io.StringIO()
@@ -99,7 +102,7 @@ def parse(arguments: list[str], program: str = "run.py") -> Arguments:
                 registry=_REGISTRY,
             )
     except SystemExit as error:
-        # tyro shows what a section raises in words of its own; ours name the value.
+        # tyro rewrites the message of an exception that a section raises. The original message names the value.
         if cause := _input_error(error):
             raise cause from None
         sys.stderr.write(messages.getvalue())
@@ -110,7 +113,7 @@ def parse(arguments: list[str], program: str = "run.py") -> Arguments:
 
 
 def _base_config(arguments: list[str]) -> Config:
-    """Returns the configuration whose values the other arguments override."""
+    """Returns the configuration whose values the arguments override."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--config", "--workdir", "--weights"):
         first.add_argument(name, default="")
@@ -124,14 +127,17 @@ def _base_config(arguments: list[str]) -> Config:
         return Config()
     if given.workdir:
         return folder.read_config(to_path(given.workdir))
-    raise InputError("There is no configuration: name one with `config`, or the folder of a run with `workdir`.")
+    raise InputError("There is no configuration; name one with `config`, or the folder of a run with `workdir`.")
 
 
-def _arguments_type(sampling: Sampling) -> type:
-    """Returns `Arguments` with the commands, of which `sample` takes its defaults from the configuration."""
-    defaults = {Sample: Sample(mask=tyro.MISSING, sampling=sampling), Plan: Plan(topology=tyro.MISSING)}
+def _arguments_type(sampling: Sampling) -> type[Arguments]:
+    """Returns `Arguments` with all commands; the command `sample` takes its defaults from the configuration."""
+    values: dict[type[Command], dict[str, Any]] = {
+        Sample: {"mask": tyro.MISSING, "sampling": sampling},
+        Plan: {"topology": tyro.MISSING},
+    }
     commands = [
-        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=defaults.get(kind) or kind())]
+        Annotated[kind, tyro.conf.subcommand(kind.__name__.lower(), default=kind(**values.get(kind, {})))]
         for kind in _COMMANDS
     ]
     field = ("command", Annotated[functools.reduce(operator.or_, commands), tyro.conf.arg(name="")])
@@ -140,7 +146,7 @@ def _arguments_type(sampling: Sampling) -> type:
 
 
 def _with_one_sampling(parsed: Arguments, base: Sampling) -> Arguments:
-    """Joins `--steps` and the like, which override, with `--sample.steps`: both name the same value."""
+    """Merges `--steps` and `--sample.steps`, which set the same value; the first takes precedence."""
     short = dataclasses.asdict(parsed.command.sampling)
     changed = {name: value for name, value in short.items() if value != getattr(base, name)}
     sampling = dataclasses.replace(parsed.settings.sample, **changed)
@@ -154,7 +160,9 @@ _REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
 @_REGISTRY.primitive_rule
-def _class_set_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec | None:
+def _class_set_rule(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[ClassSet] | None:
     if info.type is not ClassSet:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -167,14 +175,21 @@ def _class_set_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.construct
 
 
 def _input_error(error: BaseException | None) -> InputError | None:
-    """Returns the InputError among an exception and those that led to it."""
+    """Returns the first InputError among an exception and its causes."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
     return error
 
 
 def with_flags(message: str) -> str:
-    """Returns a message of the library with flags for the configuration's keys, and for options in backticks."""
+    """Returns an error message of the library with flags in place of argument names.
+
+    A configuration key, such as train.batch_size, becomes --train.batch_size. The name of an option in backticks, such
+    as `workdir`, becomes --workdir.
+
+    Args:
+      message: of an `InputError`.
+    """
     keys = "|".join(map(re.escape, config_files.keys()))
     message = re.sub(rf"(?<![\w./-])(?:{keys})\b", r"--\g<0>", message)
     return re.sub(r"`(\w+)`", lambda match: f"--{match[1]}" if match[1] in _option_names() else match[0], message)
@@ -186,18 +201,22 @@ def _option_names() -> set[str]:
 
 
 def main(arguments: list[str], program: str = "run.py") -> None:
-    """Runs the command line; exits with 2 on wrong input, 75 if it was told to stop, 130 if interrupted.
+    """Runs the command line.
 
     Args:
       arguments: the words after the program's name.
-      program: its name in the usage.
+      program: name of the program in the usage message.
+
+    Raises:
+      SystemExit: with code 2 for bad input, 75 after SIGTERM, 130 after Ctrl-C, 141 if the reader of the output has
+        closed the pipe, and 0 for help.
     """
     try:
         try:
             _run(arguments, program)
         finally:
             sys.stdout.flush()
-    except BrokenPipeError as error:  # whoever read the output has gone
+    except BrokenPipeError as error:  # the reader of the output has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(error.__context__.code if isinstance(error.__context__, SystemExit) else 128 + signal.SIGPIPE)
 
@@ -217,7 +236,10 @@ def _run(arguments: list[str], program: str) -> None:
     except OSError as error:
         if error.errno not in _STORAGE_ERRORS:
             raise
-        print(f"Error: {error}. Free disk space or fix the folder; the same command resumes.", file=sys.stderr)
+        print(
+            f"Error: {error}. Free disk space or fix the folder, then run the same command again: it resumes.",
+            file=sys.stderr,
+        )
         sys.exit(2)
     except Preempted as error:
         print(error.message, file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Keeps compiled programs on the disk, so that a run that starts again does not compile again."""
+"""JAX's persistent compilation cache: a run that restarts does not compile its programs again."""
 
 import os.path
 
@@ -8,13 +8,18 @@ NONE = "none"
 
 
 def enable(folder: str = "") -> None:
-    """Turns the cache on.
+    """Turns the cache on, or off.
 
     Args:
-      folder: where it is, on a disk or in a bucket; "none": nowhere. If empty, where JAX has it already (by the
-        environment's JAX_COMPILATION_CACHE_DIR), or else ~/.cache/sisma_jax.
+      folder: folder of the cache, on a disk or in a bucket. "none" turns the cache off. If empty, the cache is where
+        the environment variable JAX_COMPILATION_CACHE_DIR says, or else in ~/.cache/sisma_jax.
     """
     if folder == NONE:
         jax.config.update("jax_compilation_cache_dir", None)
-    elif folder or jax.config.jax_compilation_cache_dir is None:
+    elif folder or _is_unset():
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder or "~/.cache/sisma_jax"))
+
+
+def _is_unset() -> bool:
+    options = jax.config
+    return options.jax_compilation_cache_dir is None  # pyright: ignore[reportAttributeAccessIssue] set at run time

@@ -1,7 +1,8 @@
-"""The schema of an experiment: one frozen dataclass per section, checked when it is made.
+"""The schema of an experiment: one frozen dataclass per section, which checks its values when it is created.
 
-A field states its default, its range and whether it may change when a run resumes, all in `schema.value`. The command
-line overrides single values; `config_files.py` reads and writes whole configurations.
+`schema.value` states a field's default, its range, and whether it may change when a run resumes. The docstring of a
+field is its text in `python run.py --help`. The command line overrides single values, and `config_files.py` reads and
+writes whole configurations.
 """
 
 import dataclasses
@@ -17,33 +18,34 @@ Solver = Literal["euler", "heun", "midpoint", "adams_bashforth"]
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(Section):
-    """Where examples come from and the form in which they reach the device."""
+    """The data set, and how its examples are prepared and loaded."""
 
     section: ClassVar[str] = "data"
 
     name: Literal["synthetic_faces", "celebamask_hq"] = "synthetic_faces"
+    """Data set: drawn faces, which need no download, or CelebAMask-HQ."""
     classes: ClassSet = CELEBAMASK_HQ
-    """The semantic classes: a name known to the program, or a JSON file of names and colours."""
+    """Semantic classes of the masks: a built-in name, or a JSON file with names and colours."""
     root: str = value("", may_change=True)
-    """Folder of the raw download (celebamask_hq only); a host that has a copy of the shards can do without it."""
+    """Folder of the raw download (celebamask_hq only). It need not exist where the shards are already prepared."""
     cache_dir: str = value("data", may_change=True)
-    """Folder of the prepared array_record shards, or gs://BUCKET/... with a copy of one."""
+    """Folder of the prepared array_record shards, or a copy of it in a bucket, gs://BUCKET/..."""
     stored_size: int = value(0, NON_NEGATIVE)
-    """Side in pixels at which shards hold larger faces, re-encoded; 0: as their files are (celebamask_hq only)."""
+    """Side in pixels to which shards reduce larger images; 0 keeps the original files (celebamask_hq only)."""
     skip_damaged: bool = value(False, may_change=True)
-    """Leave out faces whose files are damaged or missing, and report which (celebamask_hq only)."""
+    """Skip and report faces whose files are damaged or missing, instead of stopping (celebamask_hq only)."""
     image_size: int = value(64, Range(8, 2048))
-    """Height and width of a training image in pixels."""
+    """Height and width of training images and samples in pixels."""
     split: Literal["by_id", "celeba"] = "by_id"
-    """by_id: the last `num_test` ids are the test split; celeba: by the CelebA mapping file."""
+    """Split of celebamask_hq: by_id tests on the last num_test ids; celeba follows the partition of CelebA."""
     num_train: int = value(4096, COUNT)
-    """Number of training faces to draw (synthetic_faces only)."""
+    """Number of training faces that are drawn (synthetic_faces only)."""
     num_test: int = value(2000, COUNT)
-    """Number of test faces: the last ids of celebamask_hq, or the number drawn by synthetic_faces."""
+    """Number of test faces: the last ids of celebamask_hq, or the number that synthetic_faces draws."""
     flip: bool = True
-    """Mirror half of the training examples, with left and right classes exchanged."""
+    """Mirror a training example with probability 1/2, and exchange its left and right classes."""
     num_threads: int = value(4, COUNT, may_change=True)
-    """Threads that decode ahead of the training step."""
+    """Threads that load and decode examples ahead of the training step."""
 
     def _check(self) -> None:
         self._require(
@@ -52,72 +54,75 @@ class DataConfig(Section):
             f"0 or no less than data.image_size, {self.image_size}",
         )
         if self.name == "synthetic_faces" and self.classes != CELEBAMASK_HQ:
-            raise InputError("data.classes: synthetic_faces are drawn with the classes of CelebAMask-HQ, no others.")
+            raise InputError(
+                f"data.classes is {self.classes.title}, but synthetic_faces are drawn with the classes of CelebAMask-HQ"
+                ", which are the default; leave data.classes out."
+            )
         if self.name == "celebamask_hq" and not self.root:
             raise InputError(
-                "data.root is empty: name the folder of the CelebAMask-HQ download, the one that holds "
-                "CelebA-HQ-img/ and CelebAMask-HQ-mask-anno/ (or images/ and labels/)."
+                "data.root is empty; give the folder of the CelebAMask-HQ download, which contains CelebA-HQ-img/ and "
+                "CelebAMask-HQ-mask-anno/ (or images/ and labels/)."
             )
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    """The SISMA denoiser. `d_inner`, `dt_rank` follow from the fields as in Mamba (arXiv 2312.00752)."""
+    """The denoiser. Names follow Mamba (arXiv 2312.00752)."""
 
     section: ClassVar[str] = "model"
 
     backbone: Literal["sisma", "dit"] = "sisma"
-    """What mixes tokens and reads the mask; dit: the attention baseline, with self-attention for Self-Mamba and
-    cross-attention for Cross-Mamba."""
+    """Token mixers: Self-Mamba and Cross-Mamba (sisma), or self-attention and cross-attention (dit, the baseline)."""
     depth: int = value(12, COUNT)
-    """Number of blocks; in a U, of those at its bottom."""
+    """Number of blocks; in a U, the number at its coarsest resolution."""
     level_depths: tuple[int, ...] = value((), COUNT)
-    """Makes the stack a U (arXiv 2504.13499): blocks on the way down, and as many on the way up, at each resolution
-    from the finest on; every level halves the token grid. Empty: a flat stack, as in the paper."""
+    """Blocks per level of a U (arXiv 2504.13499) on its way down, finest level first; likewise on its way up.
+    Each level halves the token grid. Empty: a flat stack, as in the paper."""
     d_model: int = value(768, COUNT)
     """Channels of a token."""
     patch_size: Literal[1, 2, 4, 8] = 2
-    """Side of the latent patch that makes one token."""
+    """Side of the patch of latents (or pixels) that becomes one token."""
     d_state: int = value(16, COUNT)
     """State dimension N of the selective scan."""
     expand: int = value(2, COUNT)
-    """d_inner / d_model."""
+    """Expansion factor of a mixer: d_inner / d_model."""
     d_conv: int = value(3, COUNT)
-    """Side of the depthwise convolution's kernel."""
+    """Side of the depthwise convolution's kernel; odd."""
     mlp_ratio: float = value(4.0, NON_NEGATIVE)
-    """Hidden width of the feed-forward over d_model; 0 leaves it out."""
+    """Hidden width of the feed-forward layer, divided by d_model; 0 omits the layer."""
     orders_per_layer: Literal[1, 2, 4] = 1
-    """Scan orders that one mixer runs and sums."""
+    """Scan orders per mixer; a mixer sums their outputs."""
     order_rotation: Literal["interleaved", "grouped"] = "interleaved"
-    """How the orders follow each other from layer to layer: rows and columns in turn, or four along rows, then four
-    along columns (as U-Shape Mamba's public weights want)."""
+    """Scan orders of successive layers: rows and columns in turn, or four layers along rows, then four along columns.
+    The public weights of U-Shape Mamba require the latter."""
     mixer_skip: bool = False
-    """Adds Self-Mamba's input, times a learned scale, to its output (as U-Shape Mamba's public weights want)."""
+    """Add Self-Mamba's input, times a learned scale, to its output, as the public weights of U-Shape Mamba require."""
     learned_positions: int = value(0, NON_NEGATIVE)
-    """Side of the token grid that has learned positions; 0: fixed sines and cosines, for grids of any size."""
+    """Side of the token grid for learned position embeddings; 0: sines and cosines, which fit a grid of any size."""
     mask_conditioning: Literal["cross", "spade", "concat"] = "cross"
-    """How the mask enters: by Cross-Mamba (or cross-attention), by spatially adaptive normalisation in its place, or
-    concatenated with the tokens before the first block."""
+    """How the mask conditions the model: by Cross-Mamba (or cross-attention), or by spatially adaptive normalisation.
+    With concat, mask features are concatenated with the tokens before the first block."""
     cross_wiring: Literal["state_from_mask", "readout_from_mask"] = "state_from_mask"
-    """state_from_mask: Δ and B from the mask, C from the image; readout_from_mask: Δ and B from the image, C from
-    the mask. The scan's input u comes from the mask in both."""
+    """Inputs of Cross-Mamba: state_from_mask takes Δ and B from the mask, and C from the image.
+    readout_from_mask takes Δ and B from the image, and C from the mask.
+    Both take the scan's input u from the mask."""
     d_label: int = value(32, COUNT)
-    """Channels of the label embedding at image resolution in the mask encoder."""
+    """Channels of the mask encoder's label embedding, which has the resolution of the image."""
     scan_implementation: Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "associative", "reference"] = value(
         "auto", may_change=True
     )
-    """Which selective scan; auto is the fastest that this machine's devices have. Results agree to rounding."""
+    """Implementation of the selective scan; auto is the fastest for the devices. Results agree up to rounding."""
     remat: Literal["none", "dots", "full"] = value("none", may_change=True)
-    """What the backward pass recomputes to save memory: nothing, all but the matrix products, or all of a block."""
+    """What the backward pass recomputes to save memory: nothing, all but matrix products (dots), or whole blocks."""
 
     def _check(self) -> None:
         self._require(self.d_conv % 2 == 1, "d_conv", "odd")
         self._require(self.d_model % 4 == 0, "d_model", "a multiple of 4 (2-D position embedding)")
 
 
-# Depth and width of DiT's S, B, L and XL (arXiv 2212.09748), the sizes that diffusion backbones are compared at. The U
-# of a size is a block deeper and three resolutions high, as in U-Shape Mamba, but with most of its blocks at the coarse
-# ones, where a token costs as much and there are fewer.
+# Depth and width of DiT-S, B, L and XL (arXiv 2212.09748), the usual sizes for comparing diffusion backbones. The U of
+# each size is one block deeper and has three levels above its bottom, as in U-Shape Mamba. Unlike there, most blocks
+# are at coarse levels, which have fewer tokens at the same cost per token.
 _FLAT = {"S": (12, 384), "B": (12, 768), "L": (24, 1024), "XL": (28, 1152)}
 _LEVELS = {"S": (1, 2, 3), "B": (1, 2, 3), "L": (2, 4, 6), "XL": (2, 5, 7)}
 PRESETS: dict[str, dict[str, Any]] = {
@@ -130,10 +135,15 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **values: Any) -> ModelConfig:
-    """Returns the model of a preset size, with single values replaced.
+    """Returns the model configuration of a preset size.
+
+    Args:
+      name: a key of `PRESETS`, such as "B" or "U-XL".
+      values: fields of `ModelConfig` that override the preset.
 
     Raises:
-      InputError: there is no such preset.
+      InputError: the preset does not exist, or a value is out of range.
+      TypeError: `ModelConfig` has no such field.
     """
     if name not in PRESETS:
         raise InputError(f"there is no preset {name!r}; the presets are {', '.join(PRESETS)}.")
@@ -142,30 +152,35 @@ def preset(name: str, **values: Any) -> ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig(Section):
-    """What turns images into the latents that the denoiser works on, and how it is trained if it is not given."""
+    """The autoencoder between images and latents, and its training if no weights are given."""
 
     section: ClassVar[str] = "autoencoder"
 
     kind: Literal["identity", "kl"] = "identity"
-    """identity: the denoiser works on pixels; kl: the autoencoder of Stable Diffusion (arXiv 2112.10752)."""
-    # What the weights hold may not change: it is compared with what the run began with.
+    """identity: the denoiser works on pixels; kl: on latents of Stable Diffusion's autoencoder (arXiv 2112.10752)."""
+    # The path may change, but the content may not: it is compared with the weights that the run started with.
     weights: str = value("", may_change=True)
-    """Folder or .safetensors file in the format of diffusers; empty: the run first trains an autoencoder of its own."""
+    """Folder or .safetensors file in the format of diffusers. Empty: the run first trains its own autoencoder."""
     latent_channels: int = value(4, COUNT)
+    """Channels of a latent."""
     block_channels: tuple[int, ...] = value((128, 256, 512, 512), COUNT)
-    """Channels of each resolution, that of the image first; each after it halves the resolution."""
+    """Channels per level, starting at the image's resolution; each further level halves the resolution."""
     layers_per_block: int = value(2, COUNT)
-    """Residual blocks per resolution (given weights tell by themselves)."""
+    """Residual blocks per level; ignored if weights are given."""
     norm_groups: int = value(32, COUNT)
-    """Groups of channels that are normalised together (given weights tell by themselves)."""
+    """Number of groups in group normalisation; ignored if weights are given."""
     encode_batch_size: int = value(16, COUNT, may_change=True)
-    """Images that are encoded together when latents are cached."""
+    """Images per call of the encoder when latents are cached."""
     num_steps: int = value(2_000, COUNT)
-    """Training steps; this and what follows count only without given weights."""
+    """Training steps of the autoencoder; this and the following values are ignored if weights are given."""
     batch_size: int = value(8, COUNT)
+    """Images per training step, over all devices and processes."""
     learning_rate: float = value(1e-3, POSITIVE)
+    """Peak learning rate; Adam, with warm-up and cosine decay."""
     ema_decay: float = value(0.999, DECAY)
+    """Decay of the EMA parameters."""
     checkpoint_every_steps: int = value(500, COUNT, may_change=True)
+    """Steps between two checkpoints of the autoencoder."""
 
     def _check(self) -> None:
         divided = self.weights or all(width % self.norm_groups == 0 for width in self.block_channels)
@@ -177,12 +192,12 @@ class AutoencoderConfig(Section):
 
     @property
     def channels(self) -> int:
-        """Channels of a latent."""
+        """Channels of what the denoiser works on: 3 for pixels, or `latent_channels`."""
         return 3 if self.kind == "identity" else self.latent_channels
 
     @property
     def downsampling(self) -> int:
-        """Image pixels along the side of a latent position."""
+        """Side of an image in pixels, divided by the side of its latent."""
         return 1 if self.kind == "identity" else 2 ** (len(self.block_channels) - 1)
 
 
@@ -193,41 +208,45 @@ class FlowConfig(Section):
     section: ClassVar[str] = "flow"
 
     prediction: Literal["velocity", "data"] = "velocity"
-    """What the network's output means. `data` is turned into a velocity for the loss (arXiv 2511.13720): in
-    pixel space the data lie on a far smaller manifold than the velocity, so a narrow network learns it sooner."""
+    """What the network predicts. A prediction of data is converted to a velocity for the loss (arXiv 2511.13720).
+    It suits narrow networks in pixel space, where the velocity is harder to learn than the data."""
     time_mean: float = 0.0
-    """t = sigmoid(Normal(time_mean, time_std)); t = 0 is noise, t = 1 is data. Less log(s) is a time shift of s."""
+    """Mean of logit(t) in training, where t = 0 is noise and t = 1 is data; -log(s) shifts times towards noise by s."""
     time_std: float = value(1.0, POSITIVE)
+    """Standard deviation of logit(t)."""
     mask_dropout: float = value(0.1, DECAY)
-    """Probability that an example trains without its mask."""
+    """Probability that a training example loses its mask, for classifier-free guidance."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Section):
-    """AdamW with clipping by global norm, linear warm-up and an optional cosine decay."""
+    """The optimizer: AdamW with gradient clipping, linear warm-up and optional cosine decay."""
 
     section: ClassVar[str] = "optim"
 
     name: Literal["adamw"] = "adamw"
-    """The optimizer; see `training/optimizers.py`."""
+    """Optimizer, as defined in sisma_jax/training/optimizers.py."""
     learning_rate: float = value(1e-4, POSITIVE)
-    """The rate after warm-up, at batches of base_batch_size if there is a scaling rule."""
+    """Learning rate after warm-up; with a scaling rule, the rate for a batch of base_batch_size."""
     scaling_rule: Literal["none", "linear", "sqrt"] = "none"
-    """How the rate grows with train.batch_size / base_batch_size: not, in proportion (arXiv 1706.02677), or with its
-    square root, as suits Adam (arXiv 2205.10287)."""
+    """How the learning rate scales with train.batch_size / base_batch_size: not at all, or linearly (arXiv 1706.02677).
+    sqrt scales it with the square root, which suits Adam (arXiv 2205.10287)."""
     base_batch_size: int = value(256, COUNT)
-    """Batch for which learning_rate is meant; counts only with a scaling rule."""
+    """Batch size to which learning_rate refers; used only with a scaling rule."""
     warmup_steps: int = value(0, NON_NEGATIVE)
+    """Steps in which the learning rate rises linearly from 0."""
     decay_steps: int = value(0, NON_NEGATIVE)
-    """Step at which a cosine decay reaches zero; 0 keeps the rate constant after warm-up."""
+    """Step at which the cosine decay reaches 0; 0 keeps the rate constant after warm-up."""
     b1: float = value(0.9, DECAY)
-    """Decay of the gradient's running mean."""
+    """Decay rate of Adam's first moment."""
     b2: float = value(0.999, DECAY)
-    """Decay of the running mean of its square."""
+    """Decay rate of Adam's second moment."""
     weight_decay: float = value(0.0, NON_NEGATIVE)
+    """Decoupled weight decay, applied to matrices only."""
     clip_norm: float = value(1.0, POSITIVE)
-    """Global gradient norm above which gradients are scaled down."""
+    """Global gradient norm above which gradients are clipped."""
     ema_decay: float = value(0.9999, DECAY)
+    """Decay of the EMA parameters, which samples are drawn with."""
 
     def _check(self) -> None:
         self._require(
@@ -239,16 +258,16 @@ class OptimConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-    """How all devices of all processes share the work; see `parallel/sharding.py`."""
+    """The device mesh; see sisma_jax/parallel/sharding.py."""
 
     section: ClassVar[str] = "mesh"
 
     data: int = value(0, NON_NEGATIVE, may_change=True)
-    """Data-parallel replicas, each with its share of the batch; 0: as many as the other axes leave devices for."""
+    """Data-parallel replicas, each with its own part of the batch; 0: all devices that the other axes leave."""
     fsdp: int = value(1, COUNT, may_change=True)
-    """Devices over which parameters, EMA and optimizer state are sharded, and the batch too."""
+    """Devices over which parameters, EMA parameters, optimizer state and the batch are sharded."""
     seq: int = value(1, COUNT, may_change=True)
-    """Devices over which the rows of each image are sharded: for images beyond one device's memory."""
+    """Devices over which the rows of each image are sharded, for images that exceed one device's memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,25 +277,30 @@ class TrainConfig(Section):
     section: ClassVar[str] = "train"
 
     num_steps: int = value(400_000, COUNT, may_change=True)
+    """Training steps."""
     batch_size: int = value(64, COUNT)
     """Examples per step, over all devices and processes."""
     accumulate_steps: int = value(1, COUNT)
-    """Parts of a batch whose gradients are computed one after the other and summed: less memory, the same update."""
+    """Parts of a batch whose gradients are computed in sequence and averaged: the same update in less memory."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of matrix products and activations; parameters, norms and scan carries stay float32."""
+    """Type of matrix products and activations; parameters, norms and scan states stay float32."""
     init_from: str = value("", may_change=True)
-    """A file that the command `export` wrote, from whose parameters a new run of the same model begins."""
+    """File that the command `export` wrote; a new run of the same model starts from its parameters."""
     seed: int = value(0, SEED)
+    """Seed of the initial parameters, the order of the data, and the noise."""
     log_every_steps: int = value(50, COUNT, may_change=True)
+    """Steps between two lines of metrics."""
     checkpoint_every_steps: int = value(5_000, COUNT, may_change=True)
+    """Steps between two checkpoints."""
     keep_checkpoints: int = value(3, COUNT, may_change=True)
-    """Newest checkpoints that are kept."""
+    """Number of newest checkpoints to keep."""
     keep_best: int = value(1, NON_NEGATIVE, may_change=True)
-    """Checkpoints with the lowest held-out loss that are kept besides."""
+    """Number of checkpoints with the lowest held-out loss to keep in addition."""
     max_skipped_steps: int = value(10, NON_NEGATIVE, may_change=True)
-    """Steps in a row that may be skipped because loss, gradient or update is not finite; one more stops the run."""
+    """Consecutive steps that may be skipped because the loss, the gradient or the update is not finite.
+    The next such step stops the run."""
     profile_steps: str = value("", may_change=True)
-    """Steps of which a trace is written to WORKDIR/profile, such as 10-15, for TensorBoard or XProf."""
+    """Steps to profile, such as 10-15; the trace in WORKDIR/profile is for TensorBoard or XProf."""
 
     def _check(self) -> None:
         self._require(
@@ -284,47 +308,47 @@ class TrainConfig(Section):
             "batch_size",
             f"a multiple of train.accumulate_steps, {self.accumulate_steps}",
         )
-        self._require(self.profiled is not None, "profile_steps", "empty, or a first and a last step such as 10-15")
+        is_readable = not self.profile_steps or len(self.profiled) > 0
+        self._require(is_readable, "profile_steps", "empty, or a first and a last step such as 10-15")
 
     @property
-    def profiled(self) -> range | None:
-        """Steps whose trace is wanted; None if `profile_steps` cannot be read."""
-        if not self.profile_steps:
-            return range(0)
+    def profiled(self) -> range:
+        """The steps that `profile_steps` names, counted from 1; empty if there are none."""
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", self.profile_steps)
-        steps = match and range(int(match[1]), int(match[2] or match[1]) + 1)
-        return steps if steps and steps[0] > 0 else None
+        if match is None or int(match[1]) == 0:
+            return range(0)
+        return range(int(match[1]), int(match[2] or match[1]) + 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sampling(Section):
-    """How to sample: the configuration's defaults, of which a call may override each.
+    """How to sample: solver, classifier-free guidance and batches. Each call may override single values."""
 
-    A pytree for `jax.jit` (registered in `diffusion/sampling.py`): `steps`, `solver` and `is_guided` are static, the
-    other settings are traced, and `batch_size` and `seed`, which concern the caller alone, are left out.
-    """
-
+    # A pytree for `jax.jit`, registered in `diffusion/sampling.py`: `steps`, `solver` and `is_guided` are static, and
+    # the other settings are traced. `batch_size` and `seed` are left out, because only the caller uses them.
     section: ClassVar[str] = "sample"
 
     steps: int = value(25, COUNT, may_change=True)
-    """Solver steps from noise to data."""
+    """Number of solver steps from noise to data."""
     solver: Solver = value("euler", may_change=True)
-    """euler: order 1; adams_bashforth: order 2 at one function evaluation per step; heun, midpoint: at two."""
-    # Beyond these bounds float32 no longer tells the first or last times of a long grid apart.
+    """ODE solver: euler (order 1) and adams_bashforth (order 2) take one function evaluation (NFE) per step.
+    heun and midpoint (order 2) take two."""
+    # Beyond these bounds, float32 does not distinguish the first or the last times of a long grid.
     shift: float = value(1.0, Range(0.01, 100), may_change=True)
-    """Above 1, more of the steps near noise, as high resolutions want (arXiv 2403.03206, eq. 23); 1: equal steps."""
-    # Beyond this bound every pixel is black or white: the image is undefined.
+    """Time shift (arXiv 2403.03206, eq. 23); 1: equal steps; above 1: smaller steps near noise, for large images."""
+    # Beyond this bound, every pixel saturates to black or white.
     guidance: float = value(1.5, Range(0, 100), may_change=True)
-    """Classifier-free guidance scale; 1 is the plain conditional model."""
+    """Classifier-free guidance scale; 1 is the conditional model without guidance."""
     guidance_low: float = value(0.0, FRACTION, may_change=True)
-    """First time that is guided (t = 0 is noise); what comes before follows the mask unguided (arXiv 2404.07724)."""
+    """Time at which guidance starts, where t = 0 is noise and t = 1 is data (arXiv 2404.07724)."""
     guidance_high: float = value(1.0, FRACTION, may_change=True)
-    """Time from which on nothing is guided any more."""
+    """Time at which guidance ends."""
     guidance_rescale: float = value(0.0, FRACTION, may_change=True)
-    """How far guided contrast is brought back to what it is unguided (arXiv 2305.08891), from 0 (not) to 1 (all)."""
+    """How far guided predictions are rescaled to the unguided standard deviation (arXiv 2305.08891); 1: fully."""
     batch_size: int = value(16, COUNT, may_change=True)
     """Images per call of the jitted sampler."""
     seed: int = value(0, SEED, may_change=True)
+    """Seed of the noise; the same seed and mask give the same faces."""
 
     def _check(self) -> None:
         self._require(
@@ -335,28 +359,32 @@ class Sampling(Section):
 
     @property
     def is_guided(self) -> bool:
-        """Whether the network is also evaluated without the mask. A traced guidance always asks for it."""
-        is_known = isinstance(self.guidance, int | float)
+        """Whether the network is also evaluated without the mask; always true for a traced guidance scale."""
+        is_known = type(self.guidance) in (int, float)  # and not a tracer
         return not is_known or (self.guidance != 1 and self.guidance_low < self.guidance_high)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateConfig(Section):
-    """What is measured on held-out data at the end."""
+    """Measurements on held-out data."""
 
     section: ClassVar[str] = "evaluate"
 
     num_samples: int = value(256, COUNT, may_change=True)
-    """Held-out masks to sample for the mask agreement (at most the size of the test split)."""
+    """Number of held-out masks to sample for; at most the size of the test split."""
     segmenter_steps: int = value(600, COUNT, may_change=True)
-    """Training steps of the small segmenter that reads masks back from images."""
+    """Training steps of the segmenter that predicts masks from sampled faces."""
     segmenter_width: int = value(32, COUNT, may_change=True)
-    """Channels of the segmenter's first level."""
+    """Channels of the segmenter at its finest resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """One experiment."""
+    """One experiment: all sections of the configuration.
+
+    Raises:
+      InputError: values of different sections contradict each other.
+    """
 
     data: DataConfig = DataConfig()
     autoencoder: AutoencoderConfig = AutoencoderConfig()
@@ -372,21 +400,21 @@ class Config:
         size, model = self.data.image_size, self.model
         multiple = self.autoencoder.downsampling * model.patch_size * 2 ** len(model.level_depths)
         if size % multiple:
-            halved = f", whose grid is halved {len(model.level_depths)} times" if model.level_depths else ""
-            latent = f" of latents a {self.autoencoder.downsampling}th in size" if self.autoencoder.kind == "kl" else ""
-            raise InputError(
-                f"data.image_size {size} is not a multiple of {multiple}: patches of model.patch_size "
-                f"{model.patch_size}{latent}{halved}; choose a size that they tile."
-            )
+            factors = f"model.patch_size {model.patch_size}"
+            if self.autoencoder.kind == "kl":
+                factors += f", times the autoencoder's downsampling {self.autoencoder.downsampling}"
+            if model.level_depths:
+                factors += f", in a token grid that is halved {len(model.level_depths)} times"
+            raise InputError(f"data.image_size {size} is not a multiple of {multiple} ({factors}); choose a multiple.")
 
     @property
     def learning_rate(self) -> float:
-        """The learning rate after warm-up, by the scaling rule."""
+        """Learning rate after warm-up, with the scaling rule applied."""
         ratio = self.train.batch_size / self.optim.base_batch_size
         return self.optim.learning_rate * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[self.optim.scaling_rule]
 
     @property
     def token_rows(self) -> int:
-        """Rows of the grid of tokens, in a U of its coarsest."""
+        """Rows of the token grid; in a U, of its coarsest token grid."""
         levels = len(self.model.level_depths)
         return self.data.image_size // (self.autoencoder.downsampling * self.model.patch_size * 2**levels)

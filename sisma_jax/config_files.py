@@ -1,30 +1,34 @@
-"""Configurations as files: `configs/NAME.py`, which defines `get_config() -> Config`, and the JSON that a run keeps."""
+"""Configurations as files: `configs/NAME.py` defines `get_config() -> Config`, and a run saves its own as JSON."""
 
 import contextlib
 import dataclasses
 import difflib
 import importlib.util
 import json
+import os
 import re
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, get_type_hints
 
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
-from sisma_jax.files import to_path
+from sisma_jax.files import AnyPath, to_path
 
 VERSION = 2
-"""Of the JSON: rises when a configuration of before means something else, or parameters are stored differently."""
+"""Version of the JSON. It rises when an older configuration would mean something else, or parameters are stored
+differently."""
 
 
-def load(path: Path) -> Config:
-    """Returns `get_config()` of a configuration file.
+def load(path: str | os.PathLike[str]) -> Config:
+    """Returns what `get_config()` of a configuration file returns.
+
+    Args:
+      path: the file, configs/NAME.py.
 
     Raises:
-      InputError: there is no such file, it cannot be run, it defines no `get_config`, or it sets a key or value that
-        the schema refuses; the message names file and line.
+      InputError: the file does not exist, fails to run, does not define `get_config`, or sets a key or value that the
+        schema rejects. The message names the file and the line.
     """
     path = to_path(path)
     if not path.is_file() or path.suffix != ".py":
@@ -38,7 +42,9 @@ def load(path: Path) -> Config:
         spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         last = len(path.read_text().splitlines())
-        raise InputError(f"{path}, line {last}: the file ends without get_config() -> sisma_jax.config.Config.")
+        raise InputError(
+            f"{path}, line {last}: the file ends without get_config() -> sisma_jax.config.Config; define this function."
+        )
     with _naming_the_line(path):
         config = module.get_config()
     if not isinstance(config, Config):
@@ -50,11 +56,11 @@ def load(path: Path) -> Config:
 
 
 @contextlib.contextmanager
-def _naming_the_line(path: Path) -> Iterator[None]:
-    """Turns what is raised in the block into an InputError that names the line of the file where it came from."""
+def _naming_the_line(path: AnyPath) -> Iterator[None]:
+    """Turns an exception of the block into an InputError that names the line of the file that raised it."""
     try:
         yield
-    except SyntaxError as error:  # of the file itself, or of one that it imports
+    except SyntaxError as error:  # in the file itself, or in a file that it imports
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
@@ -66,12 +72,12 @@ def _reason(error: Exception) -> str:
         return str(error)
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if unknown and isinstance(error, TypeError):
-        return f"{unknown[1]!r} is not a key. {_nearest(unknown[1])}"
+        return f"{unknown[1]!r} is not a configuration key. {_nearest(unknown[1])}"
     return f"{type(error).__name__}: {error}"
 
 
-def keys() -> dict[str, dataclasses.Field]:
-    """Returns the field of every value of the schema, by its dotted key: "model.d_state"."""
+def keys() -> dict[str, dataclasses.Field[Any]]:
+    """Returns {dotted key: field} for every value of the schema; a key is "model.d_state", for example."""
     return {
         f"{section}.{field.name}": field
         for section, hint in get_type_hints(Config).items()
@@ -87,15 +93,20 @@ def _nearest(name: str) -> str:
 
 
 def to_json(config: Config) -> str:
-    """Returns the configuration as indented JSON."""
+    """Returns the configuration as indented JSON, with the version of the schema."""
     return json.dumps({"version": VERSION} | dataclasses.asdict(config), indent=2) + "\n"
 
 
 def from_json(text: str, source: str) -> Config:
-    """Reads what `to_json` wrote.
+    """Returns the configuration that `to_json` wrote.
+
+    Args:
+      text: the JSON.
+      source: where the text comes from, for error messages.
 
     Raises:
-      InputError: the text is not JSON, of another version of the schema, or has keys that the schema does not know.
+      InputError: the text is not JSON, has another version of the schema, or has a key or value that the schema
+        rejects.
     """
     try:
         values = json.loads(text)
@@ -104,8 +115,8 @@ def from_json(text: str, source: str) -> Config:
         raise InputError(f"{source} is not a configuration ({error!r}).") from error
     if version != VERSION:
         raise InputError(
-            f"{source} is of version {version} of the configuration, this program reads version {VERSION}: use the "
-            "release of sisma_jax that wrote it, or train again."
+            f"{source} is of version {version} of the configuration, and this release of sisma_jax reads version "
+            f"{VERSION}; use the release that wrote it, or train again."
         )
     try:
         sections = get_type_hints(Config)
@@ -117,7 +128,7 @@ def from_json(text: str, source: str) -> Config:
 
 
 def differences(saved: Config, given: Config) -> list[str]:
-    """Returns one line for each value that differs and may not change when a run is resumed."""
+    """Returns one line for each value that differs but may not change when a run resumes."""
 
     def get(config: Config, key: str) -> Any:
         section, name = key.split(".")

@@ -1,7 +1,8 @@
-"""Paths on a disk or in a bucket (gs://...), and files that appear all at once.
+"""Paths on a disk or in a bucket (gs://...), and atomic writes.
 
-A `Path` is of the disk, an `epath.Path` of a bucket; what both have in common is all that is used of either. A bucket
-is reached through gcsfs, which has to be installed; it has no folders and no appending.
+A `Path` is on a disk, and an `epath.Path` is in a bucket. `to_path` makes one or the other, and the rest of the program
+uses only methods that both have. Access to a bucket needs the package gcsfs. A bucket has no folders, and nothing can
+be appended to an object in it.
 """
 
 import contextlib
@@ -10,23 +11,29 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
-import fsspec
+import fsspec.config
 from etils import epath
 
 from sisma_jax.errors import InputError
+
+if TYPE_CHECKING:
+    from typing_extensions import TypeIs
 
 AnyPath: TypeAlias = Path | epath.Path
 
 _SCHEME = "gs:"
 
 
-def to_path(path: str | os.PathLike) -> AnyPath:
-    """Returns the path of a file or folder on the disk, where ~ is the home, or in a bucket if it begins with gs://.
+def to_path(path: str | os.PathLike[str]) -> AnyPath:
+    """Returns a `Path` on the disk, or an `epath.Path` in a bucket.
+
+    Args:
+      path: file or folder. gs://BUCKET/... is in a bucket; anything else is on the disk, where ~ is the home folder.
 
     Raises:
-      InputError: it is in a bucket, and what reaches buckets is not installed.
+      InputError: the path is in a bucket, and gcsfs is not installed.
     """
     if isinstance(path, epath.Path):
         path = os.fspath(path)
@@ -35,7 +42,7 @@ def to_path(path: str | os.PathLike) -> AnyPath:
         return Path(path).expanduser()
     if not _reaches_buckets():
         raise InputError(f"{path}: buckets need the package gcsfs; pip install gcsfs.")
-    # TensorStore writes past gcsfs, which would go on listing what it has seen before.
+    # TensorStore writes to the bucket without gcsfs, so a listing that gcsfs has cached may be out of date.
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
     return epath.Path(f"{_SCHEME}//{rest.lstrip('/')}")  # pathlib takes gs://bucket for gs:/bucket
 
@@ -44,14 +51,23 @@ def _reaches_buckets() -> bool:
     return any(map(importlib.util.find_spec, ("gcsfs", "tensorflow")))
 
 
-def is_bucket(path: AnyPath) -> bool:
-    """Whether the path is in a bucket."""
+def is_bucket(path: AnyPath) -> "TypeIs[epath.Path]":
+    """Returns whether the path is in a bucket."""
     return os.fspath(path).startswith(f"{_SCHEME}//")
 
 
 @contextlib.contextmanager
 def bucket_errors(path: AnyPath) -> Iterator[None]:
-    """Turns what the client of a bucket raises, which has exceptions of its own, into OSError."""
+    """Turns the exceptions that a bucket's client raises in the block into OSError.
+
+    Exceptions of a block that works on the disk pass unchanged.
+
+    Args:
+      path: what the block reads or writes; it decides whether the block works on a bucket.
+
+    Raises:
+      OSError: the operation failed, on the disk or in the bucket.
+    """
     try:
         yield
     except OSError:
@@ -62,19 +78,24 @@ def bucket_errors(path: AnyPath) -> Iterator[None]:
         raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
 
-def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
-    """Replaces the file at `path`, whose folder exists.
+def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:
+    """Writes a file, or replaces it, in one step.
 
-    A reader, or a process killed meanwhile, finds the old content or the new, never a part.
+    A reader sees the old content or the new content, never a part of it, even if this process is killed while it
+    writes.
+
+    Args:
+      path: the file, on the disk or in a bucket; its folder must exist.
+      content: what to write; a string is encoded as UTF-8.
 
     Raises:
-      OSError: the file cannot be written; what was there before is untouched.
+      OSError: the file cannot be written; its old content is unchanged.
     """
     path = to_path(path)
     data = content.encode() if isinstance(content, str) else content
     if is_bucket(path):
         with bucket_errors(path):
-            path.write_bytes(data)  # an object appears when its last byte is there
+            path.write_bytes(data)  # an object becomes visible when it is complete
         return
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -83,7 +104,7 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as error:  # a full disk is reported without the name of the file
+    except OSError as error:  # the error of a full disk does not name the file
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         partial.unlink(missing_ok=True)
@@ -91,7 +112,13 @@ def write_atomically(path: str | os.PathLike, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def on_disk(path: AnyPath) -> Iterator[Path]:
-    """Gives the file's path, or that of its copy on the disk if it is in a bucket: for readers that map files.
+    """Makes a file available on the disk during the block, for readers that memory-map it.
+
+    Args:
+      path: file on the disk or in a bucket.
+
+    Yields:
+      The path itself, or the path of a temporary copy if the file is in a bucket.
 
     Raises:
       OSError: the file cannot be copied.

@@ -1,10 +1,10 @@
-"""From a run's folder, or an exported file, to faces in Python: `load(path)(mask, key=...)`."""
+"""The public API: samples faces in Python from a run's folder or an exported file, `load(path)(mask, key=...)`."""
 
 import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from sisma_jax.diffusion.sampling import sample
 from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
+from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.models.factory import Params, make_graph
 from sisma_jax.parallel import sharding
 from sisma_jax.runs.export import EXPORT_SUFFIX, load_exported
@@ -28,16 +29,19 @@ if TYPE_CHECKING:
     from sisma_jax.runs.folder import Checkpoint, RunFolder
 
 
+Autoencoder = IdentityAutoencoder | KlAutoencoder
+
+
 class Pipeline:
     """Samples faces for masks with trained parameters, on all devices of a mesh.
 
-    In a job of several processes each makes the same calls, and each gets all faces.
+    In a job of several processes, every process must make the same calls, and gets all faces.
 
     Attributes:
-      config: of the run.
-      params: EMA parameters of the denoiser.
-      step: training step they are from.
-      autoencoder: between images and latents.
+      config: configuration of the run.
+      params: EMA parameters of the denoiser, sharded over the mesh.
+      step: training step of the parameters.
+      autoencoder: converts between images and latents.
       mesh: of the devices that sample.
     """
 
@@ -46,14 +50,17 @@ class Pipeline:
         config: Config,
         params: Params,
         step: int,
-        autoencoder: IdentityAutoencoder | KlAutoencoder | None = None,
+        autoencoder: Autoencoder | None = None,
         mesh: Mesh | None = None,
     ):
-        """Makes the pipeline.
+        """Places the parameters on the devices. Most callers use `load`.
 
         Args:
-          autoencoder: none is needed by a denoiser of pixels.
-          mesh: by default every device has all parameters and a part of each batch.
+          config: configuration of the run.
+          params: EMA parameters of the denoiser.
+          step: training step of the parameters.
+          autoencoder: of the run; a denoiser of pixels needs none.
+          mesh: of all devices. By default, the parameters are replicated and batches are sharded.
         """
         self.config = config
         self.step = step
@@ -74,22 +81,24 @@ class Pipeline:
         sampling: Sampling | None = None,
         **overrides: Any,
     ) -> UInt8[np.ndarray, "N S S 3"]:
-        """Returns `num_samples` faces for each mask, RGB.
+        """Returns sampled faces as RGB images of the model's resolution S x S.
 
-        The same key, mask and settings give the same faces, however many are sampled in one call.
+        The same key, mask and settings give the same faces, independently of the number of faces per call.
 
         Args:
-          mask: class indices, one mask or a batch; resized to the model's resolution S x S (nearest pixel, the central
-            square of what is not square).
-          key: randomness. Face n of the result depends on `fold_in(key, n)`, or on key n if there are N of them: the
-            same key and another mask give a face of the same style.
-          num_samples: faces per mask; those of mask i are rows i * num_samples and on.
-          sampling: settings in place of the configuration's `sample` section, whose `seed` plays no part here.
-          overrides: single settings, as the fields of `Sampling`: `steps=4, guidance=2.0`.
+          mask: class indices, for one mask or a batch. A mask that is not square is cropped to its central square, and
+            then resized to S x S with nearest-neighbour sampling.
+          key: one key, or one key for each of the N faces. Face n depends on `fold_in(key, n)` or on key n. With the
+            same key, another mask gives a face of a similar style.
+          num_samples: faces per mask. The faces of mask i start at row i * num_samples of the result.
+          sampling: settings in place of the configuration's section `sample`. Its `seed` is not used, because `key`
+            replaces it.
+          overrides: single fields of `Sampling`, such as `steps=4, guidance=2.0`.
 
         Raises:
-          InputError: the mask holds other labels, or a setting is out of range.
-          TypeError: there is no such setting.
+          InputError: the mask has unknown class indices or another number of dimensions, the number of keys is wrong,
+            or a setting is out of range.
+          TypeError: `Sampling` has no field of the name of an override.
         """
         masks = self._resized(self._checked(mask, "mask"))
         return self._run({"mask": masks}, key, num_samples, self._settings(sampling, overrides))
@@ -107,41 +116,51 @@ class Pipeline:
         sampling: Sampling | None = None,
         **overrides: Any,
     ) -> UInt8[np.ndarray, "N H W 3"]:
-        """Repaints a photograph where its mask was changed; its other pixels stay as they are, bit for bit.
+        """Returns edits of a photograph, which is generated anew where its mask was edited.
 
-        Works on the central square of photograph and masks. The face is sampled at the model's resolution and resized
-        to that of the photograph.
+        All other pixels stay bit-identical. The edit applies to the central square of the photograph and of the masks.
+        The face is sampled at the model's resolution, and resized to the resolution of the photograph.
 
         Args:
-          image: RGB, of any size.
-          mask: edited masks, as for `__call__`: each gives an edit of the same photograph.
+          image: photograph, RGB, of any size.
+          mask: edited mask, or a batch of edited masks, as for `__call__`. Each gives an edit of the same photograph.
           key: as for `__call__`.
-          image_mask: the mask before it was edited; the region is where it differs.
-          region: what to repaint, in place of `image_mask`.
-          margin: pixels at the model's resolution S by which the repainted region reaches out, to be blended with the
-            photograph there. None: a 32nd of S; 0: not one pixel outside of the region changes.
-          num_samples: edits per mask; those of mask i are rows i * num_samples and on.
-          sampling, overrides: as for `__call__`.
+          image_mask: mask of the photograph before it was edited. The region to generate is where it differs from
+            `mask`.
+          region: the region to generate, in place of `image_mask`.
+          margin: width, in pixels at the model's resolution S, of the band around the region in which the face is
+            blended with the photograph. None: S / 32. 0: no pixel outside of the region changes.
+          num_samples: edits per mask. The edits of mask i start at row i * num_samples of the result.
+          sampling: as for `__call__`.
+          overrides: as for `__call__`.
 
         Raises:
-          InputError: the photograph is not 8-bit RGB, a mask holds other labels or is of another size than the one it
-            is compared with, nothing differs, not one of `image_mask` and `region` is given, or a setting is out of
-            range.
-          TypeError: there is no such setting.
+          InputError: the photograph is not 8-bit RGB, a mask has unknown class indices, `mask` and `image_mask` have
+            different sizes, the region is empty, not exactly one of `image_mask` and `region` is given, `margin` is
+            negative, the number of keys is wrong, or a setting is out of range.
+          TypeError: `Sampling` has no field of the name of an override.
         """
         image, size = np.asarray(image), self.config.data.image_size
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise InputError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
-        if (image_mask is None) == (region is None):
-            raise InputError("name either image_mask, the mask before it was edited, or region, what to repaint.")
         margin = size // 32 if margin is None else margin
         if margin < 0:
             raise InputError(f"margin must be non-negative, got {margin}.")
         masks = self._checked(mask, "mask")
-        changed = self._changed(masks, image_mask) if region is None else np.asarray(region, bool)[None]
+        if image_mask is not None and region is None:
+            changed = self._changed(masks, image_mask)
+        elif region is not None and image_mask is None:
+            changed = np.asarray(region, bool)[None]
+        else:
+            raise InputError(
+                "give either image_mask, the mask before it was edited, or region, the region to generate."
+            )
         changed = np.broadcast_to(changed, (len(masks), *changed.shape[1:]))
         if not changed.any(axis=(1, 2)).all():
-            raise InputError("there is nothing to repaint: the mask is that of the photograph, or the region is empty.")
+            raise InputError(
+                "there is nothing to generate, as the mask equals that of the photograph, or the region is empty; edit "
+                "the mask, or give another region."
+            )
         side = min(image.shape[:2])
         squares = [photos.central_square(one) for one in changed]
         weights = [editing.feather(editing.resize_region(one, side), margin * side / size) for one in squares]
@@ -157,9 +176,9 @@ class Pipeline:
         return np.stack([editing.composite(image, face, weights[i // num_samples]) for i, face in enumerate(faces)])
 
     def _settings(self, given: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
-        """Returns what was given, else the configuration's settings; with the overrides, which are checked here."""
+        """Returns the given settings, or those of the configuration, with the overrides, which are checked here."""
         if "seed" in overrides:
-            raise InputError("seed is no setting of a call; give key=jax.random.key(seed).")
+            raise InputError("seed cannot be overridden in a call; give key=jax.random.key(seed).")
         return dataclasses.replace(self.config.sample if given is None else given, **overrides)
 
     def _run(
@@ -181,7 +200,7 @@ class Pipeline:
         batch_size = sharding.round_up(min(total, settings.batch_size), self.mesh)
         faces = []
         for start in range(0, total, batch_size):
-            # The last batch is filled up, so that one shape compiles; what fills it is thrown away.
+            # The last batch is padded with copies, so that only one shape is compiled. Their faces are discarded.
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
             given = inputs if regions is None else {**inputs, "region": regions}
             batch = sharding.to_devices(
@@ -215,14 +234,21 @@ class Pipeline:
     def _changed(self, masks: UInt8[np.ndarray, "B H W"], image_mask: np.ndarray) -> Bool[np.ndarray, "B H W"]:
         before = self._checked(image_mask, "image_mask")
         if before.shape[1:] != masks.shape[1:]:
-            raise InputError(f"mask is {masks.shape[1:]} and image_mask {before.shape[1:]}; they must be of one size.")
+            raise InputError(f"mask is {masks.shape[1:]} and image_mask {before.shape[1:]}; they must have one size.")
         return masks != before
 
 
-def jit_sampler(config: Config, autoencoder_graph: nnx.GraphDef, mesh: Mesh) -> Callable[..., UInt8[Array, "B S S 3"]]:
-    """Returns the compiled function from parameters, keys and masks to faces, which are replicated.
+def jit_sampler(
+    config: Config, autoencoder_graph: nnx.GraphDef[Autoencoder], mesh: Mesh
+) -> Callable[..., UInt8[Array, "B S S 3"]]:
+    """Returns the jitted function from parameters, keys and masks to faces, which are replicated.
 
-    Takes the arguments of `_sample` after `prediction`; the mesh has to be in context.
+    Its arguments are those of `_sample` from `params` on. The mesh must be in context when it is called or lowered.
+
+    Args:
+      config: configuration of the run.
+      autoencoder_graph: graph definition of the autoencoder, from `nnx.split`.
+      mesh: of all devices.
     """
     return jax.jit(
         functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow.prediction),
@@ -232,11 +258,11 @@ def jit_sampler(config: Config, autoencoder_graph: nnx.GraphDef, mesh: Mesh) -> 
 
 
 def _sample(
-    graph: nnx.GraphDef,
-    autoencoder_graph: nnx.GraphDef,
-    prediction: str,
+    graph: nnx.GraphDef[Denoiser],
+    autoencoder_graph: nnx.GraphDef[Autoencoder],
+    prediction: Literal["velocity", "data"],
     params: Params,
-    autoencoder_params: nnx.State,
+    autoencoder_params: nnx.State[Any, Any],
     key_data: UInt32[Array, "B words"],
     inputs: Mapping[str, Array],
     settings: Sampling,
@@ -257,30 +283,39 @@ def _sample(
     )
 
 
-def load(path: str | os.PathLike, *, checkpoint: "Checkpoint" = "newest", mesh: Mesh | None = None) -> Pipeline:
-    """Returns the pipeline of a run's folder, or of a file that the command `export` wrote.
+def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", mesh: Mesh | None = None) -> Pipeline:
+    """Returns the pipeline for a run's folder, or for a file that the command `export` wrote.
 
     Args:
-      path: on the disk, or in a bucket (gs://...).
-      checkpoint: of the folder, whose EMA parameters to take: the newest that is whole, that of the lowest held-out
-        loss, or that of a step.
-      mesh: see `Pipeline`.
+      path: folder or file, on the disk or in a bucket (gs://...).
+      checkpoint: for a folder, the checkpoint whose EMA parameters are used: "newest", "best" (the lowest held-out
+        loss), or the step of a checkpoint. The first two skip damaged checkpoints.
+      mesh: of all devices. By default, the parameters are replicated and batches are sharded.
 
     Raises:
-      InputError: the folder holds no run, or no such checkpoint or no autoencoder that can be read; or the file is
-        damaged or of another program.
+      InputError: the folder contains no run; its checkpoint or its autoencoder does not exist or is damaged; or the
+        file does not exist, is damaged, or was written by another program.
     """
     path = to_path(path)
     if path.suffix == EXPORT_SUFFIX:
         exported = load_exported(path)
         return Pipeline(exported.config, exported.params, exported.step, exported.autoencoder, mesh)
-    from sisma_jax.runs.folder import RunFolder  # and with it Orbax, which exported files do not need
+    from sisma_jax.runs.folder import RunFolder  # exported files do not need it
 
     return from_run(RunFolder.open(path), checkpoint=checkpoint, mesh=mesh)
 
 
 def from_run(run: "RunFolder", *, checkpoint: "Checkpoint" = "newest", mesh: Mesh | None = None) -> Pipeline:
-    """Returns the pipeline of an opened run; otherwise as `load`."""
+    """Returns the pipeline for an opened run.
+
+    Args:
+      run: the run.
+      checkpoint: as for `load`.
+      mesh: as for `load`.
+
+    Raises:
+      InputError: the checkpoint or the autoencoder does not exist or is damaged.
+    """
     mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
     step, params = run.restore_ema(mesh, checkpoint)
     return Pipeline(run.config, params, step, run.autoencoder, mesh)

@@ -1,4 +1,4 @@
-"""The parts of a configuration section: fields that state their range, values that are checked when they are made."""
+"""What a configuration section is made of: fields that state their range, and values that are checked on creation."""
 
 import dataclasses
 import math
@@ -12,7 +12,7 @@ from sisma_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field takes; a bound belongs to them unless it is open."""
+    """The interval of numbers that a field accepts, such as [0, 1) for `Range(0, 1, high_is_open=True)`."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -31,7 +31,7 @@ class Range:
         return f"in {'(' if self.low_is_open else '['}{self.low}, {self.high}{')' if self.high_is_open else ']'}"
 
 
-# Ranges that many fields have. Every float is finite besides.
+# Ranges that several fields share. In addition, every float must be finite.
 ANY = Range()
 COUNT = Range(low=1)
 NON_NEGATIVE = Range(low=0)
@@ -42,21 +42,31 @@ SEED = Range(low=0, high=2**32 - 1)
 
 
 def value(default: Any, within: Range = ANY, *, may_change: bool = False) -> Any:
-    """Returns a field of a section.
+    """Returns a dataclass field of a section.
 
     Args:
-      within: range of a number, or of each number of a tuple.
-      may_change: whether a run may be resumed with another value: one that changes how long the run takes or what is
-        made of it, never what its checkpoints mean.
+      default: its default value.
+      within: the range of a number, or of each number in a tuple.
+      may_change: whether a run may resume with another value. True for values that affect how the run is carried out,
+        for example its length or where its files are. False for values that define what its checkpoints mean.
     """
     return dataclasses.field(default=default, metadata={"within": within, "may_change": may_change})
 
 
+@dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the configuration: every value is of its field's type and range, or the section is not made."""
+    """A section of the configuration, which checks the type and the range of every value when it is created.
+
+    NumPy scalars become Python scalars, and lists become tuples.
+
+    Attributes:
+      section: name of the section in `Config`.
+
+    Raises:
+      InputError: a value has the wrong type or is out of range, or the values contradict each other.
+    """
 
     section: ClassVar[str]
-    """Its name in `Config`."""
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -86,7 +96,7 @@ class Section:
             self._require(is_right, name, f"of type {hint.__name__}")
 
     def _check(self) -> None:
-        """Raises InputError for values that are in range each, but make no sense together."""
+        """Raises InputError for values that are each in range but contradict each other."""
 
     def _require(self, condition: bool, name: str, wanted: str) -> None:
         if not condition:
@@ -94,7 +104,7 @@ class Section:
 
 
 def _plain(value: Any, hint: Any) -> Any:
-    """Returns the value in the form of the schema: Python scalars for NumPy's, tuples and classes for JSON's."""
+    """Returns a value in the schema's form: Python scalars for NumPy scalars, tuples and `ClassSet` for JSON values."""
     if isinstance(value, np.generic):
         return value.item()
     if get_origin(hint) is tuple and isinstance(value, list | tuple):

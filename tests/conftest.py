@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from pathlib import Path
 
 # Before JAX is imported: these are read once, when it or its backend starts.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -32,12 +33,38 @@ hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")
 
 
-# One process does a file, so the longest come first.
-_LONGEST = ("test_faults.py", "test_docs.py", "test_run.py", "test_loop.py")
+# One process runs all tests of a file, so the longest files come first.
+_LONGEST = ("test_faults.py", "test_docs.py", "test_cli.py", "test_loop.py")
+# The files of `make check`. Each takes a few seconds and tests a part that many changes touch.
+_FAST = (
+    "test_config.py",
+    "test_docstrings.py",
+    "test_files.py",
+    "data/test_classes.py",
+    "data/test_imports.py",
+    "data/test_masks.py",
+    "data/test_photos.py",
+    "diffusion/test_editing.py",
+    "diffusion/test_flow.py",
+    "diffusion/test_guidance.py",
+    "diffusion/test_solvers.py",
+    "evaluation/test_grids.py",
+    "evaluation/test_mask_agreement.py",
+    "models/test_factory.py",
+    "models/test_golden_mixer.py",
+    "runs/test_export.py",
+    "runs/test_folder.py",
+    "runs/test_metrics.py",
+)
+_TESTS = Path(__file__).parent
+assert all((_TESTS / name).is_file() for name in _FAST)
 
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in _LONGEST)
+    for item in items:
+        if item.path.relative_to(_TESTS).as_posix() in _FAST and item.get_closest_marker("slow") is None:
+            item.add_marker("fast")
 
 
 # Where numbers, memory or speed depend on XLA's optimisations.

@@ -51,9 +51,7 @@ def main(file: str) -> None:
     assert faces.shape == (2, size, size, 3), faces.shape
     assert faces.dtype == np.uint8
     assert not set(TRAINING) & {name for name, module in sys.modules.items() if module is not None}
-    print(
-        f"sampled {faces.shape}; imports: jax {after_jax - start:.1f} s, sisma_jax {imported - after_jax:.1f} s more"
-    )
+    print(f"sampled {faces.shape}; imports: jax {after_jax - start:.1f} s, sisma_jax {imported - after_jax:.1f} s more")
 
 
 if __name__ == "__main__":

@@ -225,13 +225,13 @@ def test_edits_that_cannot_be_made_are_refused(capsys, finished, edit):
     sample = ("sample", "--mask", files["edited"])
     assert "name the photograph with --image" in refused(capsys, finished, *sample, "--region", files["region"])
     editing = (*sample, "--image", files["photo"])
-    assert "nothing to repaint" in refused(capsys, finished, *editing, "--image_mask", files["edited"])
+    assert "nothing to generate" in refused(capsys, finished, *editing, "--image_mask", files["edited"])
     both = ("--image_mask", files["before"], "--region", files["region"])
     assert "either image_mask" in refused(capsys, finished, *editing, *both)
     assert "margin must be" in refused(capsys, finished, *editing, *both[:2], "--margin", -1)
     assert "absent.png cannot be read" in refused(capsys, finished, *sample, "--image", "absent.png")
     pipeline, mask = sisma_jax.load(finished[1]), np.zeros((8, 8), int)
-    with pytest.raises(sisma_jax.InputError, match="image_mask \\(4, 4\\); they must be of one size"):
+    with pytest.raises(sisma_jax.InputError, match="image_mask \\(4, 4\\); they must have one size"):
         pipeline.edit(np.zeros((8, 8, 3), np.uint8), mask, key=jax.random.key(0), image_mask=mask[:4, :4])
     with pytest.raises(sisma_jax.InputError, match="image must be uint8"):
         pipeline.edit(np.zeros((8, 8, 3)), mask, key=jax.random.key(0), image_mask=mask)
@@ -253,7 +253,7 @@ def test_edits_that_cannot_be_made_are_refused(capsys, finished, edit):
         ({"guidance_rescale": -1.0}, "guidance_rescale must be in"),
         ({"mask": np.full((16, 16), 23)}, "label 23 is outside 0..18"),
         ({"mask": np.zeros((16, 16, 16, 16), int)}, r"want \(H, W\) or \(B, H, W\)"),
-        ({"mask": np.zeros((16, 16))}, "a mask holds integer class indices"),
+        ({"mask": np.zeros((16, 16))}, "a mask must hold integer class indices"),
     ],
 )
 def test_the_pipeline_refuses_nonsense(finished, arguments, message):

@@ -105,7 +105,7 @@ def test_a_value_out_of_range_is_refused_by_name(section, key, value, message):
 
 
 def test_patches_must_tile_the_image():
-    with pytest.raises(InputError, match=r"data.image_size 30 is not a multiple of 4: patches of model.patch_size 4"):
+    with pytest.raises(InputError, match=r"data.image_size 30 is not a multiple of 4 \(model.patch_size 4\)"):
         Config(data=DataConfig(image_size=30), model=ModelConfig(patch_size=4))
 
 
@@ -116,7 +116,10 @@ def test_a_file_is_loaded(tmp_path):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("Config(model=ModelConfig(dstate=3))", "line 5: 'dstate' is not a key. Perhaps you meant model.d_state"),
+        (
+            "Config(model=ModelConfig(dstate=3))",
+            "line 5: 'dstate' is not a configuration key. Perhaps you meant model.d_state",
+        ),
         ("Config(model=ModelConfig(zzzzzz=3))", "The keys are data.name"),
         ("Config(model=ModelConfig(d_state='x'))", "line 5: model.d_state must be of type int"),
         ("3", "line 4: get_config\\(\\) returns int, want sisma_jax.config.Config"),

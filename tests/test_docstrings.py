@@ -33,7 +33,8 @@ def _unclear_arguments(function: ast.FunctionDef) -> Iterator[str]:
         if argument is None or argument.arg in ("self", "cls") or argument.arg.startswith("_"):
             continue
         annotation = "" if argument.annotation is None else ast.unparse(argument.annotation)
-        if not annotation or ("'" not in annotation and _TELLS_NOTHING.search(annotation)):
+        is_clear = "'" in annotation or "PathLike" in annotation  # an array with its shape, or a path
+        if not annotation or (not is_clear and _TELLS_NOTHING.search(annotation)):
             yield argument.arg
 
 

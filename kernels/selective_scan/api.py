@@ -3,11 +3,12 @@
 import functools
 import logging
 from types import MappingProxyType
+from typing import Literal, overload
 
 import jax
 
 from ..partition import split_scan
-from ..typing import Array, Float
+from ..typing import Array, Float, ScanArguments
 from .associative import selective_scan_associative
 from .pallas_gpu import check_supported_by_pallas_gpu, selective_scan_pallas_gpu
 from .pallas_tpu import check_supported_by_pallas_tpu, selective_scan_pallas_tpu
@@ -34,6 +35,44 @@ SUPPORT_CHECKS = MappingProxyType(
 
 # What `implementation=None` means for each `jax.default_backend()`, in order of preference. The last one is portable.
 PREFERENCE = MappingProxyType({"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")})
+
+
+@overload
+def selective_scan(
+    u: Float[Array, "B L D"],
+    delta: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    D: Float[Array, " D"] | None = None,
+    z: Float[Array, "B L D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Float[Array, "B D N"] | None = None,
+    return_final_state: Literal[False] = False,
+    implementation: str | None = None,
+) -> Float[Array, "B L D"]: ...
+
+
+@overload
+def selective_scan(
+    u: Float[Array, "B L D"],
+    delta: Float[Array, "B L D"],
+    A: Float[Array, "D N"],
+    B: Float[Array, "B L N"],
+    C: Float[Array, "B L N"],
+    D: Float[Array, " D"] | None = None,
+    z: Float[Array, "B L D"] | None = None,
+    delta_bias: Float[Array, " D"] | None = None,
+    *,
+    delta_softplus: bool = False,
+    reverse: bool = False,
+    initial_state: Float[Array, "B D N"] | None = None,
+    return_final_state: Literal[True],
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]: ...
 
 
 def selective_scan(
@@ -92,18 +131,10 @@ def selective_scan(
       ValueError: the shapes do not match, a dtype is not floating-point, or the implementation's name is unknown.
       NotImplementedError: the named implementation does not support the arguments, for example float64.
     """
-    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    arguments = {
-        "u": u,
-        "delta": delta,
-        "A": A,
-        "B": B,
-        "C": C,
-        "D": D,
-        "z": z,
-        "delta_bias": delta_bias,
-        "initial_state": initial_state,
-    }
+    arguments = ScanArguments(
+        u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state
+    )
+    check_arguments(**arguments)
     if implementation is None:
         implementation = _preferred(arguments)
     if implementation not in IMPLEMENTATIONS:
@@ -118,7 +149,7 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
-def _preferred(arguments: dict[str, Array | None]) -> str:
+def _preferred(arguments: ScanArguments) -> str:
     """The name of the default backend's first preference that supports the arguments."""
     *kernels, portable = PREFERENCE.get(jax.default_backend(), ("xla",))
     for name in kernels:
@@ -148,9 +179,23 @@ def check_arguments(
     delta_bias: Array | None,
     initial_state: Array | None,
 ) -> None:
-    """Raises ValueError if a shape does not match the others, or a dtype is not floating-point.
+    """Checks the shapes and dtypes of the array arguments of `selective_scan`; see there for their meaning.
 
     The annotations have no shapes, because this function is the one that checks them for users.
+
+    Args:
+      u: wanted shape (batch, length, d_inner), which gives these three sizes.
+      delta: wanted shape (batch, length, d_inner).
+      A: wanted shape (d_inner, d_state), which gives d_state.
+      B: wanted shape (batch, length, d_state).
+      C: wanted shape (batch, length, d_state).
+      D: wanted shape (d_inner,), or None.
+      z: wanted shape (batch, length, d_inner), or None.
+      delta_bias: wanted shape (d_inner,), or None.
+      initial_state: wanted shape (batch, d_inner, d_state), or None.
+
+    Raises:
+      ValueError: a shape does not match the others, or a dtype is not floating-point.
     """
     # u and A define the sizes; every other shape follows from them.
     if u.ndim != 3:

@@ -23,7 +23,7 @@ for the backward pass, which temporarily holds the states of every eighth step.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -31,19 +31,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from ..partition import vary_as
-from ..typing import Array, Float, Ref
+from ..typing import Array, Float, Ref, ScanArrays
 from .pallas_gpu_kernels import Program, backward, combine, forward, summarize, summarize_adjoint
 from .pallas_gpu_layout import BlockSizes, Problem, block_sizes, operands
 from .reference import first_state, skip_and_gate
 
 __all__ = ["BlockSizes", "block_sizes", "check_supported_by_pallas_gpu", "selective_scan_pallas_gpu"]
 
-# With more states a block has fewer than 8 channels. The parts of sums over channels, (blocks, batch, length, d_state),
-# then take as much memory as the states of every fourth step.
+# With more states, a block has fewer than 8 channels. The partial sums over channels, which are (blocks, batch, length,
+# d_state), would then take as much memory as the states of every fourth step.
 MAX_D_STATE = 64
 
-Arrays = dict[str, Array | None]
-"""Arguments of the public function or of a kernel, by name; None where an optional one is absent."""
+FLOAT32 = jnp.dtype("float32")
 
 
 def selective_scan_pallas_gpu(
@@ -61,25 +60,40 @@ def selective_scan_pallas_gpu(
     initial_state: Float[Array, "B D N"] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """Returns (y, final_state); see `selective_scan` for the formula and the arguments.
+    """Returns (y, final_state); see `selective_scan` for the formula, and for the shapes of the arguments.
 
     Args:
-      interpret: run the kernels step by step on the CPU.
+      u: as for `selective_scan`, like the other arrays; float32 or bfloat16.
+      delta: step sizes before bias and softplus.
+      A: diagonal of each channel's state matrix, with at most 64 states per channel.
+      B: input matrix of each token.
+      C: output matrix of each token.
+      D: skip weight of each channel; no skip connection if None.
+      z: gate before its SiLU; no gate if None.
+      delta_bias: added to delta; no bias if None.
+      delta_softplus: apply a softplus to the step sizes.
+      reverse: scan from the last token to the first.
+      initial_state: state before the first scanned token; zeros if None.
+      interpret: run the kernels in Pallas's interpreter on the CPU.
+
+    Returns:
+      y, with the shape and dtype of u, and the state after the last scanned token, float32.
 
     Raises:
-      NotImplementedError: see `check_supported_by_pallas_gpu`.
+      NotImplementedError: a dtype or d_state is not supported; see `check_supported_by_pallas_gpu`.
     """
     check_supported_by_pallas_gpu(u, delta, A, B, C, D, z, delta_bias, initial_state)
     # Between the kernels, as inside them, states and parameters are float32.
-    dtype = jnp.dtype("float32")
-    initial_state = first_state(initial_state, u, A, dtype)
+    state = first_state(initial_state, u, A, FLOAT32)
     # A grid without programs would leave the outputs unwritten.
     if 0 in u.shape or 0 in A.shape:
-        return skip_and_gate(jnp.zeros(u.shape, dtype), u, D, z), initial_state
-    sizes = block_sizes(*u.shape, A.shape[1])
-    problem = Problem(*u.shape, A.shape[1], sizes, delta_softplus, reverse, interpret)
-    arrays = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
-    return _scan(problem, {name: x if x is None else vary_as(u, x) for name, x in arrays.items()})
+        return skip_and_gate(jnp.zeros(u.shape, FLOAT32), u, D, z), state
+    (batch, length, d_inner), d_state = u.shape, A.shape[1]
+    sizes = block_sizes(batch, length, d_inner, d_state)
+    problem = Problem(batch, length, d_inner, d_state, sizes, delta_softplus, reverse, interpret)
+    arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
+    # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
+    return _scan(problem, jax.tree.map(functools.partial(vary_as, u), arrays))
 
 
 def check_supported_by_pallas_gpu(
@@ -93,7 +107,11 @@ def check_supported_by_pallas_gpu(
     delta_bias: Float[Array, " D"] | None = None,
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> None:
-    """Raises NotImplementedError for a dtype that the kernels do not support, or a state too large for registers."""
+    """Checks that the kernels support the arguments, which are the arrays of `selective_scan`.
+
+    Raises:
+      NotImplementedError: an array is neither float32 nor bfloat16, or A has more than 64 states per channel.
+    """
     arrays = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
     for name, x in arrays.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
@@ -108,8 +126,8 @@ def check_supported_by_pallas_gpu(
 def _call(
     kernel: Callable[[Program, dict[str, Ref], dict[str, Ref]], None],
     problem: Problem,
-    inputs: Arrays,
-    outputs: dict[str, jnp.dtype | type],
+    inputs: Mapping[str, Array],
+    outputs: Mapping[str, jnp.dtype],
     each_chunk: bool = True,
 ) -> dict[str, Array]:
     """Runs kernel(program, inputs, outputs), where inputs and outputs are references by name; returns its outputs.
@@ -117,18 +135,17 @@ def _call(
     Args:
       kernel: reads and writes the blocks of one program.
       problem: the sizes and options for which to compile it.
-      inputs: arrays by name; None where an argument is absent.
+      inputs: arrays by name; absent arguments have no entry.
       outputs: dtypes by name.
-      each_chunk: whether each chunk has its own program, or one program goes through all chunks.
+      each_chunk: each chunk has its own program; if False, one program goes through all chunks.
     """
-    inputs = {name: x for name, x in inputs.items() if x is not None}
     # Inside a `jax.shard_map`, outputs vary over the mesh axes that shard the batch, as all inputs do by `vary_as`.
     layouts, varying = operands(problem), jax.typeof(inputs["A"]).manual_axis_type
 
     def body(inputs: dict[str, Ref], outputs: dict[str, Ref]) -> None:
         kernel(Program(problem), inputs, outputs)
 
-    # pallas_call takes and returns dictionaries of operands, so none is identified by its position.
+    # pallas_call takes and returns dictionaries, so no operand is identified by its position.
     return pl.pallas_call(
         body,
         out_shape={
@@ -145,25 +162,28 @@ def _call(
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=problem.interpret,
         name=f"selective_scan_{kernel.__name__}",
-    )(inputs)
+    )(dict(inputs))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(problem: Problem, arrays: Arrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """(y, final_state); arrays are the public function's, by name."""
+def _scan(problem: Problem, arrays: ScanArrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+    """(y, final_state)."""
     return _scan_fwd(problem, arrays)[0]
 
 
 def _scan_fwd(
-    problem: Problem, arrays: Arrays
-) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B D N"]], tuple[Arrays, Float[Array, "B chunks padN padD"]]]:
+    problem: Problem, arrays: ScanArrays
+) -> tuple[
+    tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
+    tuple[ScanArrays, Float[Array, "B chunks padN padD"]],
+]:
     inputs, first = _kernel_inputs(problem, arrays), _kernel_state(problem, arrays["initial_state"])
     if problem.chunks == 1:
         # The only chunk starts from the initial state, and neither `summarize` nor `combine` is needed.
         start = first[:, None]
     else:
         # The states do not depend on C, D and z, so `summarize` does not read them.
-        needed = {name: inputs[name] for name in ("u", "delta", "delta_bias", "A", "B")}
+        needed = {name: x for name, x in inputs.items() if name in ("u", "delta", "delta_bias", "A", "B")}
         summaries = _call(summarize, problem, needed, _float32("end", "step_sum"))
         start = _combine_chunks(problem, inputs["A"], first, **summaries)["starts"]
     outputs = _call(forward, problem, inputs | {"start": start}, {"y": arrays["u"].dtype} | _float32("final_state"))
@@ -174,9 +194,9 @@ def _scan_fwd(
 
 def _scan_bwd(
     problem: Problem,
-    residuals: tuple[Arrays, Float[Array, "B chunks padN padD"]],
+    residuals: tuple[ScanArrays, Float[Array, "B chunks padN padD"]],
     cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-) -> tuple[Arrays]:
+) -> tuple[ScanArrays]:
     # Unlike the forward pass, this one needs `summarize_adjoint` even for one chunk, for the states of the groups.
     (arrays, start), (dy, d_final_state) = residuals, cotangents
     inputs = _kernel_inputs(problem, arrays) | {"dy": dy}
@@ -188,30 +208,39 @@ def _scan_bwd(
     against_time = dataclasses.replace(problem, reverse=not problem.reverse)
     carries = _combine_chunks(against_time, inputs["A"], _kernel_state(problem, d_final_state), **summaries)
 
-    present = [name for name, x in arrays.items() if x is not None]
-    # Gradients of sequences are complete and are written in the dtype of their argument. The others are parts of sums,
+    # Gradients of sequences are complete and are written in the dtype of their argument. The others are partial sums,
     # which stay float32 until they have been added.
-    types = {f"d{name}": arrays[name].dtype for name in present if name in ("u", "delta", "z")}
-    types |= _float32(*(f"d{name}" for name in present if name in ("A", "B", "C", "D", "delta_bias")))
+    types = {f"d{name}": inputs[name].dtype for name in ("u", "delta", "z") if name in inputs}
+    types |= _float32(*(f"d{name}" for name in ("A", "B", "C", "D", "delta_bias") if name in inputs))
     inputs |= {"group_starts": group_starts, "start": carries["starts"]}
-    gradients = _call(backward, problem, inputs, types)
-    # Sums over the programs: of A, D and delta_bias over examples and chunks, of B and C over blocks of channels.
-    gradients["dA"] = _caller_state(problem, jnp.sum(gradients["dA"], axis=(0, 1)))
+    d = _call(backward, problem, inputs, types)
+    # XLA adds the programs' partial sums: of A, D and delta_bias over examples and chunks, of B and C over blocks of
+    # channels.
     for name in ("dB", "dC"):
-        gradients[name] = jnp.sum(gradients[name], axis=0)[:, : problem.length, : problem.d_state]
+        d[name] = jnp.sum(d[name], axis=0)[:, : problem.length, : problem.d_state]
     for name in ("dD", "ddelta_bias"):
-        if name in gradients:
-            gradients[name] = jnp.sum(gradients[name], axis=(0, 1))[: problem.d_inner]
-    # The carry at the start of the first chunk is the gradient of the state before it.
-    gradients["dinitial_state"] = _caller_state(problem, carries["last"])
-    return ({name: None if x is None else gradients[f"d{name}"].astype(x.dtype) for name, x in arrays.items()},)
+        if name in d:
+            d[name] = jnp.sum(d[name], axis=(0, 1))[: problem.d_inner]
+    gradients = ScanArrays(
+        u=d["du"],
+        delta=d["ddelta"],
+        A=_caller_state(problem, jnp.sum(d["dA"], axis=(0, 1))),
+        B=d["dB"],
+        C=d["dC"],
+        D=d.get("dD"),
+        z=d.get("dz"),
+        delta_bias=d.get("ddelta_bias"),
+        # The carry at the start of the first chunk is the gradient of the state before it.
+        initial_state=_caller_state(problem, carries["last"]),
+    )
+    return (jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays),)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _float32(*names: str) -> dict[str, type]:
-    return dict.fromkeys(names, jnp.float32)
+def _float32(*names: str) -> dict[str, jnp.dtype]:
+    return dict.fromkeys(names, FLOAT32)
 
 
 def _combine_chunks(
@@ -226,14 +255,20 @@ def _combine_chunks(
     return _call(combine, problem, inputs, _float32("starts", "last"), each_chunk=False)
 
 
-def _kernel_inputs(problem: Problem, arrays: Arrays) -> Arrays:
-    """The arrays as kernels read them. Only the parameters, which are small, are padded and converted to float32."""
-    inputs = {name: arrays[name] for name in ("u", "delta", "z", "B", "C")}
-    for name in ("D", "delta_bias"):
-        x = arrays[name]
-        inputs[name] = None if x is None else _pad(x.astype(jnp.float32), 0, problem.sizes.d_inner)
+def _kernel_inputs(problem: Problem, arrays: ScanArrays) -> dict[str, Array]:
+    """The arrays as the kernels read them, by name; absent arguments have no entry.
+
+    Only the parameters, which are small, are padded and converted to float32.
+    """
+    inputs = {"u": arrays["u"], "delta": arrays["delta"], "B": arrays["B"], "C": arrays["C"]}
     # A is scaled once here, so that exp(Δ A) is 2^(Δ A log2 e): the GPU's instruction for exponentials has base 2.
-    return inputs | {"A": _kernel_state(problem, arrays["A"].astype(jnp.float32) * math.log2(math.e))}
+    inputs["A"] = _kernel_state(problem, arrays["A"].astype(jnp.float32) * math.log2(math.e))
+    if arrays["z"] is not None:
+        inputs["z"] = arrays["z"]
+    for name, x in (("D", arrays["D"]), ("delta_bias", arrays["delta_bias"])):
+        if x is not None:
+            inputs[name] = _pad(x.astype(jnp.float32), 0, problem.sizes.d_inner)
+    return inputs
 
 
 def _kernel_state(problem: Problem, x: Float[Array, "*axes D N"]) -> Float[Array, "*axes padN padD"]:

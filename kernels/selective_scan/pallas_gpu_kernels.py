@@ -46,9 +46,14 @@ class Program:
     ) -> Carry:
         """Returns the carry after `carry = body(i, rows, carry)` for each group of steps of the chunk.
 
-        Groups are numbered in the order of the scan, and visited in that order, or in the opposite one if backward. The
-        rows are those of the group's steps in the order of the scan. Bodies unroll the steps of a group, so that the
-        compiler overlaps the loads of one step with the arithmetic of another.
+        Bodies unroll the steps of a group, so that the compiler overlaps the loads of one step with the arithmetic of
+        another.
+
+        Args:
+          body: receives the number of the group in the order of the scan, the rows of the group's steps in the order of
+            the scan, and the carry.
+          carry: the first carry.
+          backward: visit the groups in the opposite order of the scan.
         """
         reverse, steps, chunk = self.problem.reverse, self.problem.sizes.steps, self.problem.sizes.chunk
         groups = chunk // steps
@@ -63,27 +68,27 @@ class Program:
         return jax.lax.fori_loop(0, groups, group, carry)
 
     def channels(self, ref: Ref, row: Index) -> Float[Array, " D"]:
-        """A row of a sequence in float32, with zeros outside the array."""
+        """Returns row `row` of a sequence's block in float32, with zeros outside the array."""
         return _read(ref, row, _both(self._is_inside(row), self.channel_mask))
 
     def states(self, ref: Ref, row: Index) -> Float[Array, "N 1"]:
-        """A row of a projection in float32, as a column, with zeros outside the array."""
+        """Returns row `row` of a projection's block in float32, as a column, with zeros outside the array."""
         return _read(ref, row, _both(self._is_inside(row), self.state_mask))[:, None]
 
     def write_channels(self, ref: Ref, row: Index, x: Float[Array, " D"]) -> None:
-        """Writes a row of a sequence, rounded to its dtype; nothing outside the array."""
+        """Writes x to row `row` of a sequence's block, rounded to its dtype; nothing outside the array."""
         mask = _both(self._is_inside(row), self.channel_mask)
         # plt.load and plt.store take masks, unlike indexing a reference. A mask has the shape of the value.
         plt.store(ref.at[row], x.astype(ref.dtype), mask=None if mask is None else jnp.broadcast_to(mask, x.shape))
 
     def biased(self, inputs: Refs, row: Index) -> Float[Array, " D"]:
-        """delta + delta_bias."""
+        """Returns delta + delta_bias of a row, in float32."""
         delta = self.channels(inputs["delta"], row)
         # delta_bias, like D, is loaded for each row, from cache, instead of being held in registers.
         return delta + inputs["delta_bias"][...] if "delta_bias" in inputs else delta
 
     def step_size(self, biased: Float[Array, " D"], row: Index) -> Float[Array, " D"]:
-        """Δ from delta + delta_bias; zero outside the sequence, so that the state passes unchanged."""
+        """Returns Δ from delta + delta_bias. It is zero outside the sequence, where the state then stays unchanged."""
         if self.problem.delta_softplus:
             # log(1 + exp(x)) without overflow: the exponential's argument is never positive.
             biased = jnp.maximum(biased, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(biased)))
@@ -92,14 +97,14 @@ class Program:
     def biased_gradient(
         self, d_step_size: Float[Array, " D"], biased: Float[Array, " D"], row: Index
     ) -> Float[Array, " D"]:
-        """The gradient of delta + delta_bias from the gradient of Δ; zero outside the sequence."""
+        """Returns the gradient of delta + delta_bias from the gradient of Δ; zero outside the sequence."""
         if self.problem.delta_softplus:
             d_step_size *= jax.nn.sigmoid(biased)
         return self._zero_outside(d_step_size, row)
 
     def sequences(self, inputs: Refs, rows: list[Index]) -> list[tuple[Index, Float[Array, " D"], Float[Array, " D"]]]:
-        """[(row, u, Δ)] of the rows. All loads are issued before the first value is used, so that they overlap."""
-        # Neither depends on the state: a step then waits for the step before it and not for memory.
+        """Returns (row, u, Δ) for each of the rows. All loads come before the first use of a value: they overlap."""
+        # u and Δ do not depend on the state, so a step waits only for the step before it, not for memory.
         u = [self.channels(inputs["u"], row) for row in rows]
         step_sizes = [self.step_size(self.biased(inputs, row), row) for row in rows]
         return list(zip(rows, u, step_sizes, strict=True))
@@ -138,7 +143,7 @@ def _decay(step_size: Float[Array, " D"], A: Float[Array, "N D"]) -> Float[Array
 
 
 def summarize(program: Program, inputs: Refs, outputs: Refs) -> None:
-    """Writes `end`, a chunk's state after its last step if it starts from zero, and `step_sum`, its ΣΔ."""
+    """Writes `end`, the state after the chunk's last step if the chunk starts from zero, and `step_sum`, its ΣΔ."""
     # Reads the blocks u, delta (chunk, D), B (chunk, N), delta_bias (D,) and A (N, D). Writes end (N, D) and step_sum
     # (D,). A and h stay in registers for the complete chunk: 16 entries of each per lane.
     A = inputs["A"][...]
@@ -149,7 +154,8 @@ def summarize(program: Program, inputs: Refs, outputs: Refs) -> None:
         h, step_sum = carry
         for row, u, step_size in program.sequences(inputs, rows):
             h = _decay(step_size, A) * h + (step_size * u)[None, :] * program.states(inputs["B"], row)
-            # ΣΔ gives the product of the chunk's decays as one exponential later, for D numbers instead of N x D.
+            # `combine` computes the product of the chunk's decays from ΣΔ, as one exponential. ΣΔ has D entries, the
+            # product has N x D.
             step_sum += step_size
         return h, step_sum
 
@@ -179,7 +185,7 @@ def combine(program: Program, inputs: Refs, outputs: Refs) -> None:
 def forward(program: Program, inputs: Refs, outputs: Refs) -> None:
     """Writes y of a chunk, from the chunk's start state, and the state after the last chunk."""
     # Reads u, delta, z (chunk, D), B, C (chunk, N), D, delta_bias (D,), A and start (N, D). Writes y (chunk, D) and
-    # final_state (N, D). C and z do not affect the state, so `summarize` can do without them.
+    # final_state (N, D).
     A = inputs["A"][...]
 
     def group(_: Index, rows: list[Index], h: Float[Array, "N D"]) -> Float[Array, "N D"]:
@@ -188,7 +194,8 @@ def forward(program: Program, inputs: Refs, outputs: Refs) -> None:
             h = _decay(step_size, A) * h + (step_size * u)[None, :] * program.states(inputs["B"], row)
             # The sum over state entries: 4 within each lane, then shuffles between lanes.
             outcomes.append((row, u, jnp.sum(h * program.states(inputs["C"], row), axis=0)))
-        # Skip, gate and stores follow the steps of the group, which depend on each other, and do not delay them.
+        # Each step of the group depends on the step before. Skip, gate and stores come after all of them, so that they
+        # do not lengthen this chain.
         for row, u, y in outcomes:
             if "D" in inputs:
                 y += inputs["D"][...] * u
@@ -206,10 +213,11 @@ def forward(program: Program, inputs: Refs, outputs: Refs) -> None:
 
 
 def summarize_adjoint(program: Program, inputs: Refs, outputs: Refs) -> None:
-    """Writes `end`, a chunk's carry at its start (see `backward`) if it is zero at its end, and ΣΔ and `group_starts`.
+    """Writes what `combine` and `backward` need of a chunk: `end`, `step_sum` and `group_starts`.
 
-    With zero at the end, the carry at the start is Σ_t exp(A Σ_{s≤t} Δ_s) dy_t C_t. This sum runs forward in time, so
-    the same loop recomputes the states for group_starts, the state before each group.
+    `end` is the adjoint's carry (see `backward`) at the start of the chunk if the carry at its end is zero:
+    Σ_t exp(A Σ_{s≤t} Δ_s) dy_t C_t. `step_sum` is ΣΔ. The sum for `end` runs in the order of the scan, so the same loop
+    recomputes the states and writes `group_starts`, the state before each group of steps.
     """
     # Reads u, delta, z, dy (chunk, D), B, C (chunk, N), delta_bias (D,), A and start (N, D), here the state before the
     # chunk. Writes end (N, D), step_sum (D,) and group_starts (groups, N, D).
@@ -255,9 +263,9 @@ def backward(program: Program, inputs: Refs, outputs: Refs) -> None:
     Here `start` is the carry at the chunk's end, from `combine`. States are recomputed within each group from
     `group_starts`. dA, dD and ddelta_bias are sums over the chunk, which XLA adds up after the kernel.
 
-    The order of statements matters: about ten arrays of 16 registers per lane are alive at once, and loading rows
-    earlier than they are used makes the compiler spill registers. Small rows are therefore loaded again where they are
-    needed, from cache.
+    The order of statements matters. About ten arrays of 16 registers per lane are alive at once, and the compiler
+    spills registers if rows are loaded earlier than they are used. So small rows are loaded where they are used, more
+    than once, and come from the cache.
     """
     # Reads what `summarize_adjoint` reads, D (D,) and group_starts (groups, N, D). Writes du, ddelta, dz (chunk, D),
     # dB, dC (chunk, N), dA (N, D), dD and ddelta_bias (D,).
@@ -273,10 +281,10 @@ def backward(program: Program, inputs: Refs, outputs: Refs) -> None:
             states.append(h)
         return states
 
-    def adjoint(rows: list[Index], h: Float[Array, "N D"], carry: AdjointCarry) -> AdjointCarry:
+    def adjoint(rows: list[Index], h: Float[Array, "N D"], accumulated: AdjointCarry) -> AdjointCarry:
         """The steps of the rows, from the last to the first; h is the state before the first."""
         states = replay(rows, h)
-        carry, dA, dD, ddelta_bias = carry
+        carry, dA, dD, ddelta_bias = accumulated
         for row in reversed(rows):
             # h_t; the last of the remaining states is then h_{t-1}.
             h_t = states.pop()
@@ -318,8 +326,9 @@ def backward(program: Program, inputs: Refs, outputs: Refs) -> None:
 
     def in_halves(rows: list[Index], read_start: Callable[[], Array], carry: AdjointCarry) -> AdjointCarry:
         """`adjoint` of the rows, by halves, the later half first, down to two steps at a time."""
-        # The states of four steps at once would spill registers. Two steps at a time recompute a state of a group of
-        # eight up to three times. The start is read from memory again, because keeping it would take 16 registers.
+        # The states of four steps at once would spill registers. With two steps at a time, and groups of eight, a state
+        # is recomputed up to three times. `read_start` reads the start from memory again, because keeping it would take
+        # 16 registers.
         if len(rows) <= 2:
             return adjoint(rows, read_start(), carry)
         half = len(rows) // 2
@@ -330,7 +339,7 @@ def backward(program: Program, inputs: Refs, outputs: Refs) -> None:
     def group(i: Index, rows: list[Index], carry: AdjointCarry) -> AdjointCarry:
         return in_halves(rows, lambda: inputs["group_starts"][i], carry)
 
-    # The sums are kept in registers for the complete chunk and written once: no other program adds to their blocks.
+    # The sums stay in registers for the complete chunk and are written once. Each program writes a block of its own.
     zeros = jnp.zeros(A.shape[1:], A.dtype)
     carry = (inputs["start"][...], jnp.zeros_like(A), zeros, zeros)
     _, outputs["dA"][...], dD, ddelta_bias = program.for_groups(group, carry, backward=True)

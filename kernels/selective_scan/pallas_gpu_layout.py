@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 class BlockSizes:
     """What one program, which is one warp, works on.
 
-    d_inner and d_state are powers of two, as Triton requires of its arrays.
+    d_inner and d_state are powers of two, because Triton requires this of its arrays.
     """
 
     d_inner: int  # channels
@@ -27,15 +27,21 @@ class BlockSizes:
 
 
 def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSizes:
-    """Blocks of 512 state entries, and the longest chunks of 32 x 2^k steps that still make 2,048 programs.
+    """Returns blocks of 512 state entries, and the longest chunks of 32 x 2^k steps that still give 2,048 programs.
 
     512 entries are 16 per lane of the warp. Triton gives each lane 4 state indices of 4 channels, so that a sum over
     either axis first adds registers and then takes two or three shuffles. The backward pass, with about ten such
     arrays, just fits into the 255 registers of a lane: `benchmarks/compile_for_h100.py` counts them.
 
     2,048 programs are about 16 warps for each of the 132 multiprocessors of an H100, enough to hide the latency of
-    memory. With more programs than that, chunks are longer, because each chunk keeps states in memory. A sequence that
+    memory. If there are more, the chunks are made longer, because each chunk keeps states in memory. A sequence that
     fits into one chunk needs fewer kernels.
+
+    Args:
+      batch: number of examples.
+      length: steps of the sequence, at least 1.
+      d_inner: number of channels.
+      d_state: states per channel, at most 512; the limit of the kernels is `pallas_gpu.MAX_D_STATE`.
     """
     d_state = pl.next_power_of_2(d_state)
     width, steps, chunk = min(32, 512 // d_state), 8, 32
@@ -71,7 +77,7 @@ class Problem:
 
 
 def operands(problem: Problem) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]]:
-    """The array shape and block spec of every operand of the kernels, by name.
+    """Returns the shape of the array and the block spec of every operand of the kernels, by name.
 
     Index maps take the grid's indices: i block of channels, c chunk, b example. None in a block shape is an axis of
     size 1 that the reference does not have. States have channels last, (d_state, d_inner), like sequences: neighbouring

@@ -10,6 +10,7 @@ inside the kernels: outside, each would read and write sequences in HBM once mor
 import functools
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +18,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_as
-from ..typing import Array, Float, Ref
+from ..typing import Array, Float, Ref, ScanArrays
 from .pallas_tpu_kernels import BackwardRefs, ForwardRefs, backward_kernel, forward_kernel
 from .pallas_tpu_layout import LANES, SUBLANES, BlockSizes, Config, Layout, padded_state
 from .reference import first_state, skip_and_gate
 
+Refs = TypeVar("Refs", ForwardRefs, BackwardRefs)
+
+FLOAT32 = jnp.dtype("float32")
 LOG2_E = math.log2(math.e)
 # VMEM of one core is 128 MiB on v5e and v6e and 64 MiB on v7x. XLA keeps other arrays in it too, so the kernels plan
 # for half of the smaller one. The limit given to the compiler leaves room for its own temporaries and register spills.
@@ -44,25 +48,40 @@ def selective_scan_pallas_tpu(
     initial_state: Float[Array, "B D N"] | None = None,
     interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """Returns (y, final_state); see `selective_scan` for the formula and the arguments.
+    """Returns (y, final_state); see `selective_scan` for the formula, and for the shapes of the arguments.
 
     Args:
-      interpret: run the kernels on the CPU; with `pltpu.InterpretParams`, simulate a TPU's memories too.
+      u: as for `selective_scan`, like the other arrays; float32 or bfloat16.
+      delta: step sizes before bias and softplus.
+      A: diagonal of each channel's state matrix.
+      B: input matrix of each token.
+      C: output matrix of each token.
+      D: skip weight of each channel; no skip connection if None.
+      z: gate before its SiLU; no gate if None.
+      delta_bias: added to delta; no bias if None.
+      delta_softplus: apply a softplus to the step sizes.
+      reverse: scan from the last token to the first.
+      initial_state: state before the first scanned token; zeros if None.
+      interpret: run the kernels in Pallas's interpreter on the CPU; with `pltpu.InterpretParams`, simulate the memories
+        of a TPU too.
+
+    Returns:
+      y, with the shape and dtype of u, and the state after the last scanned token, float32.
 
     Raises:
-      NotImplementedError: see `check_supported_by_pallas_tpu`.
+      NotImplementedError: a dtype or d_state is not supported; see `check_supported_by_pallas_tpu`.
     """
     check_supported_by_pallas_tpu(u, delta, A, B, C, D, z, delta_bias, initial_state)
-    # The kernels take the initial state always, so that there is one variant less of each.
-    state = first_state(initial_state, u, A, jnp.dtype("float32"))
+    # The kernels always take an initial state, so that they need no variant without one.
+    state = first_state(initial_state, u, A, FLOAT32)
     # A grid without programs would leave the outputs unwritten.
     if 0 in u.shape or 0 in A.shape:
-        return skip_and_gate(jnp.zeros(u.shape, jnp.float32), u, D, z), state
+        return skip_and_gate(jnp.zeros(u.shape, FLOAT32), u, D, z), state
     sizes = block_sizes(u.shape[1], u.shape[2], A.shape[1], u.dtype.itemsize)
     config = Config(sizes, delta_softplus, reverse, interpret)
-    # The parameters have no batch axis, so they may be replicated where u varies. B and C are sharded as u is.
-    A, D, delta_bias = (x if x is None else vary_as(u, x) for x in (A, D, delta_bias))
-    return _scan(config, u, delta, A, B, C, D, z, delta_bias, state)
+    arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
+    # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
+    return _scan(config, jax.tree.map(functools.partial(vary_as, u), arrays))
 
 
 def check_supported_by_pallas_tpu(
@@ -76,7 +95,11 @@ def check_supported_by_pallas_tpu(
     delta_bias: Float[Array, " D"] | None = None,
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> None:
-    """Raises NotImplementedError for a dtype that the kernels do not support, or a state too large for VMEM."""
+    """Checks that the kernels support the arguments, which are the arrays of `selective_scan`.
+
+    Raises:
+      NotImplementedError: an array is neither float32 nor bfloat16, or the states of a chunk do not fit in VMEM.
+    """
     arrays = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
     for name, x in arrays.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
@@ -85,10 +108,16 @@ def check_supported_by_pallas_tpu(
 
 
 def block_sizes(length: int, d_inner: int, d_state: int, itemsize: int) -> BlockSizes:
-    """The widest blocks of at most 1,024 channels, and the most steps up to 128 whose states fit in VMEM.
+    """Returns blocks of at most 1,024 channels, and the most steps up to 128 whose states fit in VMEM.
 
     A register holds 1,024 channels, and a narrower block takes as many instructions. So the number of blocks is as
     small as possible, and their width is the smallest for that number: 1,536 channels are two blocks of 768.
+
+    Args:
+      length: steps of the sequence, at least 1.
+      d_inner: number of channels, at least 1.
+      d_state: states per channel.
+      itemsize: bytes per entry of u.
 
     Raises:
       NotImplementedError: the states of 16 steps exceed the VMEM budget.
@@ -127,84 +156,66 @@ def _vmem_bytes(sizes: BlockSizes, d_state: int, itemsize: int) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(
-    config: Config,
-    u: Float[Array, "B L D"],
-    delta: Float[Array, "B L D"],
-    A: Float[Array, "D N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " D"] | None,
-    z: Float[Array, "B L D"] | None,
-    delta_bias: Float[Array, " D"] | None,
-    initial_state: Float[Array, "B D N"],
-) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+def _scan(config: Config, arrays: ScanArrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     """(y, final_state). Without a gradient, the states at chunk starts are not written."""
-    outputs = _forward(config, u, delta, A, B, C, D, z, delta_bias, initial_state, keep_chunk_states=False)
+    outputs = _forward(config, arrays, keep_chunk_states=False)
     return outputs["y"], outputs["final_state"]
 
 
 def _scan_fwd(
-    config: Config, *inputs: Array | None
+    config: Config, arrays: ScanArrays
 ) -> tuple[
     tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-    tuple[tuple[Array | None, ...], Float[Array, "B chunks blocks N tiles 128"]],
+    tuple[ScanArrays, Float[Array, "B chunks blocks N tiles 128"]],
 ]:
-    outputs = _forward(config, *inputs, keep_chunk_states=True)
+    outputs = _forward(config, arrays, keep_chunk_states=True)
     # Kept: the inputs, which are alive anyway, and one float32 state per chunk, 1/128 of all states at the usual chunk
     # of 128 steps. Recomputed: step sizes, decays and states. Keeping all states would take d_state times the memory of
     # a float32 u, and the HBM traffic to write and read it.
-    return (outputs["y"], outputs["final_state"]), (inputs, outputs["chunk_states"])
+    return (outputs["y"], outputs["final_state"]), (arrays, outputs["chunk_states"])
 
 
 def _scan_bwd(
     config: Config,
-    residuals: tuple[tuple[Array | None, ...], Float[Array, "B chunks blocks N tiles 128"]],
+    residuals: tuple[ScanArrays, Float[Array, "B chunks blocks N tiles 128"]],
     cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-) -> tuple[Array | None, ...]:
+) -> tuple[ScanArrays]:
+    arrays, chunk_states = residuals
+    gradients = _backward(config, arrays, chunk_states, *cotangents)
     # Gradients that are sums come in float32, and are rounded to the argument's dtype here, after the last addition.
-    inputs, chunk_states = residuals
-    gradients = _backward(config, *inputs, chunk_states, *cotangents)
-    return tuple(None if x is None else g.astype(x.dtype) for g, x in zip(gradients, inputs, strict=True))
+    return (jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays),)
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _forward(
-    config: Config,
-    u: Float[Array, "B L D"],
-    delta: Float[Array, "B L D"],
-    A: Float[Array, "D N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " D"] | None,
-    z: Float[Array, "B L D"] | None,
-    delta_bias: Float[Array, " D"] | None,
-    initial_state: Float[Array, "B D N"],
-    keep_chunk_states: bool,
-) -> dict[str, Array]:
-    """y, final_state and, if kept, chunk_states (in the layout of the kernels), by name."""
-    layout = Layout.of(config, u, A, backward=False)
+def _kernel_inputs(layout: Layout, arrays: ScanArrays) -> dict[str, tuple[Array, str]]:
+    """{name: (array, kind of operand)} of what both kernels read; absent arguments have no entry."""
+    inputs = {"u": (arrays["u"], "sequence"), "delta": (arrays["delta"], "sequence")}
+    if arrays["z"] is not None:
+        inputs["z"] = (arrays["z"], "sequence")
     # A is scaled once here, so that exp(Δ A) is 2^(Δ A log2 e): the hardware's exponential has base 2, and `exp` would
     # multiply each of its arguments by log2 e.
-    inputs = {
-        "u": (u, "sequence"),
-        "delta": (delta, "sequence"),
-        "z": (z, "sequence"),
-        "A": (layout.to_blocks(A.astype(jnp.float32).T) * LOG2_E, "matrix"),
-        "B": (layout.to_projection(B), "projection"),
-        "C": (layout.to_projection(C), "projection"),
-        "D": (layout.to_blocks(D), "vector"),
-        "delta_bias": (layout.to_blocks(delta_bias), "vector"),
-        "initial_state": (layout.to_blocks(jnp.swapaxes(initial_state, 1, 2)), "state"),
-    }
-    outputs = {"y": ("sequence", u.dtype), "final_state": ("state", jnp.float32)}
+    inputs["A"] = (layout.to_blocks(arrays["A"].astype(jnp.float32).T) * LOG2_E, "matrix")
+    inputs |= {name: (layout.to_projection(arrays[name]), "projection") for name in ("B", "C")}
+    for name, x in (("D", arrays["D"]), ("delta_bias", arrays["delta_bias"])):
+        if x is not None:
+            inputs[name] = (layout.to_blocks(x), "vector")
+    return inputs
+
+
+def _forward(config: Config, arrays: ScanArrays, keep_chunk_states: bool) -> dict[str, Array]:
+    """y, final_state and, if kept, chunk_states (in the layout of the kernels), by name."""
+    u = arrays["u"]
+    layout = Layout.of(config, u, arrays["A"], backward=False)
+    inputs = _kernel_inputs(layout, arrays)
+    inputs["initial_state"] = (layout.to_blocks(jnp.swapaxes(arrays["initial_state"], 1, 2)), "state")
+    outputs = {"y": ("sequence", u.dtype), "final_state": ("state", FLOAT32)}
     if keep_chunk_states:
-        outputs["chunk_states"] = ("chunk_states", jnp.float32)
+        outputs["chunk_states"] = ("chunk_states", FLOAT32)
     # A row of 128 channels for each step and tile; `pallas_tpu_layout` gives the order of rows.
     by_step = (layout.steps * layout.tiles, LANES)
-    scratch = {name: by_step for name in ("step_size", "drive", "y_sum")}
+    scratch: dict[str, tuple[int, ...]] = {name: by_step for name in ("step_size", "drive", "y_sum")}
     # Per entry of a state: Δ A, its product with h, drive B, their sum, and multiplication by C and addition to y.
     result = _call(forward_kernel, ForwardRefs, layout, inputs, outputs, scratch, operations=6)
     return result | {"final_state": jnp.swapaxes(layout.from_blocks(result["final_state"]), 1, 2)}
@@ -212,80 +223,70 @@ def _forward(
 
 def _backward(
     config: Config,
-    u: Float[Array, "B L D"],
-    delta: Float[Array, "B L D"],
-    A: Float[Array, "D N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    D: Float[Array, " D"] | None,
-    z: Float[Array, "B L D"] | None,
-    delta_bias: Float[Array, " D"] | None,
-    initial_state: Float[Array, "B D N"],
+    arrays: ScanArrays,
     chunk_states: Float[Array, "B chunks blocks N tiles 128"],
     dy: Float[Array, "B L D"],
     d_final_state: Float[Array, "B D N"],
-) -> tuple[Array | None, ...]:
-    """The gradients in the order of the forward pass's arguments, u to initial_state; None for absent ones.
+) -> ScanArrays:
+    """The gradients of the arrays; those that are sums are float32.
 
-    `initial_state` itself is not needed: it is the first of the chunk states.
+    The initial state itself is not needed: it is the first of the chunk states.
     """
-    layout = Layout.of(config, u, A, backward=True)
-    inputs = {
-        "u": (u, "sequence"),
-        "delta": (delta, "sequence"),
-        "z": (z, "sequence"),
+    layout = Layout.of(config, arrays["u"], arrays["A"], backward=True)
+    inputs = _kernel_inputs(layout, arrays) | {
         "d_out": (dy, "sequence"),
-        "A": (layout.to_blocks(A.astype(jnp.float32).T) * LOG2_E, "matrix"),
-        "B": (layout.to_projection(B), "projection"),
-        "C": (layout.to_projection(C), "projection"),
-        "D": (layout.to_blocks(D), "vector"),
-        "delta_bias": (layout.to_blocks(delta_bias), "vector"),
         "chunk_states": (chunk_states, "chunk_states"),
         "d_final_state": (layout.to_blocks(jnp.swapaxes(d_final_state, 1, 2)), "state"),
     }
     # dA is accumulated per example, because examples are on a parallel axis of the grid.
     outputs = {
-        "du": ("sequence", u.dtype),
-        "d_delta": ("sequence", delta.dtype),
-        "dA": ("state", jnp.float32),
-        "dB": ("projection_sums", jnp.float32),
-        "dC": ("projection_sums", jnp.float32),
-        "d_initial_state": ("state", jnp.float32),
+        "du": ("sequence", arrays["u"].dtype),
+        "d_delta": ("sequence", arrays["delta"].dtype),
+        "dA": ("state", FLOAT32),
+        "dB": ("projection_sums", FLOAT32),
+        "dC": ("projection_sums", FLOAT32),
+        "d_initial_state": ("state", FLOAT32),
     }
     by_step = (layout.steps * layout.tiles, LANES)
     # A row of 128 partial sums over channels for each step and state index.
     by_row = (layout.steps * layout.padded_state, LANES)
-    scratch = {name: by_step for name in ("step_size", "drive", "dy", "d_drive", "d_step_size")}
-    scratch |= {
+    scratch: dict[str, tuple[int, ...]] = {
+        **{name: by_step for name in ("step_size", "drive", "dy", "d_drive", "d_step_size")},
         "dB_rows": by_row,
         "dC_rows": by_row,
         "states": (layout.steps, layout.d_state, layout.tiles, LANES),
         "products": (SUBLANES * layout.d_state * SUBLANES, LANES),
     }
-    if D is not None:
-        outputs["dD"] = ("vector_sums", jnp.float32)
-    if delta_bias is not None:
-        outputs["d_delta_bias"] = ("vector_sums", jnp.float32)
+    if arrays["D"] is not None:
+        outputs["dD"] = ("vector_sums", FLOAT32)
+    if arrays["delta_bias"] is not None:
+        outputs["d_delta_bias"] = ("vector_sums", FLOAT32)
     # The gradient of z needs the gate's input, which is recomputed with the states and not kept.
-    if z is not None:
-        outputs["dz"] = ("sequence", z.dtype)
+    if arrays["z"] is not None:
+        outputs["dz"] = ("sequence", arrays["z"].dtype)
         scratch["y_sum"] = by_step
     # About 20 operations per entry of a state: to recompute it, for its adjoint, and for the products in the gradients.
     d = _call(backward_kernel, BackwardRefs, layout, inputs, outputs, scratch, operations=20)
-    # Sums that the kernel cannot finish: of parameters over examples, of dB and dC over blocks of channels.
-    dA = layout.from_blocks(d["dA"]).sum(axis=0).T
-    dB, dC = (layout.from_projection_sums(d[name]) for name in ("dB", "dC"))
-    dD, d_delta_bias = (layout.from_vector_sums(d.get(name)) for name in ("dD", "d_delta_bias"))
-    d_initial_state = jnp.swapaxes(layout.from_blocks(d["d_initial_state"]), 1, 2)
-    return d["du"], d["d_delta"], dA, dB, dC, dD, d.get("dz"), d_delta_bias, d_initial_state
+    # XLA finishes the sums: those of parameters over the examples, and those of dB and dC over the blocks of channels.
+    return ScanArrays(
+        u=d["du"],
+        delta=d["d_delta"],
+        A=layout.from_blocks(d["dA"]).sum(axis=0).T,
+        B=layout.from_projection_sums(d["dB"]),
+        C=layout.from_projection_sums(d["dC"]),
+        D=layout.from_vector_sums(d["dD"]) if "dD" in d else None,
+        z=d.get("dz"),
+        delta_bias=layout.from_vector_sums(d["d_delta_bias"]) if "d_delta_bias" in d else None,
+        initial_state=jnp.swapaxes(layout.from_blocks(d["d_initial_state"]), 1, 2),
+    )
 
 
 def _call(
-    kernel: Callable[..., None],
-    refs_type: type[ForwardRefs] | type[BackwardRefs],
+    kernel: Callable[[Refs, Layout], None],
+    refs_type: type[Refs],
     layout: Layout,
-    inputs: dict[str, tuple[Array | None, str]],
-    outputs: dict[str, tuple[str, jnp.dtype | type]],
+    inputs: dict[str, tuple[Array, str]],
+    outputs: dict[str, tuple[str, jnp.dtype]],
     scratch: dict[str, tuple[int, ...]],
     operations: int,
 ) -> dict[str, Array]:
@@ -294,13 +295,14 @@ def _call(
     Args:
       kernel: called as kernel(refs, layout).
       refs_type: the class of refs, whose fields are the names of inputs, outputs and scratch.
-      inputs: {name: (array, kind of operand)}; those whose array is None are left out.
+      layout: sizes, grid and block specs of the pass.
+      inputs: {name: (array, kind of operand)}, where the kinds are those of `Layout.operands`; absent arguments have no
+        entry.
       outputs: {name: (kind of operand, dtype)}.
       scratch: {name: shape} of float32 buffers in VMEM. They keep their contents from one program to the next, but no
         kernel relies on that.
       operations: arithmetic operations per entry of a state, for XLA's scheduler.
     """
-    inputs = {name: entry for name, entry in inputs.items() if entry[0] is not None}
     operands = layout.operands()
     # Inside a `jax.shard_map`, outputs vary over the mesh axes that shard the batch.
     varies = jax.typeof(inputs["u"][0]).manual_axis_type
@@ -312,7 +314,7 @@ def _call(
         # pallas_call passes references by position: inputs, outputs, scratch.
         kernel(refs_type(**dict(zip((*inputs, *outputs, *scratch), refs, strict=True))), layout)
 
-    # The cost of the recurrence; what is done per step and channel only is small beside it.
+    # The cost of the recurrence. The operations per step and channel, such as the gate, are few in comparison.
     entries = layout.batch * layout.length * layout.d_inner * layout.d_state
     results = pl.pallas_call(
         body,

@@ -3,8 +3,8 @@
 Each body has three parts: a loop over tiles that prepares inputs in scratch, loops over groups of 8 steps with the
 recurrence, and a loop over tiles that finishes and writes the outputs. The loops over tiles do all work that is
 elementwise in steps and channels, on full registers and with masks for ragged edges. The recurrence then reads scratch
-without masks. Everything inside is float32: it accumulates over the sequence, and before v6e the vector
-units of TPUs compute in float32 only.
+without masks. Everything inside is float32, because it accumulates over the sequence, and because the vector units of
+TPUs before v6e compute in float32 only.
 
 A state, and any other array with an entry per state index and channel, is a list with one (tiles, 128) array, at most
 one register, per state index. Loops over the list and over the steps of a group are unrolled at trace time.
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..typing import Array, Float, Index, Ref
+from ..typing import Array, Float, Int, Ref
 from .pallas_tpu_layout import SUBLANES, Layout
 from .pallas_tpu_tiles import (
     Tile,
@@ -104,7 +104,7 @@ class BackwardRefs:
 
 
 def forward_kernel(r: ForwardRefs, layout: Layout) -> None:
-    """Scans one chunk, from the state in `final_state` to the state in `final_state`, and writes y."""
+    """Scans one chunk: writes y, and replaces the state before the chunk in `final_state` by the state after it."""
     d_state, remaining = layout.d_state, remaining_entries(layout)
 
     # Chunks are visited in the order of the scan: chunk number 0 of the pass holds the first scanned step.
@@ -120,7 +120,7 @@ def forward_kernel(r: ForwardRefs, layout: Layout) -> None:
         _discretize(r, layout, tile)
 
     # The carry of the loop is the state, in registers: with 16 state indices, 16 of the 64 that a TPU core has.
-    def group(g: Index, h: State) -> State:
+    def group(g: Int[Array, ""], h: State) -> State:
         h = list(h)
         for i in in_order(layout.reverse):
             t = g * SUBLANES + i
@@ -137,7 +137,7 @@ def forward_kernel(r: ForwardRefs, layout: Layout) -> None:
     for n in range(d_state):
         r.final_state[0, 0, n] = h[n]
 
-    # Skip and gate need u and z by tiles, as they arrive, and so follow the recurrence.
+    # Skip and gate read u and z in tiles, the form in which they arrive, so they come after the recurrence.
     @functools.partial(for_tiles, layout, remaining)
     def _(tile: Tile) -> None:
         y = tile.take(r.y_sum)
@@ -172,7 +172,7 @@ def backward_kernel(r: BackwardRefs, layout: Layout) -> None:
         r.d_initial_state[...] = r.d_final_state[...]
         for total in (r.dA, r.dD, r.d_delta_bias):
             if total is not None:
-                total[...] = jnp.zeros_like(total)
+                total[...] = jnp.zeros(total.shape, total.dtype)
 
     # Steps and channels beyond the end have Δ = 0 and dy = 0, so the loops over steps below change nothing there.
     @functools.partial(for_tiles, layout, remaining)
@@ -183,7 +183,7 @@ def backward_kernel(r: BackwardRefs, layout: Layout) -> None:
 
     h = [r.chunk_states[0, 0, 0, n] for n in range(d_state)]
 
-    def recompute(g: Index, h: State) -> State:
+    def recompute(g: Int[Array, ""], h: State) -> State:
         h = list(h)
         for i in in_order(layout.reverse):
             t = g * SUBLANES + i
@@ -195,9 +195,9 @@ def backward_kernel(r: BackwardRefs, layout: Layout) -> None:
                 r.states[t, n] = h[n]
                 h[n] = jnp.exp2(step_size * r.A[0, n]) * h[n] + drive * entry(layout, r.B, t, n)
                 r.products[product_rows(layout, i, n)] = h[n] * dy
-                if r.z is not None:
+                if r.y_sum is not None:
                     y = y + h[n] * entry(layout, r.C, t, n)
-            if r.z is not None:
+            if r.y_sum is not None:
                 r.y_sum[step_rows(layout, g, i)] = y
             sum_channels(layout, r.products, r.dC_rows, g, i)
         return h
@@ -206,7 +206,7 @@ def backward_kernel(r: BackwardRefs, layout: Layout) -> None:
 
     # All operations of one state index stand together. In the other order, with one operation for all state indices
     # before the next, the intermediate values of all indices are alive at once and exceed the 64 registers.
-    def adjoint(g: Index, carry: State) -> State:
+    def adjoint(g: Int[Array, ""], carry: State) -> State:
         carry = list(carry)
         for i in in_order(not layout.reverse):
             t = g * SUBLANES + i
@@ -238,6 +238,7 @@ def backward_kernel(r: BackwardRefs, layout: Layout) -> None:
         du = d_drive * tile.take(r.step_size)
         if r.D is not None:
             du = du + tile.vector(r.D) * dy
+        if r.dD is not None:
             tile.add(r.dD, dy * u)
         tile.set(r.du, du)
         # r.A is A log2 e, and log2 e ln 2 = 1: this factor restores the gradient through Δ A.
@@ -247,7 +248,8 @@ def backward_kernel(r: BackwardRefs, layout: Layout) -> None:
         tile.set(r.d_delta, d_delta)
         if r.d_delta_bias is not None:
             tile.add(r.d_delta_bias, d_delta)
-        if r.z is not None:
+        # z, y_sum and dz are present together.
+        if r.z is not None and r.y_sum is not None and r.dz is not None:
             y = tile.take(r.y_sum)
             if r.D is not None:
                 y = y + tile.vector(r.D) * u

@@ -8,12 +8,12 @@ Pallas copies each block from HBM to VMEM, or SMEM, before the program that need
 program before (double buffering). TPUs store arrays in tiles, of 8 x 128 entries in float32 and 16 x 128 in bfloat16,
 and so the last two axes of a block in VMEM are multiples of the tile or complete axes of the array.
 
-Vectors of the recurrence hold channels alone: a register of 8 x 128 entries is one state index of 1,024 channels. Then
-y_t = Σ_n C_t[n] h_t[n] adds registers, without sums across the entries of one. B_t[n] and C_t[n], which all channels
-share, are scalars in SMEM, because scalars are broadcast to a register when it is used.
+In the recurrence, a register of 8 x 128 entries holds one state index of 1,024 channels. The sum
+y_t = Σ_n C_t[n] h_t[n] then adds registers to each other, and never the entries of one register. B_t[n] and C_t[n] are
+shared by all channels, so they are scalars in SMEM: the instruction that uses a scalar broadcasts it to a register.
 
-Sequences arrive as tiles of 8 steps by 128 channels. The kernels copy these tiles to scratch unchanged, and load a
-step's channels, which are one row in each of several tiles, with a stride of 8 rows:
+Sequences arrive as tiles of 8 steps by 128 channels. The kernels write these tiles to scratch in the same form. The
+channels of one step are then one row of each tile, and one load with a stride of 8 rows reads all of them:
 
     scratch row (group * tiles + tile) * 8 + i  =  step 8 group + i of the chunk, channels 128 tile ... 128 tile + 127
 """
@@ -42,7 +42,7 @@ class BlockSizes:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """The static choices of a scan that its forward and backward pass share."""
+    """The static options of a scan, which its forward and backward pass share; hashable for `nondiff_argnums`."""
 
     sizes: BlockSizes
     delta_softplus: bool
@@ -60,7 +60,7 @@ class Operand:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """The sizes and options of one pass, and what follows from them."""
+    """The sizes and options of the forward or backward pass, and the grid, block specs and layouts that follow."""
 
     batch: int
     length: int
@@ -75,9 +75,27 @@ class Layout:
 
     @classmethod
     def of(cls, config: Config, u: Float[Array, "B L D"], A: Float[Array, "D N"], backward: bool) -> "Layout":
-        """The layout of the forward or backward pass over u."""
-        options = (config.delta_softplus, config.reverse, backward, config.interpret)
-        return cls(*u.shape, A.shape[1], config.sizes.tiles, config.sizes.steps, *options)
+        """Returns the layout of the forward or backward pass over u.
+
+        Args:
+          config: options of the scan.
+          u: gives batch, length and d_inner.
+          A: gives d_state.
+          backward: of the backward pass.
+        """
+        batch, length, d_inner = u.shape
+        return cls(
+            batch=batch,
+            length=length,
+            d_inner=d_inner,
+            d_state=A.shape[1],
+            tiles=config.sizes.tiles,
+            steps=config.sizes.steps,
+            delta_softplus=config.delta_softplus,
+            reverse=config.reverse,
+            backward=backward,
+            interpret=config.interpret,
+        )
 
     @property
     def channels(self) -> int:
@@ -86,7 +104,7 @@ class Layout:
 
     @property
     def padded_state(self) -> int:
-        """The rows that the entries of a state take where they are on sublanes."""
+        """The number of rows that a state takes where its entries are on sublanes."""
         return padded_state(self.d_state)
 
     @property
@@ -95,14 +113,15 @@ class Layout:
         return self.batch, pl.cdiv(self.d_inner, self.channels), pl.cdiv(self.length, self.steps)
 
     def chunk(self, c: Index) -> Index:
-        """The position in the sequence of the c-th chunk that the pass visits.
+        """Returns the position in the sequence of the c-th chunk that the pass visits.
 
-        The forward pass of a reversed scan and the backward pass of the other go from the last chunk to the first.
+        The forward pass of a reversed scan, and the backward pass of a scan that is not reversed, go from the last
+        chunk to the first.
         """
         return self.grid[2] - 1 - c if self.reverse != self.backward else c
 
     def operands(self) -> dict[str, Operand]:
-        """Shape and block spec of each kind of operand. All are in VMEM, except `projection`, which is in SMEM.
+        """Returns the shape and block spec of each kind of operand. All are in VMEM, except `projection`, in SMEM.
 
         Index maps take the grid's indices: b example, d block of channels, c chunk in the order of the pass.
         """
@@ -149,38 +168,39 @@ class Layout:
             ),
         }
 
-    def to_blocks(self, x: Float[Array, "*axes D"] | None) -> Float[Array, "*blocked tiles 128"] | None:
-        """(..., N, D) as (..., blocks, N, tiles, 128), or (D,) as (blocks, tiles, 128), in float32, padded with zeros.
+    def to_blocks(self, x: Float[Array, "*axes D"]) -> Float[Array, "*blocked tiles 128"]:
+        """Returns x in float32 with its channels, the last axis, padded with zeros and cut into blocks of tiles.
 
-        Channels of zeros keep a state of zero, and so need no mask.
+        The state of padding channels stays zero, so they need no mask.
+
+        Args:
+          x: (..., N, D), which becomes (..., blocks, N, tiles, 128), or (D,), which becomes (blocks, tiles, 128).
         """
-        if x is None:
-            return None
         blocks = self.grid[1]
         x = jnp.pad(x.astype(jnp.float32), [(0, 0)] * (x.ndim - 1) + [(0, blocks * self.channels - self.d_inner)])
         x = x.reshape(*x.shape[:-1], blocks, self.tiles, LANES)
         return x if x.ndim == 3 else jnp.moveaxis(x, -4, -3)
 
     def from_blocks(self, x: Float[Array, "*axes blocks N tiles 128"]) -> Float[Array, "*axes N D"]:
-        """The inverse of `to_blocks` for states."""
+        """Returns the inverse of `to_blocks` for states: the channels in one axis, without padding."""
         x = jnp.moveaxis(x, -3, -4)
         return x.reshape(*x.shape[:-3], -1)[..., : self.d_inner]
 
-    def from_vector_sums(self, x: Float[Array, "B blocks tiles 128"] | None) -> Float[Array, " D"] | None:
-        """The sum over the batch of vectors in blocks."""
-        return None if x is None else x.sum(axis=0).reshape(-1)[: self.d_inner]
+    def from_vector_sums(self, x: Float[Array, "B blocks tiles 128"]) -> Float[Array, " D"]:
+        """Returns the sum over the batch of vectors in blocks, without padding."""
+        return x.sum(axis=0).reshape(-1)[: self.d_inner]
 
     def to_projection(self, x: Float[Array, "B L N"]) -> Float[Array, "B chunks 1 entries"]:
-        """In float32, padded with zeros to complete chunks, each a row with step first and then state index."""
+        """Returns x in float32, padded with zeros to complete chunks. A chunk is a row, ordered by step, then state."""
         x = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, self.grid[2] * self.steps - self.length), (0, 0)))
         return x.reshape(self.operands()["projection"].shape)
 
     def from_projection_sums(self, x: Float[Array, "B blocks chunks rows 128"]) -> Float[Array, "B L N"]:
-        """The total over blocks of channels, without padding."""
+        """Returns the sum over blocks of channels, without padding."""
         x = x.sum(axis=1).reshape(self.batch, -1, self.padded_state)
         return x[:, : self.length, : self.d_state]
 
 
 def padded_state(d_state: int) -> int:
-    """d_state rounded up to a multiple of the sublanes."""
+    """Returns d_state rounded up to a multiple of 8, the number of sublanes."""
     return pl.cdiv(d_state, SUBLANES) * SUBLANES

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from ..typing import Array, Float, Index, Ref
+from ..typing import Array, Float, Index, Int, Ref
 from .pallas_tpu_layout import LANES, ROWS, SUBLANES, Layout
 
 Carry = TypeVar("Carry")
+# What `pl.ds` returns: an ordinary slice if its start is a Python number.
+Slice = slice | pl.Slice
 # How many steps and channels of the array remain from the start of a block, or None where no block is ragged.
 Remaining = tuple[Index | None, Index | None]
 
@@ -23,11 +25,18 @@ Remaining = tuple[Index | None, Index | None]
 class Tile:
     """16 steps by 128 channels of a chunk: contiguous in the blocks of sequences, two groups of 8 rows in scratch.
 
-    It loads from VMEM to registers, always to float32, and stores from registers to VMEM.
+    Its methods load from VMEM to registers, always as float32, and store from registers to VMEM.
     """
 
-    def __init__(self, layout: Layout, remaining: Remaining, pair: Index, column: int) -> None:
-        """The tile of groups 2 pair and 2 pair + 1, and of channels 128 column ... 128 column + 127."""
+    def __init__(self, layout: Layout, remaining: Remaining, pair: Int[Array, ""], column: int) -> None:
+        """Selects the steps of groups 2 pair and 2 pair + 1, and channels 128 column ... 128 column + 127.
+
+        Args:
+          layout: sizes of the pass.
+          remaining: from `remaining_entries`.
+          pair: index of the pair of groups within the chunk.
+          column: index of the tile within the block's channels.
+        """
         # `column` is a Python number, so lanes are static; `pair` is the counter of a loop, so rows are not.
         self._column = column
         starts = (pair * ROWS, column * LANES)
@@ -43,35 +52,37 @@ class Tile:
         ]
 
     def get(self, block: Ref) -> Float[Array, "16 128"]:
-        """The tile of a sequence, with zeros beyond the end of the array, where the block's contents are undefined."""
+        """Returns the tile of a sequence, with zeros beyond the end of the array, where the block is undefined."""
         return self.valid(block[0, self._rows, self._lanes].astype(jnp.float32))
 
     def set(self, block: Ref, x: Float[Array, "16 128"]) -> None:
-        """Writes the tile of a sequence, rounded to its dtype."""
+        """Writes x to the tile of a sequence, rounded to its dtype."""
         block[0, self._rows, self._lanes] = x.astype(block.dtype)
 
     def take(self, scratch: Ref) -> Float[Array, "16 128"]:
-        """The tile of a scratch buffer."""
+        """Returns the tile of a scratch buffer."""
         return jnp.concatenate([scratch[rows] for rows in self._scratch])
 
     def put(self, scratch: Ref, x: Float[Array, "16 128"]) -> None:
-        """Writes the tile of a scratch buffer."""
+        """Writes x to the tile of a scratch buffer."""
         for half, rows in enumerate(self._scratch):
             scratch[rows] = x[half * SUBLANES : (half + 1) * SUBLANES]
 
     def vector(self, block: Ref) -> Float[Array, "1 128"]:
-        """This tile's channels of a vector."""
+        """Returns this tile's channels of a vector."""
         # A slice of one row, because a vector register has two axes: (1, 128) is broadcast over the steps.
         return block[0, self._column : self._column + 1]
 
     def add(self, block: Ref, x: Float[Array, "16 128"]) -> None:
         """Adds the sum of x over the valid steps to this tile's channels of a vector sum."""
-        # This sum goes across sublanes, but only once per tile. It is float32, over up to the complete sequence.
+        # This sum goes across sublanes, but only once per tile. It is float32, because it may run over the complete
+        # sequence.
         block[0, 0, self._column : self._column + 1] += jnp.sum(self.valid(x), axis=0, keepdims=True)
 
     def valid(self, x: Float[Array, "16 128"]) -> Float[Array, "16 128"]:
-        """x with zeros beyond the end of the array. A select, because the undefined contents may be NaN or infinite."""
-        # At most two masks: one for steps and one for channels.
+        """Returns x with zeros beyond the end of the array."""
+        # A select and not a product, because the undefined contents may be NaN or infinite. At most two masks, one for
+        # steps and one for channels.
         for axis, remaining in enumerate(self._remaining):
             if remaining is not None:
                 x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < remaining, x, 0.0)
@@ -79,9 +90,13 @@ class Tile:
 
 
 def remaining_entries(layout: Layout) -> Remaining:
-    """The steps and channels from the start of this program's block to the end of the array.
+    """Returns the numbers of steps and of channels from the start of this program's block to the end of the array.
 
-    None where the blocks divide the array evenly: this is known at trace time, and the kernel then contains no masks.
+    A number is None where the blocks divide the array evenly. This is known at trace time, and the kernel then contains
+    no masks.
+
+    Args:
+      layout: sizes of the pass.
     """
     # Chunks are counted in the order of the pass; `layout.chunk` gives the position in the sequence.
     steps = layout.length - layout.chunk(pl.program_id(2)) * layout.steps
@@ -93,51 +108,71 @@ def remaining_entries(layout: Layout) -> Remaining:
 
 
 def for_tiles(layout: Layout, remaining: Remaining, body: Callable[[Tile], None]) -> None:
-    """Calls the body for each tile of the chunk, in any order.
+    """Calls the body for each tile of the chunk; the order does not matter.
 
-    A loop over pairs of groups; the tiles of a pair are unrolled, which gives the compiler independent work to overlap.
+    This is a loop over pairs of groups. The tiles of a pair are unrolled, which gives the compiler independent work to
+    overlap.
+
+    Args:
+      layout: sizes of the pass.
+      remaining: from `remaining_entries`.
+      body: reads and writes one tile.
     """
 
     @pl.loop(0, layout.steps // ROWS)
-    def _(pair: Index) -> None:
+    def _(pair: Int[Array, ""]) -> None:
         for column in range(layout.tiles):
             body(Tile(layout, remaining, pair, column))
 
 
-def for_groups(layout: Layout, body: Callable[[Index, Carry], Carry], carry: Carry, reverse: bool) -> Carry:
-    """The carry after `carry = body(g, carry)` for each group of 8 steps, from the first or from the last."""
+def for_groups(layout: Layout, body: Callable[[Int[Array, ""], Carry], Carry], carry: Carry, reverse: bool) -> Carry:
+    """Returns the carry after `carry = body(g, carry)` for each group g of 8 steps of the chunk.
+
+    Args:
+      layout: sizes of the pass.
+      body: computes the steps of one group.
+      carry: the first carry.
+      reverse: go from the last group to the first.
+    """
     # The carry, one array per state index, stays in registers from group to group.
     groups = layout.steps // SUBLANES
     return jax.lax.fori_loop(0, groups, lambda k, carry: body(groups - 1 - k if reverse else k, carry), carry)
 
 
 def in_order(reverse: bool) -> range:
-    """The steps of a group, from the first or from the last. Python numbers, so that loops over them are unrolled."""
+    """Returns the steps of a group, 0 ... 7, or 7 ... 0 if reverse. A range, so that loops over it are unrolled."""
     return range(SUBLANES)[:: -1 if reverse else 1]
 
 
-def step_rows(layout: Layout, g: Index, i: int) -> tuple[pl.Slice, slice]:
-    """The index of step i of group g in scratch: all channels of the block, as (tiles, 128)."""
+def step_rows(layout: Layout, g: Index, i: int) -> tuple[Slice, slice]:
+    """Returns the index of step i of group g in scratch: all channels of the block, as (tiles, 128)."""
     # Row i of each of the group's tiles, which are 8 rows apart. The strided load assembles one register.
     return pl.ds(g * SUBLANES * layout.tiles + i, layout.tiles, stride=SUBLANES), slice(None)
 
 
 def entry(layout: Layout, block: Ref, t: Index, n: int) -> Float[Array, ""]:
-    """The scalar B_t[n] or C_t[n], from SMEM."""
+    """Returns B_t[n] or C_t[n], a scalar from SMEM."""
     return block[0, 0, 0, t * layout.d_state + n]
 
 
-def product_rows(layout: Layout, i: int, n: int) -> pl.Slice:
-    """The index of the product for step i of a group and state index n: `tiles` rows of the 8 that are reserved."""
+def product_rows(layout: Layout, i: int, n: int) -> Slice:
+    """Returns the index in `products` of step i of a group and state index n: `tiles` of the 8 reserved rows."""
     return pl.ds((i * layout.d_state + n) * SUBLANES, layout.tiles)
 
 
-def sum_channels(layout: Layout, products: Ref, sums: Ref, g: Index, i: int) -> None:
-    """Sums each product of step i in group g over its tiles: to a row of 128 partial sums for each state index.
+def sum_channels(layout: Layout, products: Ref, sums: Ref, g: Int[Array, ""], i: int) -> None:
+    """Sums each product of step i in group g over its tiles, to a row of 128 partial sums per state index.
 
-    A product, (tiles, 128), would have to be summed across sublanes, which takes several shifts for each register.
-    Instead, eight products are read back from scratch transposed: a load with a stride of 8 rows gives the same tile of
-    eight state indices as one register, and the sum over tiles adds entire registers.
+    Adding up the rows of one product, (tiles, 128), would be a sum across sublanes, which takes several shifts per
+    register. Instead, the products of eight state indices are read back transposed: a load with a stride of 8 rows
+    returns one tile of all eight as a register, and the sum over tiles adds registers.
+
+    Args:
+      layout: sizes of the pass.
+      products: scratch, (8 * d_state * 8, 128), indexed by `product_rows`.
+      sums: scratch, (steps * padded_state, 128); receives the row of each step and state index.
+      g: index of the group within the chunk.
+      i: step within the group, 0 to 7.
     """
     # Eight state indices at a time; the last time there may be fewer.
     for n in range(0, layout.d_state, SUBLANES):
@@ -150,10 +185,14 @@ def sum_channels(layout: Layout, products: Ref, sums: Ref, g: Index, i: int) -> 
 
 
 def add_lanes(rows: Ref, sums: Ref) -> None:
-    """Completes the sums over channels: each row of 128 partial sums becomes one entry of `sums`.
+    """Completes the sums over channels: adds up each row of 128 partial sums to one entry of `sums`.
 
-    128 rows at a time are transposed, so that the sum again adds registers instead of the lanes of one, and its results
+    It transposes 128 rows at a time. The sum then adds registers, and not the lanes of one register, and its results
     lie along the lanes, as a row of the output.
+
+    Args:
+      rows: scratch, (steps * padded_state, 128), written by `sum_channels`.
+      sums: output block, (1, 1, 1, steps * padded_state / 128, 128).
     """
     for k in range(rows.shape[0] // LANES):
         block = rows[k * LANES : (k + 1) * LANES]

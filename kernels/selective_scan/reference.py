@@ -48,14 +48,21 @@ def selective_scan_reference(
 
 
 def compute_dtype(*arrays: Array) -> jnp.dtype:
-    """The dtype of carries, reductions and exponentials: float32, or float64 if an input is float64."""
+    """Returns the dtype of carries, reductions and exponentials.
+
+    Args:
+      arrays: inputs of the scan, floating-point.
+
+    Returns:
+      float32, or float64 if one of the arrays is float64.
+    """
     return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
 def discretization_step(
     delta: Float[Array, "B L D"], delta_bias: Float[Array, " D"] | None, delta_softplus: bool, dtype: jnp.dtype
 ) -> Float[Array, "B L D"]:
-    """Δ in dtype: delta + delta_bias, or its softplus if delta_softplus."""
+    """Returns Δ in dtype: delta + delta_bias, or its softplus if delta_softplus."""
     delta = delta.astype(dtype)
     if delta_bias is not None:
         delta = delta + delta_bias.astype(dtype)[None, None, :]
@@ -65,15 +72,22 @@ def discretization_step(
 def first_state(
     initial_state: Float[Array, "B D N"] | None, u: Float[Array, "B L D"], A: Float[Array, "D N"], dtype: jnp.dtype
 ) -> Float[Array, "B D N"]:
-    """The state before the first scanned step, in dtype; zeros if initial_state is None."""
+    """Returns the state before the first scanned step, in dtype; zeros if initial_state is None."""
     if initial_state is None:
         return batch_zeros(u, (u.shape[0], *A.shape), dtype)
     return initial_state.astype(dtype)
 
 
 def batch_zeros(u: Float[Array, "B L D"], shape: tuple[int, ...], dtype: jnp.dtype, batch_axis: int = 0) -> Array:
-    """Zeros of that shape and dtype whose batch axis is sharded, or varies inside a `jax.shard_map`, like that of u."""
-    # Computed from u, because a constant has no sharding: as the first carry of a loop it would be replicated, and its
+    """Returns zeros whose batch axis is sharded, or varies inside a `jax.shard_map`, like that of u.
+
+    Args:
+      u: input of the scan.
+      shape: of the zeros.
+      dtype: of the zeros.
+      batch_axis: the axis of shape that is the batch.
+    """
+    # Computed from u, because a constant has no sharding. As the first carry of a loop it would be replicated, and its
     # type inside a shard_map would differ from that of the next carry.
     zeros = jnp.zeros_like(u[:, :1, :1], dtype).sum(axis=(1, 2))
     return jax.lax.broadcast_in_dim(zeros, shape, (batch_axis,))
@@ -85,7 +99,7 @@ def skip_and_gate(
     D: Float[Array, " D"] | None,
     z: Float[Array, "B L D"] | None,
 ) -> Float[Array, "B L D"]:
-    """(y + D u) silu(z), computed in the dtype of y and rounded once to the dtype of u."""
+    """Returns (y + D u) silu(z), computed in the dtype of y and rounded once to the dtype of u."""
     if D is not None:
         y = y + D.astype(y.dtype)[None, None, :] * u.astype(y.dtype)
     if z is not None:

@@ -5,10 +5,10 @@ step sizes Δ_t takes the state h before it to
 
     exp(A Σ_t Δ_t) h + s,    where s is the part's last state if it starts from zero.
 
-So the devices exchange only s, (B, D, N), and Σ_t Δ_t, (B, D), whatever the length of the sequence. Each device then
-combines those of the parts before its own into the state that its part starts from, and scans its part with one of the
-implementations of `selective_scan`. The gradient with respect to the states is linear too, and passes through the parts
-in the opposite order.
+So the devices exchange only s, (B, D, N), and Σ_t Δ_t, (B, D), whatever the length of the sequence. From these arrays
+of all parts before its own, each device computes the state that its part starts from. It then scans its part with one
+of the implementations of `selective_scan`. The gradient with respect to the states is linear too, and passes through
+the parts in the opposite order.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from ..partition import SEQUENCE_AXIS, vary_as
-from ..typing import Array, Bool, Float, Index, Int
+from ..typing import Array, Bool, Float, Index, Int, ScanArrays
 from .api import check_arguments, selective_scan
 from .reference import batch_zeros, compute_dtype, discretization_step, first_state
 
@@ -27,8 +27,8 @@ from .reference import batch_zeros, compute_dtype, discretization_step, first_st
 # sixth of the time of two, four or eight (measured with 1,024 steps, 768 channels, 16 states and batch 2).
 UNROLLED_STEPS = 16
 
-Arrays = dict[str, Array]
-"""The array arguments of `selective_scan` that are present, by name; the initial state always is."""
+Pullback = Callable[[tuple[Float[Array, "B L D"], Float[Array, "B D N"]]], tuple[ScanArrays]]
+"""From the gradients of (y, final_state) to those of the arrays: what `jax.vjp` returns."""
 
 
 def sequence_parallel_scan(
@@ -54,26 +54,37 @@ def sequence_parallel_scan(
     array argument. `jax.shard_map` sums the gradient of a replicated parameter or initial state over the devices.
 
     Args:
+      u: this part's input of the scan; shapes and dtypes are those of `selective_scan`, with the length of the part.
+      delta: this part's step sizes before bias and softplus.
+      A: diagonal of each channel's state matrix, the same on all devices.
+      B: this part's input matrices.
+      C: this part's output matrices.
+      D: skip weight of each channel, the same on all devices; no skip connection if None.
+      z: this part's gate before its SiLU; no gate if None.
+      delta_bias: added to delta, the same on all devices; no bias if None.
       axis_name: the manual mesh axis over which the sequence is sharded.
+      delta_softplus: apply a softplus to the step sizes.
       reverse: scan each part from its last token to its first.
       parts_reversed: scan the last device's part first and the first device's part last; None means the value of
         `reverse`. It may be traced, but must have the same value on all devices.
-      initial_state: the state before the first token of the complete sequence, the same on all devices.
-      u, delta, A, B, C, D, z, delta_bias, delta_softplus, implementation: as for `selective_scan`, for this part.
+      initial_state: state before the first scanned token of the complete sequence, the same on all devices; zeros if
+        None.
+      implementation: scans the part; a name as for `selective_scan`, or None for the platform's preference.
 
     Returns:
       y, with the shape and dtype of u, and the state after the part's last scanned token, in the dtype of the
       computation.
 
     Raises:
-      ValueError, NotImplementedError: as `selective_scan`.
+      ValueError: the shapes do not match, a dtype is not floating-point, or the implementation's name is unknown.
+      NotImplementedError: the named implementation does not support the arguments.
     """
-    arrays = dict(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=initial_state)
-    check_arguments(**arrays)
+    check_arguments(u, delta, A, B, C, D, z, delta_bias, initial_state)
     # All later functions take the dtype of the computation from the initial state.
-    arrays["initial_state"] = first_state(initial_state, u, A, compute_dtype(u, delta, A, B, C))
+    state = first_state(initial_state, u, A, compute_dtype(u, delta, A, B, C))
+    arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
     # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
-    arrays = {name: vary_as(u, x) for name, x in arrays.items() if x is not None}
+    arrays = jax.tree.map(functools.partial(vary_as, u), arrays)
     options = _Options(axis_name, delta_softplus, reverse, implementation)
     return _scan(options, arrays, jnp.asarray(reverse if parts_reversed is None else parts_reversed))
 
@@ -90,20 +101,20 @@ class _Options:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(
-    options: _Options, arrays: Arrays, parts_reversed: Bool[Array, ""]
+    options: _Options, arrays: ScanArrays, parts_reversed: Bool[Array, ""]
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     """(y, final_state). parts_reversed is a traced argument, because layers of both directions may share a program."""
     return _scan_part(options, _with_start_state(options, arrays, parts_reversed)[0])
 
 
 def _scan_fwd(
-    options: _Options, arrays: Arrays, parts_reversed: Bool[Array, ""]
+    options: _Options, arrays: ScanArrays, parts_reversed: Bool[Array, ""]
 ) -> tuple[
     tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-    tuple[Callable[..., tuple[Arrays]], Arrays, Float[Array, "P B D"], Bool[Array, ""]],
+    tuple[Pullback, ScanArrays, Float[Array, "P B D"], Bool[Array, ""]],
 ]:
-    # jax.vjp of the part's scan alone: the exchange between devices has a gradient of its own in `_scan_bwd`, instead
-    # of one that differentiates through the gathers and the extra pass.
+    # jax.vjp of the part's scan alone. `_scan_bwd` computes the gradient of the exchange between devices itself,
+    # instead of differentiating through the gathers and the extra pass.
     started, step_sums = _with_start_state(options, arrays, parts_reversed)
     outputs, pullback = jax.vjp(functools.partial(_scan_part, options), started)
     # Kept: what the implementation keeps (inside `pullback`), the inputs, which are alive anyway, and the sums of step
@@ -113,9 +124,9 @@ def _scan_fwd(
 
 def _scan_bwd(
     options: _Options,
-    residuals: tuple[Callable[..., tuple[Arrays]], Arrays, Float[Array, "P B D"], Bool[Array, ""]],
+    residuals: tuple[Pullback, ScanArrays, Float[Array, "P B D"], Bool[Array, ""]],
     cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-) -> tuple[Arrays, None]:
+) -> tuple[ScanArrays, None]:
     """The pullback of the part's own scan, applied to the final state's gradient through all later parts.
 
     Let g be the gradient of the loss with respect to a part's final state, and r that with respect to its start state
@@ -127,7 +138,7 @@ def _scan_bwd(
     step_size, A = _discretize(options, arrays)
     # The gradient with respect to C_t · h_t; the skip connection does not reach the state.
     d_sum = dy.astype(step_size.dtype)
-    if "z" in arrays:
+    if arrays["z"] is not None:
         d_sum *= jax.nn.silu(arrays["z"].astype(step_size.dtype))
     # r + exp(A ΣΔ) g, with the g that comes from this part's own final_state. Later parts add to it below.
     d_start = _accumulate_adjoint(options, A, step_size, d_sum, arrays["C"])
@@ -138,7 +149,8 @@ def _scan_bwd(
     # The parts after this one come "before" it in the opposite order of parts.
     from_later = _fold(options, A, d_starts, step_sums, jnp.zeros_like(d_start), ~parts_reversed)
     (gradients,) = pullback((dy, d_final_state + jnp.swapaxes(from_later, 1, 2)))
-    # Only the first part starts from the argument. The others' start states have passed their gradients on above.
+    # Only the first part starts from the argument. The gradient of any other part's start state has been passed to the
+    # part before it, by `_fold`.
     is_first = _parts_before(options, parts_reversed) == 0
     gradients["initial_state"] = jnp.where(is_first, gradients["initial_state"], 0)
     return gradients, None
@@ -147,7 +159,7 @@ def _scan_bwd(
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _scan_part(options: _Options, arrays: Arrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+def _scan_part(options: _Options, arrays: ScanArrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     return selective_scan(
         **arrays,
         delta_softplus=options.delta_softplus,
@@ -158,28 +170,29 @@ def _scan_part(options: _Options, arrays: Arrays) -> tuple[Float[Array, "B L D"]
 
 
 def _with_start_state(
-    options: _Options, arrays: Arrays, parts_reversed: Bool[Array, ""]
-) -> tuple[Arrays, Float[Array, "P B D"]]:
-    """The arrays with this part's start state as their initial state, and the sum of step sizes of every part."""
+    options: _Options, arrays: ScanArrays, parts_reversed: Bool[Array, ""]
+) -> tuple[ScanArrays, Float[Array, "P B D"]]:
+    """The arrays with this part's start state as their initial state, and the sum of step sizes of each part."""
     step_size, A = _discretize(options, arrays)
     drive = step_size * arrays["u"].astype(step_size.dtype)
-    # A pass over the part for its last state alone. It cannot be taken from the scan itself, which needs the start.
+    # A pass over the part that computes only its last state from zero. The scan itself cannot return it, because it
+    # needs the start state.
     final_state = _accumulate(options, A, step_size, drive, arrays["B"])
     # One collective for both: P (B, N, D) and P (B, D) arrays, independent of the length of the sequence.
     final_states, step_sums = jax.lax.all_gather((final_state, step_size.sum(axis=1)), options.axis_name)
     start = jnp.swapaxes(arrays["initial_state"], 1, 2)
     start = _fold(options, A, final_states, step_sums, start, parts_reversed)
-    return arrays | {"initial_state": jnp.swapaxes(start, 1, 2)}, step_sums
+    return {**arrays, "initial_state": jnp.swapaxes(start, 1, 2)}, step_sums
 
 
-def _discretize(options: _Options, arrays: Arrays) -> tuple[Float[Array, "B L D"], Float[Array, "N D"]]:
+def _discretize(options: _Options, arrays: ScanArrays) -> tuple[Float[Array, "B L D"], Float[Array, "N D"]]:
     """Δ and the transpose of A, in the dtype of the computation.
 
     The functions below have channels last in states too, (B, N, D): they fill a vector register better than the few
     entries of a state.
     """
     dtype = arrays["initial_state"].dtype
-    step_size = discretization_step(arrays["delta"], arrays.get("delta_bias"), options.delta_softplus, dtype)
+    step_size = discretization_step(arrays["delta"], arrays["delta_bias"], options.delta_softplus, dtype)
     return step_size, arrays["A"].astype(dtype).T
 
 
@@ -194,8 +207,10 @@ def _fold(
     """The state h after h <- exp(A ΣΔ) h + state over the parts before this device's, in the given order of parts.
 
     Args:
-      states: of all parts.
-      step_sums: of all parts.
+      options: gives the mesh axis.
+      A: the transposed A.
+      states: for each part, the state after it if it starts from zero.
+      step_sums: ΣΔ of each part.
       start: h before the first part.
       from_last: the parts are in order from the last device to the first.
     """
@@ -204,7 +219,7 @@ def _fold(
         part = jnp.where(from_last, states.shape[0] - 1 - i, i)
         return _decay(step_sums[part], A) * h + states[part]
 
-    # The trip count differs between devices. The loop contains no collective, so they need not stay in step.
+    # The trip count differs between devices. This is allowed because the loop contains no collective.
     return jax.lax.fori_loop(0, _parts_before(options, from_last), add, start)
 
 

@@ -27,9 +27,9 @@ from ..typing import Array, Float, Index
 from .reference import batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
 from .xla_windows import Window, at_step, for_windows, loop_into, pad_to_chunks, read, read_steps, write, write_steps
 
-# Two arrays that each chunk of the backward pass overwrites, with the states of all of its steps.
+# Two arrays that each chunk of the backward pass overwrites: h_t and carry_{t+1} of its steps; see `_backward_chunk`.
 Buffers = tuple[Float[Array, "T B N width"], Float[Array, "T B N width"]]
-# (carry, dA so far, the step size after the chunk's last step): what one chunk of the backward pass gives to the next.
+# (carry, dA so far, the step size after the chunk's last step): what the backward pass carries from chunk to chunk.
 ChunkCarry = tuple[Float[Array, "B N width"], Float[Array, "B N width"], Float[Array, "B width"]]
 # Carries of the loop over blocks of channels, of the forward and of the backward pass. `width` is that of a block.
 ForwardOutputs = tuple[Float[Array, "B N D"], Float[Array, "B L D"], Float[Array, "chunks B N D"]]
@@ -39,6 +39,16 @@ BackwardOutputs = tuple[
     Buffers,
     list[Float[Array, "B L D"]],
     list[Float[Array, "B L N"]],
+]
+# (u, step_size, A, B, C, initial_state, the state at the start of each chunk).
+Residuals = tuple[
+    Float[Array, "B L D"],
+    Float[Array, "B L D"],
+    Float[Array, "D N"],
+    Float[Array, "B L N"],
+    Float[Array, "B L N"],
+    Float[Array, "B D N"],
+    Float[Array, "chunks B N D"],
 ]
 
 
@@ -65,31 +75,39 @@ def selective_scan_xla(
     # Nothing to loop over: y is the skip connection, and the state remains.
     if 0 in u.shape or 0 in A.shape:
         return skip_and_gate(jnp.zeros(u.shape, dtype), u, D, z), state
-    y, final_state = _scan(reverse, u, step_size, vary_as(u, A), B, C, state)
+    A = vary_as(u, A)
+    y, final_state = _scan(reverse, u, step_size, A, B, C, state)  # pyright: ignore[reportGeneralTypeIssues] JAX's type
     return skip_and_gate(y, u, D, z), final_state
 
 
 @dataclasses.dataclass(frozen=True)
 class BlockSizes:
-    """The number of channels in a block, and of time steps in a chunk."""
+    """The number of channels in a block, and the number of time steps in a chunk."""
 
     d_inner: int
     steps: int
 
 
 def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSizes:
-    """The most channels whose states take up to 96 KiB in float32, and the most steps whose states take 1.5 MiB.
+    """Returns the most channels whose states take up to 96 KiB, and the most steps whose states take up to 1.5 MiB.
 
-    The limits were measured on two Zen 4 cores with 1 MiB of second-level cache each. The gradient's time varies by a
-    tenth between 12 and 96 KiB and between 0.5 and 2 MiB, and grows beyond.
+    The sizes are those of float32 states. The limits were measured on two Zen 4 cores with 1 MiB of second-level cache
+    each. The time of the gradient varies by a tenth between 12 and 96 KiB, and between 0.5 and 2 MiB, and is longer
+    beyond these ranges.
+
+    Args:
+      batch: number of examples.
+      length: steps of the sequence, at least 1.
+      d_inner: number of channels, at least 1.
+      d_state: states per channel.
     """
     # Entries of 4 bytes: 96 KiB and 1.5 MiB.
     max_states, max_chunk_states = 24 * 1024, 384 * 1024
     # Only divisors of d_inner, so that no block is ragged. Blocks of fewer than 64 channels would not fill vectors.
     widths = [n for n in _divisors(d_inner) if n >= min(64, d_inner)]
     width = max((n for n in widths if batch * d_state * n <= max_states), default=widths[0])
-    # Between 8 and 32 steps: shorter chunks keep more states and pay the loop's overhead more often, and longer ones
-    # take more memory for their decays and states.
+    # Between 8 and 32 steps. Shorter chunks keep more states and have more loop overhead. Longer chunks need more
+    # memory for their decays and states.
     max_steps = min(max(max_chunk_states // (batch * d_state * width), 8), 32)
     # A divisor of the length avoids padding. If none is within a factor of two of the limit, the chunks are as even as
     # possible, which pads by less than one step per chunk.
@@ -124,7 +142,7 @@ def _scan_fwd(
     B: Float[Array, "B L N"],
     C: Float[Array, "B L N"],
     initial_state: Float[Array, "B D N"],
-) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B D N"]], tuple[Array, ...]]:
+) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B D N"]], Residuals]:
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
     dtype = step_size.dtype
     sizes = block_sizes(batch, length, d_inner, d_state)
@@ -149,7 +167,7 @@ def _scan_fwd(
             h, y_chunk = _forward_chunk(reverse, A_block, h, u, step_size, B, C)
             return h, write_steps(y, y_chunk, steps, channels), h_starts
 
-        # `state` holds the initial states of blocks that are still to come, and the final states of those done.
+        # `state` holds the final states of the blocks before this one, and the initial states of the others.
         state, y, h_starts = outputs
         h = read(state, None, None, channels)
         h, y, h_starts = for_windows(padded_length, sizes.steps, chunk, (h, y, h_starts), reverse)
@@ -166,7 +184,7 @@ def _scan_fwd(
 
 def _scan_bwd(
     reverse: bool,
-    residuals: tuple[Array, ...],
+    residuals: Residuals,
     cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
 ) -> tuple[
     Float[Array, "B L D"],
@@ -177,8 +195,7 @@ def _scan_bwd(
     Float[Array, "B D N"],
 ]:
     """The gradients of `_scan`'s array arguments, in their order and dtypes. Chunks are visited in reverse order."""
-    *inputs, h_starts = residuals
-    u, step_size, A, B, C, initial_state = inputs
+    u, step_size, A, B, C, initial_state, h_starts = residuals
     dy, d_final_state = cotangents
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
     dtype = step_size.dtype
@@ -214,7 +231,8 @@ def _scan_bwd(
             return carried, buffers, d_by_channel, d_by_state
 
         dh, dA, buffers, d_by_channel, d_by_state = outputs
-        # `dh` holds the gradients of final states for blocks still to come, and of initial states for those done.
+        # `dh` holds the gradients of the initial states for the blocks before this one, and of the final states for the
+        # others.
         carry = read(dh, None, None, channels)
         loop = ((carry, jnp.zeros_like(carry), jnp.zeros_like(carry[:, 0])), buffers, d_by_channel, d_by_state)
         loop = for_windows(padded_length, sizes.steps, chunk, loop, not reverse)
@@ -222,13 +240,13 @@ def _scan_bwd(
         dh = write(dh, carry, None, None, channels)
         return dh, write(dA, dA_block, None, None, channels), buffers, d_by_channel, d_by_state
 
-    # The buffers for a chunk's states are carries of all loops: as outputs of a scan they would be newly allocated and
-    # zeroed for each chunk.
+    # The buffers for a chunk's states are carries of all loops. As outputs of a scan they would be allocated and zeroed
+    # again for each chunk.
     buffer = batch_zeros(u, (sizes.steps, batch, d_state, sizes.d_inner), dtype, batch_axis=1)
     sequence = batch_zeros(u, (batch, padded_length, d_inner), dtype)
     projection = batch_zeros(u, (batch, padded_length, d_state), dtype)
-    # dA keeps its batch axis until the loops end: a sum over a sharded batch is a collective, which is needed once and
-    # not once per chunk. du is written once per entry and so may have the dtype of u; the others are summed further.
+    # dA keeps its batch axis until the loops end. The sum over a sharded batch is a collective, which then runs once
+    # instead of once per chunk. du is complete when it is written, so it has the dtype of u. The others are sums.
     outputs = (
         jnp.swapaxes(d_final_state, 1, 2),
         batch_zeros(u, (batch, d_state, d_inner), dtype),
@@ -240,8 +258,8 @@ def _scan_bwd(
     du, d_step_size, d_step_size_next = (x[:, :length] for x in d_by_channel)
     dB, dC = (x[:, :length] for x in d_by_state)
 
-    # The terms that the chunks leave out (see `_backward_chunk`): d(Δ_t A) of the first scanned step, and in dB the sum
-    # over all channels of dy_t Δ_t u_t, times C_t.
+    # The chunks leave out two terms (see `_backward_chunk`): d(Δ_t A) of the first scanned step, and in dB_t the
+    # product of C_t with the sum of dy_t Δ_t u_t over all channels.
     state = jnp.swapaxes(initial_state, 1, 2)
     first = -1 if reverse else 0
     step_size_padded = by_channel[1]
@@ -253,8 +271,14 @@ def _scan_bwd(
     else:
         d_step_size += jnp.concatenate([d_first, d_step_size_next[:, :-1]], axis=1)
     dB += C.astype(dtype) * jnp.sum(dy * step_size * u.astype(dtype), axis=2, keepdims=True)
-    gradients = (du, d_step_size, dA, dB, dC, jnp.swapaxes(dh, 1, 2))
-    return tuple(gradient.astype(x.dtype) for gradient, x in zip(gradients, inputs, strict=True))
+    return (
+        du,
+        d_step_size,
+        dA.astype(A.dtype),
+        dB.astype(B.dtype),
+        dC.astype(C.dtype),
+        jnp.swapaxes(dh, 1, 2).astype(initial_state.dtype),
+    )
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)
@@ -271,8 +295,8 @@ def _forward_chunk(
 ) -> tuple[Float[Array, "B N width"], Float[Array, "T B width"]]:
     """Returns the state after the chunk, and y.
 
-    The decays of all steps are computed first: XLA divides one operation over a chunk among the CPU's cores, but single
-    steps are too short for that.
+    The decays of all steps are computed first. XLA divides one operation over a complete chunk among the CPU's cores;
+    the operations of a single step are too short for that.
     """
 
     def step(
@@ -314,17 +338,21 @@ def _backward_chunk(
         d(Δ_t u_t)  = Σ_n (carry_{t+1} + dy_t C_t) B_t
         d(Δ_t A)    = carry_t h_{t-1}
 
-    The chunk stores h_t and carry_{t+1}. The last product, taken for the next step, is carry_{t+1} h_t: it needs these
-    two arrays at the same index and no decays. The terms with dy_t C_t factor into sums over N or D alone, without an
-    array over both.
+    The chunk stores h_t and carry_{t+1}. The last product is computed for the next step as
+    d(Δ_{t+1} A) = carry_{t+1} h_t, which takes both arrays at the same index and needs no decays. The terms with
+    dy_t C_t factor into sums over N or D alone, so they need no array over both axes.
 
     Args:
-      reverse: as in the forward pass; this function goes the other way.
-      A: the block's, in the dtype of the computation.
+      reverse: direction of the forward pass; this function goes in the opposite direction.
+      A: of the block, like all arrays here in the dtype of the computation.
       carried: (carry, dA so far, step size after the chunk's last step). The result holds those for the chunk before.
       buffers: two arrays to overwrite, for h_t and carry_{t+1} of all steps.
       h_start: the state before the chunk's first scanned step.
-      u, step_size, B, C, dy: the chunk's windows, in the dtype of the computation.
+      u: the chunk's steps and the block's channels of the input.
+      step_size: the same window of the step sizes.
+      B: the chunk's steps.
+      C: the chunk's steps.
+      dy: the same window of the gradient of y.
 
     Returns:
       carried; buffers; the gradients of u_t, of Δ_t through Δ_t u_t, and of Δ_{t+1} through Δ_{t+1} A; and dB and dC,
@@ -375,8 +403,8 @@ def _decay(step_size: Float[Array, "*steps D"], A: Float[Array, "N D"]) -> Float
 def _sum_states(*factors: Float[Array, "... N #D"]) -> Float[Array, "... D"]:
     """The sum over N of the product of the factors, added in pairs.
 
-    It is written as additions, because XLA's CPU backend gives this reduction to a library routine that at batch size 1
-    takes longer than the rest of a step. Slices are taken before products, so that the products need no memory.
+    It is written as additions, because XLA's CPU backend compiles this reduction to a library call, which at batch size
+    1 takes longer than the rest of a step. Slices are taken before products, so that the products need no memory.
     """
     d_state = factors[0].shape[-2]
     slices = ([jax.lax.index_in_dim(x, n, -2, keepdims=False) for x in factors] for n in range(d_state))

@@ -23,7 +23,12 @@ def for_windows(
 ) -> Carry:
     """Returns the carry after `carry = body((start, size), carry)` for each window of an axis of `total` entries.
 
-    Size divides total. The windows are visited from the first to the last, or from the last to the first if reverse.
+    Args:
+      total: entries of the axis.
+      size: entries of a window; it divides total.
+      body: computes one window.
+      carry: the first carry.
+      reverse: visit the windows from the last to the first.
     """
     # fori_loop with a static count becomes a scan without outputs: all results are in the carry.
     count = total // size
@@ -40,11 +45,16 @@ def loop_into(
     carry: Carry,
     reverse: bool,
 ) -> tuple[Carry, Float[Array, "T ..."]]:
-    """`jax.lax.scan(step, carry, arange(len(buffer)))` that writes its outputs into buffer.
+    """Returns `jax.lax.scan(step, carry, arange(len(buffer)), reverse=reverse)`, with its outputs written into buffer.
 
-    A scan would allocate and zero a new output array on each call; this one reuses the buffer of the chunk before.
+    A scan would allocate and zero a new output array on each call; this function reuses the buffer of the chunk before.
+
+    Args:
+      buffer: overwritten with the outputs, which are in the order of t in both directions.
+      step: (carry, t) to (carry, output).
+      carry: the first carry.
+      reverse: go from the last t to the first.
     """
-    # The outputs are in the order of t in both directions, as those of a scan are.
     steps = buffer.shape[0]
 
     def body(i: Index, loop: tuple[Carry, Float[Array, "T ..."]]) -> tuple[Carry, Float[Array, "T ..."]]:
@@ -57,27 +67,27 @@ def loop_into(
 
 
 def at_step(x: Float[Array, "T ..."], t: Index) -> Float[Array, "..."]:
-    """x[t], for a traced t."""
+    """Returns x[t], for a traced t."""
     return jax.lax.dynamic_index_in_dim(x, t, 0, keepdims=False, allow_negative_indices=False)
 
 
 def pad_to_chunks(steps: int, *sequences: Float[Array, "B L _"]) -> list[Float[Array, "B _ _"]]:
-    """The sequences with zeros at the end, to a multiple of `steps`. A step of size zero leaves the state unchanged."""
-    # At the end in both directions. A reversed scan then starts with the padding, which leaves the initial state as it
-    # is, because Δ = 0 gives a decay of 1 and no input.
+    """Returns the sequences padded with zeros at the end, to a multiple of `steps` time steps."""
+    # At the end in both directions. A reversed scan then starts with the padding, which does not change the initial
+    # state: Δ = 0 gives a decay of 1 and no input.
     padding = -sequences[0].shape[1] % steps
     return [jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x for x in sequences]
 
 
 def read(x: Float[Array, "..."], *windows: Window | None) -> Float[Array, "..."]:
-    """The part of x within the windows, one for each axis."""
-    windows = [window or (0, size) for window, size in zip(windows, x.shape, strict=True)]
-    starts, sizes = zip(*windows, strict=True)
+    """Returns the part of x within the windows, one window per axis."""
+    starts = [window[0] if window else 0 for window in windows]
+    sizes = [window[1] if window else size for window, size in zip(windows, x.shape, strict=True)]
     return jax.lax.dynamic_slice(x, starts, sizes, allow_negative_indices=False)
 
 
 def write(x: Float[Array, "*shape"], part: Float[Array, "..."], *windows: Window | None) -> Float[Array, "*shape"]:
-    """x with the part within the windows, one for each axis, replaced."""
+    """Returns x with `part`, converted to the dtype of x, in place of the windows; one window per axis."""
     starts = [window[0] if window else 0 for window in windows]
     return jax.lax.dynamic_update_slice(x, part.astype(x.dtype), starts, allow_negative_indices=False)
 
@@ -85,13 +95,13 @@ def write(x: Float[Array, "*shape"], part: Float[Array, "..."], *windows: Window
 def read_steps(
     x: Float[Array, "B L _"], steps: Window, channels: Window | None, dtype: jnp.dtype
 ) -> Float[Array, "T B _"]:
-    """A window of steps and channels of a sequence, with steps first, in dtype."""
-    # The transpose of a window costs little, since the window is in cache and channels stay the last axis.
+    """Returns a window of steps and channels of a sequence, with steps first, in dtype."""
+    # The transpose of a window costs little, because the window is in cache and channels stay the last axis.
     return jnp.swapaxes(read(x, None, steps, channels), 0, 1).astype(dtype)
 
 
 def write_steps(
     x: Float[Array, "B L E"], part: Float[Array, "T B _"], steps: Window, channels: Window | None
 ) -> Float[Array, "B L E"]:
-    """The sequence x with a window of steps and channels replaced by a part that has steps first."""
+    """Returns the sequence x with `part`, which has steps first, in place of a window of steps and channels."""
     return write(x, jnp.swapaxes(part, 0, 1), None, steps, channels)

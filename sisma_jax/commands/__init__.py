@@ -1,5 +1,6 @@
-"""What the command line can do, one file per command: each connects parts of the library and reports the result.
+"""The commands of the command line, one file each. A command connects parts of the library and reports the result.
 
-A command is a frozen dataclass of its options, which `cli.py` turns into flags, with a method
-`run(config, workdir) -> None`.
+A command is a frozen dataclass with a method `run(config, workdir) -> None`. Its fields are the command's options,
+which `cli.py` turns into flags. The docstrings of the class and of its fields are the text of `python run.py COMMAND
+--help`.
 """

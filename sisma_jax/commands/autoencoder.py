@@ -1,4 +1,4 @@
-"""The commands `autoencoder` and `latents`: what a denoiser of latents needs before its first step."""
+"""The commands `autoencoder` and `latents`, which prepare what a denoiser of latents needs before training."""
 
 import dataclasses
 
@@ -19,9 +19,14 @@ from sisma_jax.training import autoencoder as autoencoders
 
 @dataclasses.dataclass(frozen=True)
 class Autoencoder:
-    """Prepares the run's autoencoder, and shows its reconstructions of test images."""
+    """Prepares the run's autoencoder, and writes reconstructions of test images."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command on the run in `workdir`.
+
+        Raises:
+          InputError: the configuration has no autoencoder, or as for `prepare_autoencoder`.
+        """
         _require_autoencoder(config)
         with RunFolder.writing(workdir, config) as run:
             prepare_autoencoder(run)
@@ -29,9 +34,14 @@ class Autoencoder:
 
 @dataclasses.dataclass(frozen=True)
 class Latents:
-    """Prepares the run's autoencoder and the cache of the data set's latents."""
+    """Prepares the run's autoencoder, and the cache of the data set's latents."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command on the run in `workdir`.
+
+        Raises:
+          InputError: the configuration has no autoencoder, or as for `prepare_latents`.
+        """
         _require_autoencoder(config)
         with RunFolder.writing(workdir, config) as run:
             prepare_latents(run)
@@ -39,13 +49,26 @@ class Latents:
 
 def _require_autoencoder(config: Config) -> None:
     if config.autoencoder.kind == "identity":
-        raise InputError("There is no autoencoder to prepare: autoencoder.kind is identity.")
+        raise InputError("There is no autoencoder to prepare, as autoencoder.kind is identity; set it to kl.")
 
 
 def prepare_autoencoder(run: RunFolder) -> DataSet:
-    """Returns the prepared data set; the run has its autoencoder afterwards."""
+    """Prepares the data set and the run's autoencoder, and writes reconstructions of test images.
+
+    Every process of a job must call this.
+
+    Args:
+      run: the run, opened with `RunFolder.writing`.
+
+    Returns:
+      The data set.
+
+    Raises:
+      InputError: the data or the weights are missing or damaged, or training fails, as for `loop.run_job`.
+      Preempted: SIGTERM arrived while the autoencoder was trained.
+    """
     config = run.config
-    if config.autoencoder.weights:  # a wrong file is named before the data set is written
+    if config.autoencoder.weights:  # report a wrong file before the data set is written
         autoencoders.prepare(run)
         dataset = prepare_data(config)
     else:
@@ -53,7 +76,7 @@ def prepare_autoencoder(run: RunFolder) -> DataSet:
         autoencoders.prepare(run, dataset)
     path = run.reconstructions
     if is_primary() and not path.exists():
-        originals, decoded = zip(*autoencoders.reconstructions(run.autoencoder, dataset, GRID_ROWS), strict=True)
+        originals, decoded = zip(*autoencoders.reconstructions(run.kl_autoencoder, dataset, GRID_ROWS), strict=True)
         masks = next(dataset.eval_batches("test", GRID_ROWS, limit=GRID_ROWS))["mask"]
         grid = grids.sample_grid(
             masks,
@@ -65,7 +88,7 @@ def prepare_autoencoder(run: RunFolder) -> DataSet:
         make_folder(path.parent)
         grids.save_png(path, grid)
         psnr = autoencoders.psnr(
-            run.autoencoder, dataset, config.evaluate.num_samples, config.autoencoder.encode_batch_size
+            run.kl_autoencoder, dataset, config.evaluate.num_samples, config.autoencoder.encode_batch_size
         )
         tell(f"PSNR of reconstructed test images: {psnr:.2f} dB")
     tell(f"Autoencoder: {run.autoencoder_path}")
@@ -74,7 +97,20 @@ def prepare_autoencoder(run: RunFolder) -> DataSet:
 
 
 def prepare_latents(run: RunFolder) -> tuple[DataSet, LatentDataSet]:
-    """Returns the data set, and the same in the latents of the run's autoencoder, prepared if they were not."""
+    """Prepares the data set, the run's autoencoder, and the cache of latents; does what is not done yet.
+
+    Every process of a job must call this.
+
+    Args:
+      run: the run, opened with `RunFolder.writing`.
+
+    Returns:
+      The data set of images, and the data set of latents.
+
+    Raises:
+      InputError: as for `prepare_autoencoder`, or the cache cannot be written.
+      Preempted: SIGTERM arrived while the autoencoder was trained.
+    """
     dataset = prepare_autoencoder(run)
     latents = LatentDataSet.prepare(dataset, autoencoders.encoder(run))
     tell(f"Latents: {latents.path}")

@@ -1,4 +1,4 @@
-"""The command `evaluate`: samples for held-out masks, measured, and shown beside the originals."""
+"""The command `evaluate`: samples faces for held-out masks, measures them, and shows them beside the originals."""
 
 import dataclasses
 import json
@@ -28,14 +28,20 @@ _GRID_SAMPLES = 4
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Samples faces for held-out masks and measures them."""
+    """Samples faces for held-out masks, and measures held-out loss and mask agreement."""
 
     checkpoint: Checkpoint = "newest"
-    """The newest, the best (lowest held-out loss), or that of a step."""
+    """Checkpoint to evaluate: the newest, the best (lowest held-out loss), or the one of a step."""
     out: str = ""
-    """Folder for the results; WORKDIR/evaluations/NUMBER if empty."""
+    """Folder for the results. If empty: WORKDIR/evaluations/NUMBER."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command on the run in `workdir`.
+
+        Raises:
+          InputError: the run, its checkpoint, its autoencoder or its data cannot be read, or the folder for the results
+            cannot be written.
+        """
         run = RunFolder.open(workdir, config)
         with output_folder(self.out, run.evaluations) as out:
             trained = pipeline.from_run(run, checkpoint=self.checkpoint, mesh=sharding.make_mesh(config.mesh))
@@ -50,9 +56,17 @@ def evaluate(
 ) -> None:
     """Samples faces for held-out masks, measures them, and writes the results.
 
+    Every process of a job must call this; the first one writes.
+
     Args:
+      run: the run to evaluate.
+      trained: its pipeline.
+      dataset: its data set, whose test split is used.
       examples: what the denoiser was trained on: `dataset`, or its latents.
-      out: where the results go, under the names that they have in a run: `run` itself, or another folder.
+      out: where to write the results, under the same names as in a run: `run` itself, or another folder.
+
+    Raises:
+      InputError: the segmenter of the run is damaged, or the folder for the results cannot be created.
     """
     config = run.config
     batch_size = sharding.round_up(config.sample.batch_size, trained.mesh)
@@ -73,7 +87,7 @@ def evaluate(
     shown = trained(masks[:GRID_ROWS], key=key, num_samples=_GRID_SAMPLES)
     size = config.data.image_size
     shown = shown.reshape(-1, _GRID_SAMPLES, size, size, 3)
-    # By each process for itself: they would have to wait for the first one otherwise.
+    # Every process computes this, because otherwise the others would have to wait for the first one.
     agreement = mask_agreement.agreement_report(faces, originals, masks, load_or_train_segmenter(run, dataset, out))
     if not is_primary():
         return
@@ -92,10 +106,19 @@ def evaluate(
 
 
 def load_or_train_segmenter(run: RunFolder, dataset: DataSet, out: RunFolder | None = None) -> segmenter.Segmenter:
-    """Returns the run's segmenter; without one, a newly trained one, which is saved in `out`."""
+    """Returns the run's segmenter, which predicts masks from faces; trains one if the run has none.
+
+    Args:
+      run: the run.
+      dataset: training data.
+      out: where to save a newly trained segmenter; None: it is not saved.
+
+    Raises:
+      InputError: the saved segmenter is damaged, or has other classes.
+    """
     if run.segmenter.exists():
         return segmenter.load(run.segmenter, dataset.classes)
-    logger.info("Training the segmenter that reads masks back from faces.")
+    logger.info("Training the segmenter that predicts masks from faces.")
     settings = run.config.evaluate
     trained = segmenter.train(
         dataset, steps=settings.segmenter_steps, width=settings.segmenter_width, seed=run.config.train.seed

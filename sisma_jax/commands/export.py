@@ -1,4 +1,4 @@
-"""The command `export`: one file that samples."""
+"""The command `export`: writes one file from which faces can be sampled."""
 
 import dataclasses
 
@@ -13,18 +13,24 @@ from sisma_jax.runs.folder import Checkpoint, RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a run's EMA parameters, configuration and autoencoder to one file that samples."""
+    """Writes a run's EMA parameters, configuration and autoencoder to one file, from which faces can be sampled."""
 
     out: str = ""
-    """The file, *.safetensors; WORKDIR/NAME_STEP.safetensors if empty, with the name of the run's folder."""
+    """File to write, *.safetensors. If empty: WORKDIR/NAME_STEP.safetensors, with the name of the run's folder."""
     checkpoint: Checkpoint = "newest"
-    """The newest, the best (lowest held-out loss), or that of a step."""
+    """Checkpoint to export: the newest, the best (lowest held-out loss), or the one of a step."""
     overwrite: bool = False
-    """Replace a file that exists."""
+    """Replace the file if it exists."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command on the run in `workdir`.
+
+        Raises:
+          InputError: `out` has another suffix or exists, the run or its checkpoint cannot be read, or the file cannot
+            be written.
+        """
         if self.out and not self.out.endswith(EXPORT_SUFFIX):
-            raise InputError(f"`out` {self.out} must end in {EXPORT_SUFFIX}.")
+            raise InputError(f"`out` {self.out} must end in {EXPORT_SUFFIX}; change its suffix.")
         run = RunFolder.open(workdir, config)
         if self.out:
             require_free([to_path(self.out)], self.overwrite)
@@ -34,4 +40,4 @@ class Export:
         require_free([path], self.overwrite)
         export_params(path, config, step, sharding.fetch(params, mesh), run.autoencoder)
         tell(f"Parameters of step {step}: {path}")
-        tell(f"From Python: sisma_jax.load({str(path)!r}); the command `sample` takes it as `weights`.")
+        tell(f"Load it in Python with sisma_jax.load({str(path)!r}), or give it as `weights` to the command `sample`.")

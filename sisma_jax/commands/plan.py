@@ -1,4 +1,4 @@
-"""The command `plan`: what a run takes on devices that need not be there."""
+"""The command `plan`: memory and cost of a run on devices that are not present."""
 
 import dataclasses
 
@@ -11,16 +11,21 @@ from sisma_jax.runs.folder import RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Compiles the training step and the sampler for devices that need not be there, and reports what they take."""
+    """Compiles the training step and the sampler for devices that need not be present, and reports memory and cost."""
 
     topology: str
-    """As libtpu names it, such as v5e:4x4 or v5p:2x2x1; or cpu:8, virtual devices of a CPU."""
+    """TPU topology in libtpu's notation, such as v5e:4x4 or v5p:2x2x1; or cpu:8 for eight virtual CPU devices."""
     search: bool = True
-    """Search the largest batch that fits."""
+    """Search for the largest batch that fits into memory."""
     memory_gib: float | None = None
-    """Memory of a device that the programs may use; what its compiler allows if not given."""
+    """Memory per device that the programs may use, in GiB. None: the limit of the TPU compiler."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command, and writes the plan to `workdir`, which need not contain a run.
+
+        Raises:
+          InputError: the topology is unknown, the mesh or the batch does not match it, or the plan cannot be written.
+        """
         planned = planning.plan(config, self.topology, search=self.search, memory_gib=self.memory_gib)
         path = RunFolder(workdir, config).plan(self.topology)
         make_folder(path.parent)

@@ -1,4 +1,4 @@
-"""What commands tell people: lines of text, grids of images, and the folders that these go to."""
+"""Output of the commands: lines of text, grids of images, and the folders for them."""
 
 import contextlib
 import itertools
@@ -13,25 +13,32 @@ _GRID_HEIGHT = 128
 
 
 def tell(text: str) -> None:
-    """Prints a line, once per job."""
+    """Prints a line of `text`, in the first process only."""
     if is_primary():
         print(text)
 
 
 def grid_scale(size: int) -> int:
-    """Returns the factor by which a grid enlarges images of this size, so that small faces can be seen."""
+    """Returns the integer factor by which a grid enlarges images of `size` pixels, so that small faces are visible."""
     return max(1, _GRID_HEIGHT // size)
 
 
 @contextlib.contextmanager
 def output_folder(given: str, parent: AnyPath) -> Iterator[AnyPath]:
-    """Gives the folder that was asked for, or else PARENT/0001, or the next number that is free.
+    """Creates the folder for a command's results.
 
-    It is made at once, so that a folder that cannot be written ends the command before its work starts, and removed
-    again if the work fails and left nothing in it.
+    The folder is created before the work in the block starts, so that an unwritable folder is reported early. If the
+    block fails and has written nothing, the folder is deleted again. Every process of a job must call this.
+
+    Args:
+      given: folder that the user named; "" for the first free folder PARENT/0001, PARENT/0002, ...
+      parent: folder of the numbered folders.
+
+    Yields:
+      The folder.
 
     Raises:
-      InputError: the folder cannot be made.
+      InputError: the folder cannot be created.
     """
     folder = to_path(given) if given else parent / from_primary(lambda: _next_number(parent))
     existed = from_primary(lambda: folder.exists())
@@ -52,16 +59,28 @@ def _next_number(parent: AnyPath) -> str:
 
 
 def make_folder(folder: AnyPath) -> None:
-    """Makes a folder for results. Raises InputError if it cannot be made."""
+    """Creates a folder for results, and its parents.
+
+    Raises:
+      InputError: the folder cannot be created.
+    """
     try:
         with bucket_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"The folder {folder} cannot be made ({error}); name another with `out`.") from error
+        raise InputError(f"The folder {folder} cannot be created ({error}); name another with `out`.") from error
 
 
 def require_free(files: list[AnyPath], overwrite: bool) -> None:
-    """Raises InputError if one of the files exists, unless it is to be overwritten."""
+    """Checks that files may be written; every process of a job must call this.
+
+    Args:
+      files: to be written.
+      overwrite: whether existing files may be replaced.
+
+    Raises:
+      InputError: one of the files exists, and `overwrite` is false.
+    """
     if overwrite:
         return
     for file in files:

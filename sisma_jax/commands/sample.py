@@ -1,9 +1,10 @@
-"""The command `sample`: faces for masks of one's own, and edits of photographs."""
+"""The command `sample`: samples faces for mask files, and edits photographs."""
 
 import dataclasses
+import functools
 import logging
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import cv2
 import jax
@@ -33,64 +34,77 @@ _GRID_NAME = "grid.png"
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Samples faces for masks of your own with a trained run, or with an exported file."""
+    """Samples faces for your own masks, or edits a photograph, with a trained run or an exported file."""
 
     mask: str
-    """A mask file (PNG of class indices), or a folder of them."""
+    """Mask file (PNG of class indices), or a folder of mask files."""
     weights: str = ""
-    """A file that the command `export` wrote, in place of the run and its configuration."""
+    """File that the command `export` wrote, to use in place of a run and its configuration."""
     checkpoint: Checkpoint = "newest"
-    """Of the run: the newest, the best (lowest held-out loss), or that of a step."""
+    """Checkpoint of the run: the newest, the best (lowest held-out loss), or the one of a step."""
     image: str = ""
-    """A photograph to repaint where its mask was changed; all else stays as it is."""
+    """Photograph to edit. It is generated anew where its mask was edited; all other pixels stay unchanged."""
     image_mask: str = ""
-    """The photograph's mask before it was edited. Without this and region, the run's segmenter guesses it."""
+    """Mask of the photograph before it was edited. Without image_mask and region, the run's segmenter predicts it."""
     region: str = ""
-    """What to repaint, in place of image_mask: a picture that is black elsewhere."""
+    """Image that is black outside of the region to generate, to use in place of image_mask."""
     margin: int | None = None
-    """Pixels of the model's resolution by which the repainted region reaches out of what was changed, blended with the
-    photograph; a 32nd of that resolution if not given."""
+    """Width of the blended band around the region, in pixels of the model's resolution S. None: S / 32."""
     out: str = ""
-    """Folder for the images; WORKDIR/samples/NUMBER if empty, or samples/NUMBER with weights."""
+    """Folder for the images. If empty: WORKDIR/samples/NUMBER, or samples/NUMBER with weights."""
     overwrite: bool = False
-    """Replace images that exist in that folder."""
+    """Replace existing images in the folder."""
     num: int = 4
     """Faces per mask."""
     sampling: Annotated[Sampling, tyro.conf.arg(name="")] = Sampling()
-    """Default: the configuration's."""
+    """Default: the section `sample` of the configuration."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command on the run in `workdir`, or on the file `weights`.
+
+        Raises:
+          InputError: options contradict each other, a mask, an image or a model cannot be read, an output file exists,
+            or the folder for the images cannot be created.
+        """
         self._check()
         files = masks_lib.mask_files(self.mask)
         names = _output_names(files, self.num)
         classes = config.data.classes
         masks = [masks_lib.read_mask_file(file, classes) for file in files]
         image = photos.read_image_file(self.image) if self.image else None
-        change: dict[str, Any] = {}
-        if self.image_mask:
-            change["image_mask"] = masks_lib.read_mask_file(self.image_mask, classes)
-        if self.region:
-            change["region"] = masks_lib.decode_part(photos.read_bytes(self.region), self.region)
+        image_mask = masks_lib.read_mask_file(self.image_mask, classes) if self.image_mask else None
+        region = masks_lib.decode_part(photos.read_bytes(self.region), self.region) if self.region else None
         run = None if self.weights else RunFolder.open(workdir, config)
         with output_folder(self.out, to_path("samples") if run is None else run.samples) as out:
             require_free([out / name for row in names for name in (*row, _GRID_NAME)], self.overwrite)
             trained = self._load(config, run)
             size = config.data.image_size
             shown_masks = np.stack([masks_lib.resize_mask(mask, size) for mask in masks])
-            # The same keys for every mask: what differs between two edits of a mask is what was edited.
+            # The same keys for every mask, so that two edits of a mask differ only where the masks differ.
             key = jax.random.key(self.sampling.seed)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(self.num))
-            settings = {"num_samples": self.num, "sampling": self.sampling}
             if image is None:
-                faces = trained(shown_masks, key=jax.numpy.tile(keys, len(masks)), **settings)
-                faces = faces.reshape(len(masks), self.num, size, size, 3)
+                faces = trained(
+                    shown_masks,
+                    key=jax.numpy.tile(keys, len(masks)),
+                    num_samples=self.num,
+                    sampling=self.sampling,
+                ).reshape(len(masks), self.num, size, size, 3)
                 originals = None
             else:
-                changes = [change] * len(masks)
-                if run is not None and not change:
-                    changes = [{"region": region} for region in _guess_regions(image, shown_masks, run)]
-                settings |= {"key": keys, "margin": self.margin}
-                faces = [trained.edit(image, mask, **c, **settings) for mask, c in zip(masks, changes, strict=True)]
+                regions: Sequence[np.ndarray | None] = [region] * len(masks)
+                if run is not None and image_mask is None and region is None:
+                    regions = _guess_regions(image, shown_masks, run)
+                edit = functools.partial(
+                    trained.edit,
+                    image,
+                    key=keys,
+                    image_mask=image_mask,
+                    margin=self.margin,
+                    num_samples=self.num,
+                    sampling=self.sampling,
+                )
+                faces = [edit(mask, region=region) for mask, region in zip(masks, regions, strict=True)]
                 originals = np.stack([photos.resize_image(image, size)] * len(masks))
             if not is_primary():
                 return
@@ -107,9 +121,11 @@ class Sample:
             raise InputError(f"`num` must be positive, got {self.num}.")
         is_named = bool(self.image_mask or self.region)
         if not self.image and is_named:
-            raise InputError("`image_mask` and `region` belong to an edit: name the photograph with `image`.")
+            raise InputError("`image_mask` and `region` apply only to an edit; name the photograph with `image`.")
         if self.image and self.weights and not is_named:
-            raise InputError("An edit with `weights` needs `image_mask` or `region`: the file holds no segmenter.")
+            raise InputError(
+                "An edit with `weights` needs `image_mask` or `region`, as the file contains no segmenter."
+            )
 
     def _load(self, config: Config, run: RunFolder | None) -> Pipeline:
         mesh = sharding.make_mesh(config.mesh)
@@ -117,32 +133,36 @@ class Sample:
             return pipeline.from_run(run, checkpoint=self.checkpoint, mesh=mesh)
         exported = load_exported(self.weights)
         if different := config_files.differences(exported.config, config):
-            raise InputError(f"{self.weights} holds a model of another configuration:\n  " + "\n  ".join(different))
+            raise InputError(
+                f"{self.weights} contains a model with another configuration:\n  "
+                + "\n  ".join(different)
+                + "\nLeave out the options that differ."
+            )
         return Pipeline(config, exported.params, exported.step, exported.autoencoder, mesh)
 
 
-def _output_names(files: list[Path], num: int) -> list[list[str]]:
-    """Returns the names of the images of each mask file.
+def _output_names(files: Sequence[AnyPath], num: int) -> list[list[str]]:
+    """Returns the names of the images for each mask file.
 
     Raises:
-      InputError: two files would have images of one name, on a disk that does not tell upper from lower case.
+      InputError: images of two files would have the same name on a file system that ignores case.
     """
-    first: dict[str, Path] = {}
+    first: dict[str, AnyPath] = {}
     for file in files:
         other = first.setdefault(file.stem.casefold(), file)
         if other is not file:
-            raise InputError(f"The images of {other} and {file} would have the same names; rename one of the two.")
+            raise InputError(f"The images for {other} and {file} would have the same names; rename one of the files.")
     return [[f"{file.stem}_{number}.png" for number in range(num)] for file in files]
 
 
-def _guess_regions(image: np.ndarray, masks: np.ndarray, run: RunFolder) -> np.ndarray:
-    """Returns where edited masks (n, S, S) differ from what the run's segmenter reads in the image."""
+def _guess_regions(image: np.ndarray, masks: np.ndarray, run: RunFolder) -> list[np.ndarray]:
+    """Returns for each edited mask (n, S, S) where it differs from the run segmenter's prediction for the image."""
     logger.warning(
-        "The image's own mask is not given (image_mask), so what is repainted is where the mask differs from what the "
-        "run's small segmenter reads in the image: a rough guess."
+        "The image's own mask (image_mask) is not given. The region to generate is where the mask differs from the "
+        "prediction of the run's small segmenter, which is a rough guess."
     )
     small = photos.resize_image(image, run.config.data.image_size)
     read = load_or_train_segmenter(run, DataSet.open(run.config.data)).predict(small[None])
-    # Two readings of one face differ along all outlines: what is thinner than three pixels is no edit.
+    # Mask and prediction differ along all outlines of the face. Regions thinner than three pixels are not edits.
     square = np.ones((3, 3), np.uint8)
-    return np.stack([cv2.morphologyEx(one.astype(np.uint8), cv2.MORPH_OPEN, square) > 0 for one in masks != read])
+    return [cv2.morphologyEx(one.astype(np.uint8), cv2.MORPH_OPEN, square) > 0 for one in masks != read]

@@ -1,4 +1,4 @@
-"""The commands `train` and `all`."""
+"""The commands `train` and `all`, which create or resume a run."""
 
 import dataclasses
 
@@ -22,9 +22,15 @@ from sisma_jax.training import loop
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Prepares what training reads, trains, and draws the loss curve; resumes a run that exists."""
+    """Prepares the data, trains the denoiser, and plots the loss; resumes the run if it exists."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command on the run in `workdir`, which is created if it does not exist.
+
+        Raises:
+          InputError: the run was started with another configuration, or as for `train`.
+          Preempted: SIGTERM arrived, and a checkpoint is saved.
+        """
         _check(config, workdir)
         with RunFolder.writing(workdir, config) as run:
             train(run)
@@ -32,9 +38,15 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class All:
-    """Does the whole job of a configuration: prepares the data, trains, samples and evaluates."""
+    """Runs the whole experiment: prepares the data, trains, samples and evaluates; resumes the run if it exists."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
+        """Runs the command on the run in `workdir`, which is created if it does not exist.
+
+        Raises:
+          InputError: the run was started with another configuration, or as for `train` and `evaluate`.
+          Preempted: SIGTERM arrived, and a checkpoint is saved.
+        """
         _check(config, workdir)
         with RunFolder.writing(workdir, config) as run:
             dataset, examples = train(run)
@@ -43,18 +55,29 @@ class All:
 
 
 def _check(config: Config, workdir: AnyPath) -> None:
-    """Raises InputError for what would stop a training after its data are prepared."""
+    """Raises InputError at once for errors that training would otherwise report after the data are prepared."""
     loop.make_mesh(config)
     if config.autoencoder.kind != "identity" and not config.autoencoder.weights:
         autoencoders.make_mesh(config)
-    if (
-        config.train.init_from and not TrainingFolder(workdir).checkpoints.exists()
-    ):  # a run that resumes needs it no more
+    if config.train.init_from and not TrainingFolder(workdir).checkpoints.exists():  # a resumed run does not read it
         loop.initial_params(config)
 
 
 def train(run: RunFolder) -> tuple[DataSet, DataSet | LatentDataSet]:
-    """Trains a run; returns its data set, and the examples that the denoiser was trained on: images or latents."""
+    """Prepares what training needs, trains the denoiser of a run, and plots the loss.
+
+    Every process of a job must call this.
+
+    Args:
+      run: the run, opened with `RunFolder.writing`.
+
+    Returns:
+      The data set, and the examples on which the denoiser is trained: the same data set, or its latents.
+
+    Raises:
+      InputError: the data or the weights are missing or damaged, or training fails, as for `loop.train`.
+      Preempted: SIGTERM arrived, and a checkpoint is saved.
+    """
     if run.config.autoencoder.kind == "identity":
         dataset = examples = prepare_data(run.config)
     else:

@@ -1,4 +1,4 @@
-"""Generates a part of a photograph anew: where, along which path the rest goes, and how the two are joined."""
+"""Edits of a photograph: the region to generate, the path of the kept latents, and the composition of the result."""
 
 import cv2
 import jax.numpy as jnp
@@ -11,41 +11,52 @@ from sisma_jax.diffusion.solvers import Point, Velocity
 def keeping(
     velocity: Velocity, noise: Point, kept: Float[Array, "#B H W C"], is_generated: Bool[Array, "#B H W 1"]
 ) -> Velocity:
-    """Returns the given velocity where `is_generated`, and elsewhere the one that ends in `kept`.
+    """Returns a velocity that equals `velocity` where `is_generated`, and elsewhere leads from `noise` to `kept`.
 
-    What is kept moves along its own straight path from the noise, t kept + (1 - t) noise, whose velocity is constant:
-    every solver follows it exactly, and at every time the network sees it at the noise level of that time. So the
-    generated part fits its surroundings.
+    The kept part follows its straight path t kept + (1 - t) noise, whose velocity is constant. Every solver follows
+    this path exactly, and at every time the network sees the kept part at the right noise level. The generated part
+    is therefore consistent with its surroundings.
 
     Args:
-      noise: where the integration starts at t = 0.
-      kept: latent of the photograph, the same for all of a batch or one for each.
-      is_generated: where the velocity applies.
+      velocity: velocity of the generated part.
+      noise: point at t = 0, where the integration starts.
+      kept: latent of the photograph; one for all examples, or one per example.
+      is_generated: latent positions where `velocity` applies.
     """
     of_kept = kept - noise
     return lambda x, t: jnp.where(is_generated, velocity(x, t), of_kept)
 
 
 def to_latent_grid(region: Bool[Array, "B H W"], downsampling: int) -> Bool[Array, "B h w 1"]:
-    """Returns which latent positions have any pixel of the region."""
+    """Returns the latent positions that contain any pixel of the region.
+
+    Args:
+      region: pixels; height and width are multiples of `downsampling`.
+      downsampling: pixels per latent position in each direction.
+    """
     batch, height, width = region.shape
     squares = region.reshape(batch, height // downsampling, downsampling, width // downsampling, downsampling)
     return squares.any(axis=(2, 4))[..., None]
 
 
 def resize_region(region: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "S S"]:
-    """Returns a square region at another size; a pixel with any part in the region is in it."""
+    """Returns a square region at another resolution; a pixel that overlaps the region belongs to it.
+
+    Args:
+      region: square, H = W.
+      size: height and width of the result, in pixels.
+    """
     smaller = size < region.shape[0]
     interpolation = cv2.INTER_AREA if smaller else cv2.INTER_NEAREST_EXACT
     return cv2.resize(region.astype(np.float32), (size, size), interpolation=interpolation) > 0
 
 
 def feather(region: Bool[np.ndarray, "H W"], margin: float | int) -> Float[np.ndarray, "H W"]:
-    """Returns float32 weights: 1 in the region, falling linearly to 0 where the distance to it exceeds the margin.
+    """Returns float32 weights that are 1 in the region and fall linearly to 0 at distances above the margin.
 
     Args:
-      region: with at least one pixel.
-      margin: in pixels; with 0 the weights are the region.
+      region: contains at least one pixel.
+      margin: in pixels; 0 gives 1 in the region and 0 elsewhere.
     """
     distance = cv2.distanceTransform((~region).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
     return np.clip(1 - distance / (margin + 1), 0, 1).astype(np.float32)
@@ -54,11 +65,14 @@ def feather(region: Bool[np.ndarray, "H W"], margin: float | int) -> Float[np.nd
 def composite(
     photo: UInt8[np.ndarray, "H W 3"], generated: UInt8[np.ndarray, "S S 3"], weight: Float[np.ndarray, "P P"]
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """Returns the photograph with its central square of side P replaced; where the weight is 0, it is bit-identical.
+    """Returns the photograph, blended with a generated image in its central square of side P.
+
+    Pixels with weight 0 are bit-identical to those of the photograph.
 
     Args:
-      generated: of any size; resized to the square.
-      weight: share of the generated image, from 0 to 1.
+      photo: RGB.
+      generated: RGB, resized to the square.
+      weight: weight of the generated image in the central square, in [0, 1].
     """
     side = len(weight)
     top, left = (photo.shape[0] - side) // 2, (photo.shape[1] - side) // 2

@@ -1,4 +1,4 @@
-"""Classifier-free guidance (arXiv 2207.12598): one velocity of two function evaluations."""
+"""Classifier-free guidance (arXiv 2207.12598): one velocity from two function evaluations."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from sisma_jax.diffusion.flow import MIN_REMAINING
 from sisma_jax.diffusion.solvers import Point, Velocity
 from sisma_jax.models.condition import Condition
 
-# Standard deviations of a data estimate below this count as this, so that a constant estimate is not divided by zero.
+# Lower bound of the standard deviation of a data estimate, so that a constant estimate is not divided by zero.
 MIN_DEVIATION = 1e-6
 
 
@@ -23,19 +23,21 @@ def guided(
     interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.0, 1.0),
     rescale: float | Float[Array, ""] = 0.0,
 ) -> Velocity:
-    """Returns the guided velocity v_null + scale (v - v_null), where v is that with the condition.
+    """Returns the guided velocity v_null + scale (v - v_null), where v is the velocity with the condition.
 
-    Both evaluations run as one batch of twice the size.
+    Both function evaluations run as one batch of twice the size.
 
     Args:
       denoise: (x, t, condition) -> velocity.
-      null: the condition of "nothing given".
-      interval: times [low, high) that are guided; at others the velocity is v to the last bit. Noise levels
-        (s_low, s_high] of the paper (arXiv 2404.07724, noise over signal, so s = (1 - t) / t) are the times
-        [1 / (1 + s_high), 1 / (1 + s_low)). Both evaluations are made at all times: to skip one would put the network
-        into the program twice.
-      rescale: in [0, 1]; how far the guided estimate of the data is brought to the standard deviation that it has
-        without guidance, against over-exposure (see `_rescaled`).
+      condition: condition of each example.
+      null: the null condition, with which the network was trained for dropped conditions.
+      scale: guidance scale; 1 is no guidance.
+      interval: guidance applies at times in [low, high). At all other times the result is bit-identical to v. The noise
+        levels (s_low, s_high] of the paper (arXiv 2404.07724; noise over signal, s = (1 - t) / t) are the times
+        [1 / (1 + s_high), 1 / (1 + s_low)). Both evaluations run at all times, because skipping one would compile the
+        network twice.
+      rescale: in [0, 1]; how far the guided data estimate is rescaled to the standard deviation of the unguided one,
+        against over-exposure (see `_rescaled`).
     """
     both_conditions = jax.tree.map(_in_turn, condition, null)
 
@@ -46,7 +48,7 @@ def guided(
         extrapolated = unconditional + scale * (conditional - unconditional)
         low, high = interval
         is_guided = (low <= t) & (t < high)
-        # Chosen at the end, and not by a scale of 1, which would leave rounding and the rescaling in.
+        # A scale of 1 outside the interval would not be bit-identical to v.
         chosen = _rescaled(extrapolated, conditional, x, t, rescale)
         return jnp.where(is_guided[:, None, None, None], chosen, conditional)
 
@@ -54,23 +56,23 @@ def guided(
 
 
 def _in_turn(x: Array, y: Array) -> Array:
-    """Returns rows of x and y in turn, so that a device that has some of both has their pairs, and none has to move."""
+    """Returns the rows of x and y interleaved. A sharded batch then has each pair on one device and moves no data."""
     return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
 
 
 def _rescaled(
     extrapolated: Point, conditional: Point, x: Point, t: Float[Array, " B"], rescale: float | Float[Array, ""]
 ) -> Point:
-    """Returns the guided velocity with its over-exposure taken back (arXiv 2305.08891, eq. 15 and 16).
+    """Returns the guided velocity, rescaled against over-exposure (arXiv 2305.08891, eq. 15 and 16).
 
-    The paper multiplies the guided output by rescale std(conditional) / std(guided) + 1 - rescale, with the deviations
-    of each image over pixels and channels. Its output predicts the velocity of a variance-preserving path, which at
-    pure noise is the data estimate but for its sign. Our velocity x1 - x0 has all of the noise in it there, whose
-    deviation would hide that of the image; so what is multiplied is the data estimate, x + (1 - t) v.
+    The paper multiplies the guided output by rescale std(conditional) / std(guided) + 1 - rescale, with the standard
+    deviations of each image over pixels and channels. Its output predicts the velocity of a variance-preserving path,
+    which at pure noise equals the negative data estimate. Our velocity x1 - x0 contains the noise, whose standard
+    deviation would dominate that of the image. Therefore this function rescales the data estimate x + (1 - t) v.
     """
     remaining = (1 - t)[:, None, None, None]
     data, wanted_data = x + remaining * extrapolated, x + remaining * conditional
     deviation, wanted = (jnp.std(estimate, axis=(1, 2, 3), keepdims=True) for estimate in (data, wanted_data))
     factor = rescale * wanted / jnp.maximum(deviation, MIN_DEVIATION) + (1 - rescale)
-    # As a difference, so that no rescaling leaves the velocity as it was, bit for bit.
+    # Written as a difference, so that rescale = 0 returns the velocity bit for bit.
     return extrapolated + (factor - 1) * data / jnp.maximum(remaining, MIN_REMAINING)

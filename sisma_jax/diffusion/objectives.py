@@ -1,7 +1,7 @@
-"""What a denoiser is trained for: what is drawn at random for a batch, and the loss of each example.
+"""Training objectives: random draws for a batch, and the loss of each example.
 
-An objective has `draw` and `losses`; `training/step.py` differentiates their composition. Another objective is one more
-class here.
+An objective has the methods `draw` and `losses`. `training/step.py` differentiates their composition. Each objective is
+a class in this module.
 """
 
 from typing import Any
@@ -18,25 +18,30 @@ from sisma_jax.models.factory import Params, make_graph
 from sisma_jax.parallel import sharding
 
 Batch = dict[str, Any]
-"""image: uint8 (B, H, W, 3), or moments: float16 (B, h, w, 2 C), the mean and log variance of its latent; and what
-conditions the denoiser, mask: uint8 (B, H, W)."""
+"""Keys: "image", uint8 (B, H, W, 3), or "moments", float16 (B, h, w, 2 C), mean and log variance of its latent; and the
+conditions, "mask", uint8 (B, H, W)."""
 Examples = dict[str, Any]
-"""What a loss needs: the conditions of a batch and all that is drawn at random for it. Every array's first axis is the
-batch's."""
+"""Inputs of a loss: the conditions of a batch and the random draws. The first axis of every array is the batch."""
 
 
 class FlowMatching:
-    """The mean squared error of the velocity at a random time (arXiv 2210.02747, 2209.03003)."""
+    """Flow matching: the mean squared error of the velocity at a random time (arXiv 2210.02747, 2209.03003).
+
+    Args:
+      config: configuration of the run, which gives the denoiser and the distribution of times.
+    """
 
     def __init__(self, config: Config):
         self._config = config.flow
         self._graph = make_graph(config)
 
     def draw(self, batch: Batch, key: Key[Array, ""], mask_dropout: float) -> Examples:
-        """Draws latents, noise, times, and which examples train without their condition.
+        """Returns the conditions, latents x1, noise x0, times t, and which examples train with the null condition.
 
         Args:
-          mask_dropout: probability of the last.
+          batch: arrays on the device; images are converted to [-1, 1], and latents are drawn from their moments.
+          key: random key of this batch.
+          mask_dropout: probability of the null condition, in [0, 1].
         """
         time_key, noise_key, drop_key, latent_key = jax.random.split(key, 4)
         conditions = {name: x for name, x in batch.items() if name not in ("image", "moments")}
@@ -53,7 +58,12 @@ class FlowMatching:
         }
 
     def losses(self, params: Params, examples: Examples) -> Float[Array, " B"]:
-        """Returns the loss of each example."""
+        """Returns the loss of each example, float32.
+
+        Args:
+          params: parameters of the denoiser.
+          examples: what `draw` returned.
+        """
         model = nnx.merge(self._graph, params)
         x0, x1, t = examples["x0"], examples["x1"], examples["t"]
         condition = model.encode(examples, examples["is_dropped"])
@@ -62,5 +72,5 @@ class FlowMatching:
 
 
 def make_objective(config: Config) -> FlowMatching:
-    """Returns the objective of the configuration."""
+    """Returns the training objective of a configuration."""
     return FlowMatching(config)

@@ -1,4 +1,4 @@
-"""From the user's inputs to images in one program: condition, guided flow, decoder."""
+"""Sampling as one program: encodes the condition, integrates the guided flow, and decodes images."""
 
 import functools
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ _TRACED = ("shift", "guidance_low", "guidance_high", "guidance_rescale")
 def _flatten(settings: Sampling) -> tuple[tuple[Any, ...], tuple[int, str, bool]]:
     names = (*_TRACED, "guidance") if settings.is_guided else _TRACED
     values = (getattr(settings, name) for name in names)
-    # An integer would be of another type to `jax.jit`, and so need another program.
+    # `jax.jit` would compile another program for an integer.
     traced = tuple(float(x) if type(x) is int else x for x in values)
     return traced, (settings.steps, settings.solver, settings.is_guided)
 
@@ -32,9 +32,9 @@ def _flatten(settings: Sampling) -> tuple[tuple[Any, ...], tuple[int, str, bool]
 def _unflatten(static: tuple[int, str, bool], traced: tuple[Any, ...]) -> Sampling:
     steps, solver, is_guided = static
     names = (*_TRACED, "guidance") if is_guided else _TRACED
-    # Unguided for whatever reason, the scale is 1.
+    # Every unguided setting has scale 1.
     values = {"steps": steps, "solver": solver, "guidance": 1.0, **dict(zip(names, traced, strict=True))}
-    # Without `__init__`, whose checks tracers do not pass. The other fields have the class's defaults.
+    # `__init__` is not called, because tracers do not pass its checks. The other fields keep the class's defaults.
     settings = object.__new__(Sampling)
     for name, value in values.items():
         object.__setattr__(settings, name, value)
@@ -55,21 +55,28 @@ def sample(
     image: UInt8[Array, "#B H W 3"] | None = None,
     region: Bool[Array, "B H W"] | None = None,
 ) -> UInt8[Array, "B H W 3"]:
-    """Samples one image for each mask. Pure: for use under `jax.jit`, with `prediction` static.
+    """Samples one image per mask. A pure function for use under `jax.jit`, with `prediction` static.
 
     Args:
-      model: the denoiser, with its parameters.
-      keys: one per image. An image depends on its own key and inputs alone, not on its place in a batch.
-      inputs: what conditions the images: "mask", class indices (B, H, W).
-      settings: how to sample; a pytree.
-      prediction: what the network was trained to predict.
-      image, region: generate in this region alone; elsewhere the result is the photograph, as the autoencoder renders
-        it.
+      model: the denoiser with its parameters.
+      keys: one random key per image. An image depends only on its own key and inputs, not on its position in the batch.
+      inputs: the conditions: "mask", class indices (B, H, W).
+      settings: sampling settings; a pytree whose numbers are traced.
+      prediction: what the network predicts.
+      autoencoder: decodes latents to images; also encodes `image`.
+      image: RGB photograph to edit, resized to the resolution of the masks; one for all masks, or one per mask.
+      region: pixels to generate, required with `image`. Elsewhere the result is the photograph as the autoencoder
+        reconstructs it.
 
     Returns:
-      Images, RGB.
+      RGB images.
+
+    Raises:
+      ValueError: `image` is given without `region`.
     """
-    # Strongly typed, since a Python number would be float64 under jax_enable_x64.
+    if image is not None and region is None:
+        raise ValueError("region is missing: image needs the pixels to generate.")
+    # Python numbers would be float64 under jax_enable_x64.
     shift, low, high, rescale, guidance = (
         jnp.asarray(getattr(settings, name), jnp.float32) for name in (*_TRACED, "guidance")
     )
@@ -86,7 +93,7 @@ def sample(
         velocity = guided(denoise, condition, null, guidance, interval=(low, high), rescale=rescale)
     else:
         velocity = functools.partial(denoise, condition=condition)
-    if image is not None:
+    if image is not None and region is not None:
         kept = autoencoder.encode(from_uint8(image))
         velocity = editing.keeping(velocity, x0, kept, editing.to_latent_grid(region, side))
     x1 = integrate(velocity, x0, time_grid(settings.steps, shift), settings.solver)

@@ -1,4 +1,4 @@
-"""Solvers of dx/dt = v(x, t) from noise (t = 0) to data (t = 1), as one loop for `jax.jit`."""
+"""Solvers of dx/dt = v(x, t) from noise (t = 0) to data (t = 1), each one `jax.lax.scan` over its evaluations."""
 
 from collections.abc import Callable
 
@@ -9,12 +9,12 @@ from jaxtyping import Array, Float
 from sisma_jax.diffusion.flow import shift_time
 
 Point = Float[Array, "B H W C"]
-"""Of the flow: noise, data, or what is between."""
+"""A point of the flow: noise, data, or a point between them."""
 Velocity = Callable[[Point, Float[Array, " B"]], Point]
 
-# Constants are in the type of the times: float32, also under `jax_enable_x64`.
-# A solver as a table with one row per evaluation of the velocity: its time, and how far its slope carries the point of
-# the next evaluation and the base that the row after it starts from. See `integrate`.
+# A solver is a table with one row per evaluation of the velocity: the time, and the factors of its slope in the point
+# of the next evaluation and in the next base; see `integrate`. The table has the dtype of the times, also under
+# `jax_enable_x64`.
 Evaluations = tuple[Float[Array, " E"], Float[Array, " E"], Float[Array, " E"]]
 
 
@@ -23,11 +23,11 @@ def time_grid(steps: int, shift: float | Float[Array, ""] = 1.0) -> Float[Array,
 
     Args:
       steps: at least 1.
-      shift: positive. 1 spaces the times equally; more puts more of them near noise, as high resolutions want
-        (see `shift_time`).
+      shift: positive. With 1, the times are equidistant. Larger values place more of them near noise, which suits
+        high resolutions (see `shift_time`).
 
     Raises:
-      ValueError: no steps, or a shift that is known and not positive.
+      ValueError: `steps` is not positive, or `shift` is a Python number that is not positive.
     """
     if steps < 1:
         raise ValueError(f"steps must be positive, got {steps}")
@@ -37,29 +37,30 @@ def time_grid(steps: int, shift: float | Float[Array, ""] = 1.0) -> Float[Array,
 
 
 def integrate(velocity: Velocity, x0: Point, times: Float[Array, " T"], solver: str) -> Point:
-    """Returns x at the last of `times`, starting from `x0` at the first.
+    """Returns x at the last of `times`, integrated from `x0` at the first.
 
-    | solver            | order | evaluations | exact where dx/dt is                                        |
+    | solver            | order | evaluations | exact if dx/dt is                                           |
     |-------------------|-------|-------------|-------------------------------------------------------------|
     | "euler"           | 1     | n           | constant                                                    |
-    | "heun"            | 2     | 2n - 1      | constant; linear in t, but for the last step                |
+    | "heun"            | 2     | 2n - 1      | constant; or linear in t, except for the last step          |
     | "midpoint"        | 2     | 2n          | linear in t                                                 |
     | "adams_bashforth" | 2     | n + 1       | linear in t                                                 |
 
-    (n steps; what is constant need be so along the path only, as it is where the data are one point.) None evaluates
-    at the last time, where a network that predicts data has no velocity.
+    n is the number of steps. "Constant" and "linear" refer to the path; dx/dt is constant along it, for example, if the
+    data are a single point. No solver evaluates at the last time, where a network that predicts data has no velocity.
 
-    Every solver is one loop over its evaluations, so the network stands once in the program. Two arrays go through it:
-    the point x of the next evaluation and a base b, and an evaluation's slope v moves them to b + p v and b + q v, with
-    p and q from the solver's table. Float32 or wider, as `times` are.
+    Every solver is one loop over its evaluations, so that the program contains the network once. The loop carries two
+    arrays: the point x of the next evaluation and a base b. The slope v of an evaluation updates them to b + p v and
+    b + q v, where p and q are in the solver's table.
 
     Args:
       velocity: (x, t) -> dx/dt, with one t per example.
-      times: increasing, at least two.
+      x0: point at the first time; its dtype is that of the result.
+      times: increasing, at least two, float32 or wider.
       solver: a key of `SOLVERS`.
 
     Raises:
-      ValueError: an unknown solver.
+      ValueError: `solver` is unknown.
     """
     if solver not in SOLVERS:
         raise ValueError(f"solver {solver!r} is not one of {', '.join(map(repr, SOLVERS))}")
@@ -79,10 +80,10 @@ def _euler(times: Float[Array, " T"]) -> Evaluations:
 
 
 def _heun(times: Float[Array, " T"]) -> Evaluations:
-    """Full step, then the mean of the slopes at its two ends.
+    """A full step, then the mean of the slopes at its two ends.
 
-    The very last evaluation, at the end of time, is left out; what remains of the last step is Euler's (as in EDM,
-    arXiv 2206.00364). One step of order 1 leaves the whole at order 2.
+    The evaluation at the last time is omitted, so that the last step is Euler's (as in EDM, arXiv 2206.00364). A single
+    step of order 1 keeps the whole method at order 2.
     """
     step = jnp.diff(times)
     time, to_point, to_base = _by_turns(times[:-1], times[1:]), _by_turns(step, step / 2), jnp.repeat(step / 2, 2)
@@ -90,25 +91,25 @@ def _heun(times: Float[Array, " T"]) -> Evaluations:
 
 
 def _midpoint(times: Float[Array, " T"]) -> Evaluations:
-    """Half a step, then the whole step with the slope found there."""
+    """Half a step, then the full step with the slope at its midpoint."""
     step = jnp.diff(times)
     time = _by_turns(times[:-1], times[:-1] + step / 2)
     return time, _by_turns(step / 2, step), _by_turns(jnp.zeros_like(step), step)
 
 
 def _adams_bashforth(times: Float[Array, " T"]) -> Evaluations:
-    """The second order for unequal steps: integrates the line through the last two slopes.
+    """Second order for unequal steps: integrates the line through the last two slopes.
 
-    With the slope v at the start of a step h, and u evaluated g before it, x moves by (h + h^2 / 2g) v - (h^2 / 2g) u.
-    The first step has no slope before it and is the midpoint's, so no step is of lower order than the others; the
-    second step's u is the slope found there, half a step back.
+    Let v be the slope at the start of a step of size h, and u the slope evaluated g earlier. The step adds
+    (h + h^2 / 2g) v - (h^2 / 2g) u to x. The first step has no earlier slope and uses the midpoint method, so that all
+    steps have order 2. For the second step, u is the slope at that midpoint, half a step earlier.
     """
     step = jnp.diff(times)
     evaluated = jnp.concatenate([times[:1], times[:1] + step[:1] / 2, times[1:-1]])
     gap = jnp.diff(evaluated)[1:]
     of_past = step[1:] ** 2 / (2 * gap)
     to_point = jnp.concatenate([step[:1] / 2, step[:1], step[1:] + of_past])
-    # The base is x with the next step's share of this slope already taken off; at the midpoint's first half it stays.
+    # The base is x minus the next step's share of this slope. The first evaluation of the midpoint step keeps it.
     taken_off = jnp.concatenate([step[:1] / 2, of_past, jnp.zeros_like(step[:1])])
     return evaluated, to_point, to_point - taken_off
 
@@ -119,7 +120,9 @@ SOLVERS: dict[str, Callable[[Float[Array, " T"]], Evaluations]] = {
     "midpoint": _midpoint,
     "adams_bashforth": _adams_bashforth,
 }
+"""Functions from the times to a solver's table, by the name of the solver."""
 
 
 def _by_turns(first: Float[Array, " N"], second: Float[Array, " N"]) -> Float[Array, " 2*N"]:
+    """Returns the elements of both arrays alternately."""
     return jnp.stack([first, second], axis=1).reshape(-1)

@@ -1,4 +1,4 @@
-"""Images of a run for people: a grid of masks and the faces sampled for them, and the curve of the loss."""
+"""Images that illustrate a run: a grid of masks with the faces sampled for them, and the loss curve."""
 
 import io
 import os
@@ -27,23 +27,23 @@ def sample_grid(
     classes: ClassSet,
     scale: int = 1,
 ) -> np.ndarray:
-    """Returns an image with one row per mask: the mask in colours | its samples | the original photograph.
+    """Returns an image with one row per mask: the mask in colours, its samples, and the original photograph.
 
-    The cell in row i and column j has its upper left pixel at
+    The upper left pixel of the cell in row i and column j is at
     (HEADER_HEIGHT + SEPARATOR + i (scale H + SEPARATOR), SEPARATOR + j (scale W + SEPARATOR)).
 
     Args:
-      masks: uint8 (n, H, W), labels.
-      samples: uint8 (n, k, H, W, 3).
-      originals: uint8 (n, H, W, 3), or None for no such column.
-      classes: of the masks.
-      scale: factor by which each pixel is repeated, so that a small face can be seen.
+      masks: uint8 (n, H, W), class indices or the ignored label.
+      samples: uint8 (n, k, H, W, 3), RGB, k samples per mask.
+      originals: uint8 (n, H, W, 3), RGB; None omits this column.
+      classes: classes of the masks, which give the colours.
+      scale: number of times that each pixel is repeated along both axes, at least 1; it enlarges small faces.
 
     Returns:
       uint8 (height, width, 3), RGB.
 
     Raises:
-      ValueError: the shapes do not correspond, or `scale` is below 1.
+      ValueError: the shapes of `samples` or `originals` do not match the masks, or `scale` is less than 1.
     """
     count, height, width = masks.shape
     if samples.ndim != 5 or samples.shape[0] != count or 0 in samples.shape or samples.shape[2:] != (height, width, 3):
@@ -61,41 +61,52 @@ def sample_grid(
     cells = np.stack(columns, axis=1).repeat(scale, axis=2).repeat(scale, axis=3)
     rows, row_step, column_step = len(cells), scale * height + SEPARATOR, scale * width + SEPARATOR
     top = HEADER_HEIGHT + SEPARATOR
-    picture = np.full((top + rows * row_step, SEPARATOR + len(columns) * column_step, 3), 255, np.uint8)
+    grid = np.full((top + rows * row_step, SEPARATOR + len(columns) * column_step, 3), 255, np.uint8)
     for i, row in enumerate(cells):
         for j, cell in enumerate(row):
             y, x = top + i * row_step, SEPARATOR + j * column_step
-            picture[y : y + scale * height, x : x + scale * width] = cell
+            grid[y : y + scale * height, x : x + scale * width] = cell
     for j, title in titles.items():
-        _draw_title(picture[:HEADER_HEIGHT], title, SEPARATOR + j * column_step, scale * width)
-    return picture
+        _draw_title(grid[:HEADER_HEIGHT], title, SEPARATOR + j * column_step, scale * width)
+    return grid
 
 
 def _draw_title(header: np.ndarray, title: str, left: int, width: int) -> None:
-    """Writes a title into `header` in place, as large as fits into `width` and the strip."""
+    """Draws a title into `header` in place, in the largest font, up to the standard size, that fits into `width`."""
     font, thickness, size = cv2.FONT_HERSHEY_SIMPLEX, 1, 0.5
     (text_width, text_height), _ = cv2.getTextSize(title, font, size, thickness)
     size *= min(1.0, width / text_width)
     baseline = (HEADER_HEIGHT + text_height) // 2
-    # OpenCV writes only to contiguous memory, which a row slice of the picture is.
+    # OpenCV draws only into contiguous memory. A slice of the image's rows is contiguous.
     cv2.putText(header, title, (left, baseline), font, size, (0, 0, 0), thickness, cv2.LINE_AA)
 
 
-def save_png(path: str | os.PathLike, image: np.ndarray) -> None:
-    """Writes a uint8 RGB image (H, W, 3) as PNG; a reader sees the whole file or none."""
+def save_png(path: str | os.PathLike[str], image: np.ndarray) -> None:
+    """Writes an image as a PNG file, atomically.
+
+    Args:
+      path: of the file, on the disk or in a bucket.
+      image: uint8 (H, W, 3), RGB.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
     write_atomically(path, photos.encode_png(image))
 
 
-def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.PathLike) -> None:
-    """Draws the training loss over the steps into a PNG file.
+def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.PathLike[str]) -> None:
+    """Plots the loss over the training steps and writes the plot as a PNG file, atomically.
 
-    The loss of every logged step is drawn faintly, and over it the mean of the twentieth of the run around each step.
-    Values that are not finite leave gaps.
+    A faint curve shows the training loss of every logged step. A second curve smooths it with a moving average over one
+    twentieth of the run. Values that are not finite leave gaps.
 
     Args:
-      metrics: lines of metrics.jsonl in order of step. Those with "loss" make the curve, those with "held_out_loss",
-        if any, a second one. Other lines are ignored.
-      path: of the PNG file.
+      metrics: lines of metrics.jsonl in order of their "step". Lines with "loss" give the training loss, and lines with
+        "held_out_loss", if there are any, give a curve of the held-out loss. Other lines are ignored.
+      path: of the PNG file, on the disk or in a bucket.
+
+    Raises:
+      OSError: the file cannot be written.
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="training step", ylabel="flow-matching loss")
@@ -117,12 +128,18 @@ def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.Path
 
 
 def _series(metrics: Sequence[Mapping[str, int | float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps and the values of all lines that contain the metric, both float64."""
     points = np.array([(line["step"], line[name]) for line in metrics if name in line], np.float64).reshape(-1, 2)
     return points[:, 0], points[:, 1]
 
 
 def _smooth(values: np.ndarray, *, reach: int) -> np.ndarray:
-    """Mean over `reach` values (fewer than half of all) to either side of each; those not finite do not count."""
+    """Returns the mean over each value and its `reach` neighbours on either side, without values that are not finite.
+
+    Args:
+      values: the series.
+      reach: less than half the length of the series.
+    """
     finite = np.isfinite(values)
     ones = np.ones(2 * reach + 1)
     total = np.convolve(np.where(finite, values, 0.0), ones, mode="same")

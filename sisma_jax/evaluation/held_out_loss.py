@@ -1,4 +1,4 @@
-"""The flow-matching loss on examples that no update has seen."""
+"""The flow-matching loss on held-out examples, which are not used for training."""
 
 from collections.abc import Callable, Iterable
 
@@ -19,14 +19,15 @@ def held_out_loss(
 ) -> float:
     """Returns the mean loss over batches of the test split.
 
-    Times and noise are the same in every call, so two models, or one model at two steps, are compared on equal terms.
+    Every call uses the same times and noise. The losses of two models, or of one model at two steps, are therefore
+    comparable.
 
     Args:
-      losses: (params, batch, number of the batch) -> loss of each example; see `training.step.make_held_out_loss`.
-      params: the denoiser's.
-      batches: as in training; the last may be smaller. Every process has all of them.
-      batch_size: examples per call; the last batch is padded with copies that do not count.
-      mesh: of the devices that share a batch; in context for `losses`.
+      losses: (params, batch, index of the batch) -> loss of each example; see `training.step.make_held_out_loss`.
+      params: parameters of the denoiser.
+      batches: batches as in training, at least one; the last may be smaller. Every process passes all examples.
+      batch_size: examples per call of `losses`. A smaller batch is padded with repeated examples, which do not count.
+      mesh: device mesh over which a batch is sharded; it is in context when `losses` is called.
     """
     total, count = 0.0, 0
     with jax.set_mesh(mesh):

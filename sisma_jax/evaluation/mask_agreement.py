@@ -1,12 +1,12 @@
-"""How well sampled faces follow their masks: a segmenter reads each image and its answer is compared with the mask.
+"""Measures how well sampled faces follow their masks, by comparing the mask of a face with its segmentation.
 
-Intersection over union as in semantic segmentation (and as SPADE, arXiv 1903.07291, and its successors use it): one
-confusion matrix over the whole set, never a mean of per-image scores.
+The metrics are those of semantic segmentation, which SPADE (arXiv 1903.07291) and its successors also use. They are
+computed from one confusion matrix of all images, and are not means of scores per image.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
@@ -19,25 +19,53 @@ class MaskAgreement:
     """Scores of predicted masks against target masks."""
 
     miou: float
-    """Mean of `iou_per_class` over the classes that occur in the targets. NaN if there are no pixels."""
+    """Mean of `iou_per_class` over the classes that occur in the targets, in [0, 1]; NaN if no pixel counts."""
     pixel_accuracy: float
+    """Fraction of the pixels whose class is predicted correctly, in [0, 1]; NaN if no pixel counts."""
     iou_per_class: dict[str, float]
-    """NaN for a class that no target has. Pixels wrongly given such a class still count against their true class."""
+    """Intersection over union by the name of the class, in [0, 1]; NaN for a class that does not occur in the targets.
+    A pixel that is wrongly assigned to such a class still lowers the score of its true class."""
+
+
+class Scores(TypedDict):
+    """`MaskAgreement` in a form that JSON can represent: None replaces NaN."""
+
+    miou: float | None
+    pixel_accuracy: float | None
+    iou_per_class: dict[str, float | None]
+
+
+class AgreementReport(TypedDict):
+    """The result of `agreement_report`, which JSON can represent.
+
+    Attributes:
+      num_images: number of masks.
+      samples: scores of the samples against their own masks.
+      ceiling: scores of the original photographs against their masks, which are limited by the segmenter only.
+      floor: scores of the samples against the masks of other faces, which any well-aligned face reaches; None for a
+        single image.
+    """
+
+    num_images: int
+    samples: Scores
+    ceiling: Scores
+    floor: Scores | None
 
 
 def confusion_matrix(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> np.ndarray:
-    """Returns counts: int64 (K, K), element [i, j] the pixels of true class i that were given class j.
+    """Returns the confusion matrix, int64 (K, K).
 
-    Matrices of batches may be added. Pixels whose target is the ignored label do not count.
+    Element [i, j] counts the pixels of class i that are predicted as class j. Pixels whose target is the ignored label
+    do not count. The matrices of several batches can be added.
 
     Args:
       predicted: uint8 (..., H, W), class indices.
       target: uint8 (..., H, W), class indices or the ignored label.
-      classes: of both.
+      classes: the K classes of both.
 
     Raises:
       ValueError: the shapes differ.
-      InputError: a value is no label, or a predicted one is the ignored label.
+      InputError: a value is not a label of `classes`, or a predicted value is the ignored label.
     """
     if predicted.shape != target.shape:
         raise ValueError(f"predicted has shape {predicted.shape}, target has {target.shape}; they must be equal.")
@@ -49,7 +77,12 @@ def confusion_matrix(predicted: np.ndarray, target: np.ndarray, classes: ClassSe
 
 
 def agreement_from_confusion(confusion: np.ndarray, classes: ClassSet) -> MaskAgreement:
-    """Returns the scores of a confusion matrix, int64 (K, K), whose rows are the true classes."""
+    """Returns the scores of a confusion matrix.
+
+    Args:
+      confusion: int64 (K, K), as `confusion_matrix` returns it; the rows are the true classes.
+      classes: the K classes.
+    """
     correct = np.diag(confusion)
     true, given = confusion.sum(axis=1), confusion.sum(axis=0)
     present = true > 0
@@ -64,17 +97,30 @@ def agreement_from_confusion(confusion: np.ndarray, classes: ClassSet) -> MaskAg
 
 
 def measure(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> MaskAgreement:
-    """Returns the agreement of predicted masks, uint8 (N, H, W), with target masks of the same shape."""
+    """Returns the agreement of predicted masks with target masks.
+
+    Args:
+      predicted: uint8 (N, H, W), class indices.
+      target: uint8 (N, H, W), class indices or the ignored label.
+      classes: classes of both.
+
+    Raises:
+      ValueError, InputError: as `confusion_matrix`.
+    """
     return agreement_from_confusion(confusion_matrix(predicted, target, classes), classes)
 
 
 def derangement(size: int, seed: int) -> np.ndarray:
-    """Returns a permutation of 0..size-1, int64 (size,), in which no element keeps its place.
+    """Returns a random permutation of 0..size-1 without a fixed point, int64 (size,).
 
-    A random cycle through all elements: each is followed by its right neighbour in a seeded shuffle.
+    The permutation is a single cycle: it maps each element to its right neighbour in a random order of all elements.
+
+    Args:
+      size: number of elements, at least 2.
+      seed: seed of the random order.
 
     Raises:
-      ValueError: `size` is below 2, for which there is none.
+      ValueError: `size` is less than 2.
     """
     if size < 2:
         raise ValueError(f"size {size} has no permutation without a fixed point; give at least 2.")
@@ -91,27 +137,24 @@ def agreement_report(
     segmenter: Segmenter,
     *,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Returns the agreement of sampled faces with their masks, and bounds of it from above and below.
+) -> AgreementReport:
+    """Returns the agreement of sampled faces with their masks, with an upper and a lower reference value.
 
     Args:
-      samples: uint8 (N, H, W, 3); sample i was generated from mask i.
-      originals: the held-out photographs that the masks belong to, uint8 (N, H, W, 3).
-      masks: uint8 (N, H, W).
+      samples: uint8 (N, H, W, 3), RGB; sample i was generated from mask i.
+      originals: uint8 (N, H, W, 3), RGB; the held-out photographs of the masks.
+      masks: uint8 (N, H, W), class indices or the ignored label.
       segmenter: trained on other pairs of the same data set.
-      seed: decides which masks are exchanged for `floor`.
+      seed: seed of the assignment of other masks to the samples, for "floor".
 
-    Returns:
-      A dict fit for JSON: "num_images", and three rows, each {"miou", "pixel_accuracy", "iou_per_class"}, with None
-      for a class that no mask has.
-        samples: samples against their own masks.
-        ceiling: originals against their masks: as far as the segmenter itself reaches.
-        floor: samples against the masks of other people: what any well-placed face scores. None for a single
-          image, which has nobody to exchange masks with.
+    Raises:
+      ValueError: `samples`, `originals` and `masks` have different lengths, a shape is wrong, or images are not uint8.
+      InputError: a mask contains a value that is not a label of the segmenter's classes.
     """
     if not len(samples) == len(originals) == len(masks):
         raise ValueError(
-            f"samples, originals and masks must correspond, got {len(samples)}, {len(originals)} and {len(masks)}."
+            "samples, originals and masks must have the same length, got "
+            f"{len(samples)}, {len(originals)} and {len(masks)}."
         )
     in_samples, in_originals = segmenter.predict(samples), segmenter.predict(originals)
     others = masks[derangement(len(masks), seed)] if len(masks) > 1 else None
@@ -123,7 +166,7 @@ def agreement_report(
     }
 
 
-def _row(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> dict[str, Any]:
+def _row(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> Scores:
     agreement = measure(predicted, target, classes)
 
     def number(value: float) -> float | None:
@@ -136,37 +179,35 @@ def _row(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> dict[s
     }
 
 
-_ROWS = {
-    "ceiling": "real faces, own masks (ceiling)",
-    "samples": "samples, own masks",
-    "floor": "samples, others' masks (floor)",
-}
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """Returns the report as an aligned table, best bound first, and a note on what its numbers mean."""
+def format_report(report: AgreementReport) -> str:
+    """Returns the report as an aligned text table of ceiling, samples and floor, with a note on its use."""
 
     def cell(value: float | None) -> str:
         return f"{'-':>8}" if value is None else f"{value:8.3f}"
 
-    rows = {name: report[name] for name in _ROWS if report[name] is not None}
+    titled = {
+        "ceiling": ("real faces, own masks (ceiling)", report["ceiling"]),
+        "samples": ("samples, own masks", report["samples"]),
+        "floor": ("samples, others' masks (floor)", report["floor"]),
+    }
+    rows = {name: (title, scores) for name, (title, scores) in titled.items() if scores is not None}
     names = report["samples"]["iou_per_class"]
-    title_width = max(map(len, [*_ROWS.values(), *names]))
+    title_width = max(map(len, [*(title for title, _ in titled.values()), *names]))
     lines = [
         f"Mask agreement of {report['num_images']} held-out masks",
         f"{'':{title_width}} {'mIoU':>8} {'accuracy':>8}",
         *(
-            f"{_ROWS[name]:{title_width}} {cell(row['miou'])} {cell(row['pixel_accuracy'])}"
-            for name, row in rows.items()
+            f"{title:{title_width}} {cell(scores['miou'])} {cell(scores['pixel_accuracy'])}"
+            for title, scores in rows.values()
         ),
         "",
         f"{'IoU by class':{title_width}} " + " ".join(f"{name:>8}" for name in rows),
         *(
-            f"{name:{title_width}} " + " ".join(cell(row["iou_per_class"][name]) for row in rows.values())
+            f"{name:{title_width}} " + " ".join(cell(scores["iou_per_class"][name]) for _, scores in rows.values())
             for name in names
         ),
         "",
-        "The masks were read by a small segmenter trained on real pairs of the same data set:",
-        "compare these numbers with each other, not with those of another run or a published parser.",
+        "A small segmenter, trained on real pairs of the same data set, has predicted the masks of the faces.",
+        "Compare these numbers only with each other, not with those of another run or of a published parser.",
     ]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,7 @@
-"""A small U-Net (Ronneberger et al., arXiv 1505.04597) that reads a mask back from an image.
+"""A small U-Net (Ronneberger et al., arXiv 1505.04597) that predicts the mask of an image.
 
-The evaluation trains it on real pairs of the data set that is sampled, because no public face parser comes with the
-package. It is small, so what it measures is comparable only within one run: see `mask_agreement`.
+The evaluation trains it on real pairs of the run's data set, because the package contains no public face parser. The
+network is small, so its scores are comparable only within one evaluation; see `mask_agreement`.
 """
 
 import dataclasses
@@ -28,17 +28,19 @@ from sisma_jax.models.patches import depth_to_space, space_to_depth
 from sisma_jax.runs import flat_trees
 
 Params = dict[str, Any]
+"""Nested dictionaries of float32 arrays, without Flax types."""
 
-# Patches of 4x4 pixels enter and leave by linear maps and the convolutions work on what lies between: measured at
-# 64 px, a finer first level costs more and reads thin parts no better in the same time. At 64 px the innermost
-# feature map is 4x4, so every pixel's label may depend on the whole face (left and right need that).
+# Linear maps convert between patches of 4x4 pixels and the features of the convolutions. Measured at 64 px, a finer
+# first level costs more and does not segment thin parts better in the same time. At 64 px the innermost feature map is
+# 4x4, so the label of every pixel can depend on the complete face, which is necessary to distinguish left from right.
 _PATCH_SIZE = 4
 _NUM_HALVINGS = 2
 _STRIDE = _PATCH_SIZE * 2**_NUM_HALVINGS
 
-# Brows, eyes and lips together cover about three pixels in a hundred. Weights of 1 / sqrt(frequency) let them be
-# learned. A network trained so names them too often, therefore the loss also takes part of the log frequency from the
-# logits (Menon et al., arXiv 2007.07314), which adds 0.03 to the mIoU on held-out real faces at 64 px.
+# Brows, eyes and lips together cover about 3% of the pixels. Class weights of 1 / sqrt(frequency) make them learnable,
+# but with these weights alone the network predicts them too often. The loss therefore also subtracts a part of the log
+# frequency from the logits (Menon et al., arXiv 2007.07314). This increases the mIoU on held-out real faces at 64 px by
+# 0.03.
 _WEIGHT_POWER = -0.5
 _LOGIT_ADJUSTMENT = 0.25
 
@@ -48,7 +50,7 @@ _WARMUP_STEPS = 50
 
 
 class _ResidualBlock(nnx.Module):
-    """x + Conv(SiLU(Conv(LN(x)))), 3x3, with the normalisation over channels."""
+    """Computes x + Conv(SiLU(Conv(LN(x)))) with 3x3 convolutions and normalisation over the channels."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         conv = functools.partial(nnx.Conv, channels, channels, (3, 3), param_dtype=jnp.float32, rngs=rngs)
@@ -61,7 +63,7 @@ class _ResidualBlock(nnx.Module):
 
 
 class _Level(nnx.Module):
-    """One scale of the U: a block, then everything coarser and a block that joins the two."""
+    """One level of the U: a block, the coarser levels, and a block that merges the results of both."""
 
     def __init__(self, channels: int, coarser: nnx.Module, *, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=jnp.float32, rngs=rngs)
@@ -78,10 +80,15 @@ class _Level(nnx.Module):
 
 
 class _Network(nnx.Module):
-    """Fully convolutional: image to class logits, at any image size."""
+    """Maps images of any size to class logits; fully convolutional.
+
+    Args:
+      width: channels of the first level, whose resolution is a quarter of the image's.
+      num_classes: number of classes K.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, width: int, num_classes: int, *, rngs: nnx.Rngs):
-        """Args: width: channels of the first level, which works at a quarter of the image's resolution."""
         linear = functools.partial(nnx.Linear, param_dtype=jnp.float32, rngs=rngs)
         self.stem = linear(_PATCH_SIZE**2 * 3, width)
         levels = _ResidualBlock(width * 2**_NUM_HALVINGS, rngs=rngs)
@@ -95,8 +102,8 @@ class _Network(nnx.Module):
         """Returns the logits of each pixel's class.
 
         Args:
-          image: float32 in [-1, 1]. Sides that are not a multiple of 16 are padded with their last row or
-            column, and the logits are cropped.
+          image: float32 in [-1, 1]. If a side is not a multiple of 16, the last row or column is repeated as padding,
+            and the logits are cropped.
         """
         _, height, width, _ = image.shape
         padded = jnp.pad(image, ((0, 0), (0, -height % _STRIDE), (0, -width % _STRIDE), (0, 0)), mode="edge")
@@ -120,9 +127,9 @@ def _normalize(image: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
 
 
 def _augment(key: Key[Array, ""], image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Changes brightness, colours and contrast, and adds noise, so that generated images, too, can be read.
+    """Returns the images with random contrast, brightness, colours and noise, which prepares for generated images.
 
-    Photometric only: the mask stays that of the image.
+    The augmentation is photometric only, so the masks remain valid.
     """
     contrast_key, shift_key, level_key, noise_key = jax.random.split(key, 4)
     batch, dtype = image.shape[0], image.dtype
@@ -138,9 +145,9 @@ def _loss(
     mask: UInt8[Array, "B H W"],
     frequencies: Float[Array, " K"],
 ) -> Float[Array, ""]:
-    """Cross-entropy with the balance between frequent and rare classes described at `_WEIGHT_POWER`.
+    """Returns the cross-entropy, weighted by the frequencies of the classes as described at `_WEIGHT_POWER`.
 
-    Pixels of the ignored label, the only one outside the range of classes, have no weight.
+    Pixels with the ignored label, the only label outside the range of class indices, have weight zero.
     """
     num_classes = frequencies.shape[0]
     adjustment = _LOGIT_ADJUSTMENT * jnp.log(frequencies)
@@ -151,7 +158,7 @@ def _loss(
     return jnp.sum(weights * nll) / jnp.maximum(jnp.sum(weights), 1.0)
 
 
-# The step size is applied by `_update`, as an array, so that one compiled step serves any schedule.
+# `_update` applies the learning rate, which is an argument, so that one compiled step works with any schedule.
 _OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 
 
@@ -181,19 +188,20 @@ class Segmenter:
     """A trained segmenter.
 
     Attributes:
-      params: a dict of dicts of float32 arrays.
-      classes: that it reads in images.
+      params: parameters of the network, nested dictionaries of float32 arrays.
+      classes: the classes that it predicts.
     """
 
     params: Params
     classes: ClassSet
 
     def predict(self, images: np.ndarray, *, batch_size: int = 64) -> np.ndarray:
-        """Returns the mask that the segmenter reads in each image: uint8 (N, H, W).
+        """Returns the predicted mask of each image, uint8 class indices (N, H, W).
 
         Args:
-          images: uint8 (N, H, W, 3).
-          batch_size: images per call of the jitted network; the last batch is padded, so that one shape compiles.
+          images: uint8 (N, H, W, 3), RGB.
+          batch_size: images per call of the compiled network. The last batch is padded, so that only one shape is
+            compiled.
 
         Raises:
           ValueError: `images` has another dtype or shape.
@@ -211,15 +219,16 @@ class Segmenter:
 
 
 def train(dataset: DataSet, *, steps: int, width: int, seed: int) -> Segmenter:
-    """Returns a segmenter trained on the training split.
+    """Returns a segmenter that is trained on the training split of a data set.
 
-    Frequencies of the classes, which balance the loss, are counted on the way; ignored pixels do not count.
+    The optimizer is Adam with warm-up and a cosine decay to zero at the last step. The class frequencies, which weight
+    the loss, are counted during training, without ignored pixels.
 
     Args:
-      dataset: of real pairs.
-      steps: optimiser steps; Adam with warm-up, and a cosine decay to zero at the last step.
-      width: channels of the first level.
-      seed: decides the initial parameters, the order of the examples and the augmentation.
+      dataset: pairs of real images and masks.
+      steps: number of training steps.
+      width: channels of the first level; each of the two coarser levels has twice as many as the level before.
+      seed: seed of the initial parameters, the order of the examples and the augmentation.
     """
     num_classes = len(dataset.classes)
     init_key, augment_key = jax.random.split(jax.random.key(seed))
@@ -240,25 +249,37 @@ def train(dataset: DataSet, *, steps: int, width: int, seed: int) -> Segmenter:
             batch["image"],
             batch["mask"],
             frequencies,
-            np.float32(schedule(step)),
+            np.asarray(schedule(step), np.float32),
         )
         if step % 20 == 0 and not progress.disable:
             progress.set_postfix(loss=f"{float(loss):.3f}")
     return Segmenter(params, dataset.classes)
 
 
-def save(segmenter: Segmenter, path: str | os.PathLike) -> None:
-    """Writes a segmenter as one safetensors file; a reader sees the whole file or none."""
+def save(segmenter: Segmenter, path: str | os.PathLike[str]) -> None:
+    """Writes a segmenter as one safetensors file, atomically.
+
+    Args:
+      segmenter: the trained segmenter.
+      path: of the file, on the disk or in a bucket.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
     arrays = {name: np.asarray(array) for name, array in flat_trees.flatten(segmenter.params).items()}
     metadata = {"classes": segmenter.classes.fingerprint, "crc32": str(_crc32(arrays))}
     write_atomically(path, safetensors.numpy.save(arrays, metadata))
 
 
-def load(path: str | os.PathLike, classes: ClassSet) -> Segmenter:
-    """Reads what `save` wrote.
+def load(path: str | os.PathLike[str], classes: ClassSet) -> Segmenter:
+    """Returns the segmenter that `save` has written.
+
+    Args:
+      path: of the file, on the disk or in a bucket.
+      classes: the classes that the segmenter must predict.
 
     Raises:
-      InputError: the file is missing, damaged, or holds another network or other classes.
+      InputError: the file does not exist, is damaged, or contains another network or a segmenter of other classes.
     """
     path = to_path(path)
     try:
@@ -266,21 +287,23 @@ def load(path: str | os.PathLike, classes: ClassSet) -> Segmenter:
             metadata = content.metadata() or {}
             arrays = {name: content.get_tensor(name) for name in content.keys()}
     except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file.") from error
+        raise InputError(f"{path}: no such file; train the segmenter first.") from error
     except (OSError, TypeError, safetensors.SafetensorError) as error:
-        raise InputError(f"{path} is damaged or no segmenter ({error}); delete it to train anew.") from error
+        raise InputError(f"{path} is damaged or not a segmenter ({error}); delete it to train a new one.") from error
     if metadata.get("crc32") != str(_crc32(arrays)):
-        raise InputError(f"{path} is damaged or no segmenter (wrong checksum); delete it to train anew.")
+        raise InputError(f"{path} is damaged or not a segmenter (wrong checksum); delete it to train a new one.")
     width = max(1, np.size(arrays.get("norm.bias", ())))
     shapes = jax.eval_shape(functools.partial(_init_params, width=width, num_classes=len(classes)), jax.random.key(0))
     is_same_network = flat_trees.forms(arrays) == flat_trees.forms(flat_trees.flatten_abstract(shapes))
     if metadata.get("classes") != classes.fingerprint or not is_same_network:
-        raise InputError(f"{path} holds no segmenter of the classes of {classes.title}; delete it to train anew.")
+        raise InputError(
+            f"{path} does not contain a segmenter of the classes of {classes.title}; delete it to train a new one."
+        )
     return Segmenter(flat_trees.unflatten(shapes, arrays), classes)
 
 
 def _crc32(arrays: dict[str, np.ndarray]) -> int:
     checksum = 0
     for _, array in sorted(arrays.items()):
-        checksum = zlib.crc32(np.ascontiguousarray(array), checksum)
+        checksum = zlib.crc32(array.tobytes(), checksum)
     return checksum

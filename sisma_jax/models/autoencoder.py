@@ -1,13 +1,13 @@
-"""Between images and the latents that the denoiser works on: nothing at all, or a KL autoencoder.
+"""Autoencoders, which convert between images and the latents of the denoiser.
 
-The latter is that of Stable Diffusion (Rombach et al., arXiv 2112.10752), channels last. Its modules have the names
-that the package diffusers gives them, so that `kl_weights.py` can load those weights by name.
+`IdentityAutoencoder` uses the pixels as latents. `KlAutoencoder` is the KL autoencoder of Stable Diffusion (Rombach et
+al., arXiv 2112.10752) with channels last. Its modules have the same names as in the package diffusers, so that
+`kl_weights.py` can load public weights by name.
 """
 
 import dataclasses
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,9 @@ Latent = Float[Array, "B h w C"]
 Features = Float[Array, "B H W D"]
 
 NORM_EPSILON = 1e-6
-# Log variances beyond these bounds count as these, as in diffusers.
+# Log variances are clipped to this range, as in diffusers.
 LOG_VARIANCE_RANGE = (-30.0, 20.0)
-# Latents of more positions per side are decoded in tiles of so many: 1024 px at the usual downsampling of 8.
+# Larger latents are decoded in tiles of this side, in latent positions: 1024 px at the usual downsampling of 8.
 DECODE_TILE = 128
 
 
@@ -31,41 +31,42 @@ def from_uint8(image: UInt8[Array, "B H W 3"]) -> Image:
 
 
 def to_uint8(image: Image) -> UInt8[Array, "B H W 3"]:
-    """Returns images in [-1, 1] as 8 bits, values outside clipped."""
+    """Returns float images, nominally in [-1, 1], as 8-bit images; values outside this range are clipped."""
     return jnp.round(jnp.clip((image + 1.0) * 127.5, 0.0, 255.0)).astype(jnp.uint8)
 
 
 class IdentityAutoencoder(nnx.Module):
-    """Pixels as latents: the denoiser works on the image itself.
+    """Uses the image itself as its latent.
 
     Attributes:
-      channels: of a latent.
-      downsampling: image pixels along the side of a latent position.
+      channels: number of channels of a latent.
+      downsampling: side of an image in pixels, divided by the side of its latent.
     """
 
     channels = 3
     downsampling = 1
 
     def encode(self, image: Image) -> Image:
-        """Returns the latent of images in [-1, 1]."""
+        """Returns the images, float32 in [-1, 1], unchanged."""
         return image
 
     def decode(self, latent: Image) -> Image:
-        """Returns the images, nominally in [-1, 1]."""
+        """Returns the latents unchanged, as images that are nominally in [-1, 1]."""
         return latent
 
 
 @dataclasses.dataclass(frozen=True)
 class KlConfig:
-    """Sizes of a KL autoencoder, by default those of Stable Diffusion 1 and 2.
+    """Sizes of a KL autoencoder. The defaults are those of Stable Diffusion 1 and 2.
 
     Attributes:
-      latent_channels: 4, or 16 in Stable Diffusion 3 and FLUX.
-      block_channels: of each resolution, from that of the image on; each after the first halves it.
-      layers_per_block: residual blocks per resolution in the encoder; the decoder has one more.
-      norm_groups: groups of channels that are normalised together.
-      has_quant_conv: 1x1 convolutions at both sides of the latent.
-      scale, shift: of the latents that leave and enter: scale (x - shift). Bring them to a variance of about one.
+      latent_channels: channels of a latent; 16 in Stable Diffusion 3 and FLUX.
+      block_channels: channels per level, starting at the image's resolution; each further level halves the resolution.
+      layers_per_block: residual blocks per level of the encoder; a level of the decoder has one more.
+      norm_groups: number of groups in group normalisation.
+      has_quant_conv: whether a 1x1 convolution follows the encoder and another one precedes the decoder.
+      scale: factor of the latents, scale (x - shift), where x is the encoder's output. It makes their variance about 1.
+      shift: offset of the latents, in the same formula.
     """
 
     latent_channels: int = 4
@@ -78,16 +79,24 @@ class KlConfig:
 
     @property
     def downsampling(self) -> int:
-        """Image pixels along the side of a latent position."""
+        """Side of an image in pixels, divided by the side of its latent."""
         return 2 ** (len(self.block_channels) - 1)
 
 
-def _conv(channels_in: int, channels_out: int, size: int, rngs: nnx.Rngs, **options: Any) -> nnx.Conv:
-    return nnx.Conv(channels_in, channels_out, (size, size), rngs=rngs, **options)
+def _conv(
+    channels_in: int,
+    channels_out: int,
+    size: int,
+    rngs: nnx.Rngs,
+    *,
+    strides: int = 1,
+    padding: str | tuple[tuple[int, int], ...] = "SAME",
+) -> nnx.Conv:
+    return nnx.Conv(channels_in, channels_out, (size, size), strides=strides, padding=padding, rngs=rngs)
 
 
 class _ResidualBlock(nnx.Module):
-    """x + Conv(SiLU(GN(Conv(SiLU(GN(x)))))), 3x3."""
+    """Computes x + Conv(SiLU(GN(Conv(SiLU(GN(x)))))) with 3x3 convolutions."""
 
     def __init__(self, channels_in: int, channels_out: int, groups: int, *, rngs: nnx.Rngs):
         self.norm1 = nnx.GroupNorm(channels_in, groups, epsilon=NORM_EPSILON, rngs=rngs)
@@ -104,7 +113,7 @@ class _ResidualBlock(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    """Residual self-attention of one head over all positions."""
+    """Residual self-attention over all positions, with one head."""
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         self.group_norm = nnx.GroupNorm(channels, groups, epsilon=NORM_EPSILON, rngs=rngs)
@@ -127,7 +136,7 @@ class _MidBlock(nnx.Module):
 
 
 class _Downsampler(nnx.Module):
-    """Convolves 3x3 with stride 2, one row and column of zeros added at the far sides only."""
+    """Applies a 3x3 convolution of stride 2 to x, padded with one row and column of zeros at the end of each axis."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = _conv(channels, channels, 3, rngs, strides=2, padding=((0, 1), (0, 1)))
@@ -137,7 +146,7 @@ class _Downsampler(nnx.Module):
 
 
 class _Upsampler(nnx.Module):
-    """Repeats every position twice along both axes, and convolves."""
+    """Repeats every position twice along both axes, then applies a 3x3 convolution."""
 
     def __init__(self, channels: int, *, rngs: nnx.Rngs):
         self.conv = _conv(channels, channels, 3, rngs)
@@ -147,9 +156,23 @@ class _Upsampler(nnx.Module):
 
 
 class _Resolution(nnx.Module):
-    """Residual blocks, and the way to the next resolution unless this is the last."""
+    """The residual blocks of one level, followed by its resamplers; the last level has none.
 
-    def __init__(self, channels_in: int, channels: int, depth: int, groups: int, rngs: nnx.Rngs, **resamplers):
+    Args:
+      depth: number of residual blocks.
+      groups: number of groups in group normalisation.
+      resamplers: classes of the modules that follow the blocks, by the name of the attribute that holds the module.
+    """
+
+    def __init__(
+        self,
+        channels_in: int,
+        channels: int,
+        depth: int,
+        groups: int,
+        rngs: nnx.Rngs,
+        **resamplers: type[_Downsampler] | type[_Upsampler],
+    ):
         widths = [channels_in, *[channels] * depth]
         self.resnets = nnx.List([_ResidualBlock(a, b, groups, rngs=rngs) for a, b in itertools.pairwise(widths)])
         for name, kind in resamplers.items():
@@ -205,9 +228,13 @@ class _Decoder(nnx.Module):
 
 
 class KlAutoencoder(nnx.Module):
-    """Encodes images as normal distributions of latents, and decodes latents.
+    """Encodes images as normal distributions of latents, and decodes latents to images.
 
-    Latents are scaled and shifted as the denoiser sees them; `moments` alone gives them as the encoder does.
+    All methods scale and shift the latents for the denoiser, except `moments`, which returns them unscaled.
+
+    Args:
+      config: sizes of the network, and scale and shift of the latents.
+      rngs: randomness of the initial parameters.
     """
 
     def __init__(self, config: KlConfig, *, rngs: nnx.Rngs):
@@ -220,38 +247,59 @@ class KlAutoencoder(nnx.Module):
 
     @property
     def channels(self) -> int:
-        """Channels of a latent."""
+        """Number of channels of a latent."""
         return self.config.latent_channels
 
     @property
     def downsampling(self) -> int:
-        """Image pixels along the side of a latent position."""
+        """Side of an image in pixels, divided by the side of its latent."""
         return self.config.downsampling
 
     def moments(self, image: Image) -> tuple[Latent, Latent]:
-        """Returns mean and log variance of the latents of images in [-1, 1], neither scaled nor shifted.
+        """Returns mean and log variance of the latents, neither scaled nor shifted.
+
+        Args:
+          image: float32 in [-1, 1].
 
         Raises:
           ValueError: the image's sides are not multiples of the downsampling.
         """
         multiple = self.config.downsampling
         if image.shape[1] % multiple or image.shape[2] % multiple:
-            raise ValueError(f"image is {image.shape[1:3]}, want multiples of {multiple} pixels")
+            raise ValueError(f"image is {image.shape[1:3]}, want multiples of {multiple} pixels; resize or pad it")
         mean, log_variance = jnp.split(self.quant_conv(self.encoder(image)), 2, axis=-1)
         return mean, jnp.clip(log_variance, *LOG_VARIANCE_RANGE)
 
     def distribution(self, image: Image) -> tuple[Latent, Latent]:
-        """Returns mean and log variance of the latents of images in [-1, 1]."""
+        """Returns mean and log variance of the scaled and shifted latents.
+
+        Args:
+          image: float32 in [-1, 1].
+
+        Raises:
+          ValueError: as `moments`.
+        """
         mean, log_variance = self.moments(image)
         return self.config.scale * (mean - self.config.shift), log_variance + 2 * math.log(self.config.scale)
 
     def encode(self, image: Image, key: Key[Array, ""] | None = None) -> Latent:
-        """Returns a latent of images in [-1, 1]: drawn from the distribution with a key, its mean without."""
+        """Returns the latents of images.
+
+        Args:
+          image: float32 in [-1, 1].
+          key: samples the latents from their distributions; None returns the means.
+
+        Raises:
+          ValueError: as `moments`.
+        """
         mean, log_variance = self.distribution(image)
         return mean if key is None else draw(key, mean, log_variance)
 
     def decode(self, latent: Latent) -> Image:
-        """Returns the images, nominally in [-1, 1]; of large latents by tiles."""
+        """Returns the images of latents, float32, nominally in [-1, 1].
+
+        Latents with a side above `DECODE_TILE` are decoded in tiles (`decode_in_tiles`).
+        """
         if max(latent.shape[1:3]) > DECODE_TILE:
             return self.decode_in_tiles(latent, DECODE_TILE, DECODE_TILE // 4)
         return self._decode(latent)
@@ -260,20 +308,21 @@ class KlAutoencoder(nnx.Module):
         return self.decoder(self.post_quant_conv(latent / self.config.scale + self.config.shift))
 
     def decode_in_tiles(self, latent: Latent, tile: int = 64, overlap: int = 16) -> Image:
-        """Returns what `decode` would, from square pieces of the latent: large images in the memory of small ones.
+        """Returns the images of latents, decoded one square tile at a time, so that memory grows with the tile only.
 
-        Pieces overlap, and where they do the image passes linearly from one to the next. Attention and norms see a
-        piece at a time, so colours may differ a little from those of the whole.
+        Neighbouring tiles overlap and are blended linearly there. Attention and normalisation see one tile at a time,
+        so colours may differ slightly from those of an image that is decoded at once.
 
         Args:
-          tile: side of a piece in latent positions.
-          overlap: of neighbouring pieces, in latent positions; less than `tile`.
+          latent: scaled and shifted latents, as `encode` returns them.
+          tile: side of a tile in latent positions.
+          overlap: overlap of neighbouring tiles in latent positions, from 0 to `tile` - 1.
 
         Raises:
-          ValueError: the overlap is negative or not less than the tile.
+          ValueError: the overlap is out of range.
         """
         if not 0 <= overlap < tile:
-            raise ValueError(f"overlap must be in 0..{tile - 1}, got {overlap}")
+            raise ValueError(f"overlap must be in 0..{tile - 1} (less than tile), got {overlap}")
         batch, height, width, _ = latent.shape
         if height <= tile and width <= tile:
             return self._decode(latent)
@@ -288,11 +337,11 @@ class KlAutoencoder(nnx.Module):
 
         def add(carry: tuple[Array, Array], corner: Array) -> tuple[tuple[Array, Array], None]:
             image, total = carry
-            piece, where = jax.lax.dynamic_slice(latent, corner, tile_shape), corner * factor
-            before = jax.lax.dynamic_slice(image, where, (batch, tile_height * factor, tile_width * factor, 3))
-            of_weights = jax.lax.dynamic_slice(total, where, weight.shape)
-            image = jax.lax.dynamic_update_slice(image, before + weight * self._decode(piece), where)
-            return (image, jax.lax.dynamic_update_slice(total, of_weights + weight, where)), None
+            latent_tile, start = jax.lax.dynamic_slice(latent, corner, tile_shape), corner * factor
+            image_sum = jax.lax.dynamic_slice(image, start, (batch, tile_height * factor, tile_width * factor, 3))
+            weight_sum = jax.lax.dynamic_slice(total, start, weight.shape)
+            image = jax.lax.dynamic_update_slice(image, image_sum + weight * self._decode(latent_tile), start)
+            return (image, jax.lax.dynamic_update_slice(total, weight_sum + weight, start)), None
 
         image = jnp.zeros((batch, height * factor, width * factor, 3), jnp.float32)
         total = jnp.zeros((1, height * factor, width * factor, 1), jnp.float32)
@@ -301,18 +350,18 @@ class KlAutoencoder(nnx.Module):
 
 
 def draw(key: Key[Array, ""], mean: Latent, log_variance: Latent) -> Latent:
-    """Returns a latent from each of the normal distributions."""
+    """Returns one sample of each normal distribution, mean + exp(log_variance / 2) noise."""
     return mean + jnp.exp(log_variance / 2) * jax.random.normal(key, mean.shape, jnp.float32)
 
 
 def _starts(length: int, tile: int, overlap: int) -> list[int]:
-    """Returns where pieces begin, so that all have full size and cover everything."""
+    """Returns the first position of each tile. All tiles have full size, and together they cover the axis."""
     last = max(length - tile, 0)
     return [*range(0, last, tile - overlap), last]
 
 
 def _ramp(length: int, overlap: int) -> Float[Array, " length"]:
-    """Weights of a piece along one axis: falling towards both ends over the overlap, nowhere zero."""
+    """Returns the weights of a tile along one axis, which decrease linearly over the overlap and stay above zero."""
     from_start = jnp.arange(1, length + 1, dtype=jnp.float32)
     from_end = jnp.minimum(from_start, from_start[::-1])
     return jnp.minimum(from_end / (overlap + 1), 1.0)

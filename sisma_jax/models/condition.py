@@ -1,7 +1,7 @@
-"""What conditions the denoiser, from the user's inputs to the layers: today a mask.
+"""Encodes the user's inputs, currently a mask, into the condition that the layers of the denoiser read.
 
-A further condition is one more field of `Condition`, made by `ConditionEncoder`: features of tokens travel as `mask`,
-a vector per image joins the embedding of the time in `Condition.embedding`.
+To add a condition, add a field to `Condition` and compute it in `ConditionEncoder`. Features per token follow the
+example of `mask`. A vector per image is added to the time embedding in `Condition.embedding`.
 """
 
 import dataclasses
@@ -18,32 +18,37 @@ from sisma_jax.models.mask_encoder import MaskEncoder, Stage
 from sisma_jax.models.patches import Grid
 
 
-# Unchecked, since JAX also makes pytrees of shapes and of shardings.
+# Annotations are not checked at run time, because JAX also builds this pytree from shapes and shardings.
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Condition:
-    """The encoded inputs: a pytree whose arrays all have the batch as their first axis.
+    """The encoded inputs, as a pytree. The first axis of every array is the batch.
 
     Attributes:
-      mask: S_M, one feature per token.
+      mask: mask features S_M, one per token.
     """
 
     mask: Float[Array, "B h w D"]
 
     def embedding(self, time: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        """Returns what modulates the layers: the embedding of the time, plus conditions that are a vector per image."""
+        """Returns the vector per image that modulates the layers: the time embedding, as no condition adds to it yet.
+
+        Args:
+          time: time embedding of each image.
+        """
         return time
 
 
 class ConditionEncoder(nnx.Module):
-    """Encodes what a user gives, once for all function evaluations of a sampler.
+    """Encodes the user's inputs. A sampler calls it once and uses the result in all function evaluations.
 
     Args:
-      config: sizes.
-      num_classes: of a mask's labels.
-      downsampling: image pixels along the side of a token; a power of two.
+      config: sizes of the model.
+      num_classes: number of classes of a mask.
+      downsampling: side of a token in image pixels; a power of two.
       dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
     """
 
     def __init__(self, config: ModelConfig, num_classes: int, downsampling: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -53,15 +58,22 @@ class ConditionEncoder(nnx.Module):
 
     @staticmethod
     def input_shapes(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-        """Returns shape and type of what is given for one image."""
+        """Returns the shape and dtype of each input for one image.
+
+        Args:
+          image_size: height and width of the image in pixels.
+        """
         return {"mask": jax.ShapeDtypeStruct((image_size, image_size), jnp.uint8)}
 
     def __call__(self, inputs: Mapping[str, Array], is_dropped: Bool[Array, " B"] | None = None) -> Condition:
         """Returns the encoded inputs.
 
         Args:
-          inputs: "mask", class indices (B, H, W).
-          is_dropped: examples that become `null`.
+          inputs: {"mask": integer class indices (B, H, W)}.
+          is_dropped: examples whose condition is replaced by `null`; None replaces none.
+
+        Raises:
+          ValueError: a side of the mask is not a multiple of `downsampling`.
         """
         condition = Condition(mask=self.mask_encoder(inputs["mask"]))
         if is_dropped is None:
@@ -73,35 +85,49 @@ class ConditionEncoder(nnx.Module):
         return jax.tree.map(drop, self.null(condition), condition)
 
     def null(self, condition: Condition) -> Condition:
-        """Returns the condition of "nothing given", in the same shapes."""
+        """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
         return Condition(mask=self.mask_encoder.null_features(condition.mask.shape))
 
 
 class CoarserCondition(nnx.Module):
-    """The condition at the next resolution of a U."""
+    """Maps the condition to the next coarser level of a U.
+
+    Args:
+      d_model: channels of a mask feature.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.mask = Stage(d_model, d_model, dtype=dtype, rngs=rngs)
 
     def __call__(self, condition: Condition) -> Condition:
+        """Returns the condition at half the height and width."""
         return dataclasses.replace(condition, mask=self.mask(condition.mask))
 
 
 class ConcatenatedMask(nnx.Module):
-    """Lets the mask in before the first layer, in place of layers that read it: Linear([x, S_M])."""
+    """Adds the mask to the tokens before the first layer, Linear([x, S_M]), for layers that do not read the mask.
+
+    Args:
+      d_model: channels of a token and of a mask feature.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.proj = nnx.Linear(2 * d_model, d_model, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Grid, condition: Condition) -> Grid:
+        """Returns the tokens, merged with the mask features of the same grid."""
         return self.proj(jnp.concatenate([x, condition.mask.astype(x.dtype)], axis=-1))
 
 
 def unread(condition: Condition) -> Condition:
-    """Stands for `CoarserCondition` where no layer reads the condition."""
+    """Returns the condition unchanged; replaces `CoarserCondition` if no layer reads the condition."""
     return condition
 
 
 def unmerged(x: Grid, condition: Condition) -> Grid:
-    """Stands for `ConcatenatedMask` where the layers read the mask."""
+    """Returns the tokens `x` unchanged; replaces `ConcatenatedMask` if the layers read the mask."""
     return x

@@ -1,4 +1,4 @@
-"""The denoiser: patchify, condition, layers, depatchify. A backbone gives the layers their parts."""
+"""The denoiser: patchify, condition, layers, unpatchify. A backbone supplies the parts of the layers."""
 
 from collections.abc import Mapping
 
@@ -17,7 +17,13 @@ from sisma_jax.parallel import sharding
 
 
 class Head(nnx.Module):
-    """Modulated LayerNorm and a linear map to the values of a patch, both zero at first."""
+    """Modulated LayerNorm and a linear map to the values of a patch, whose parameters are initially zero.
+
+    Args:
+      d_model: channels of a token.
+      d_patch: values of a patch, over all channels of the latent.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, d_model: int, d_patch: int, *, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros
@@ -25,23 +31,34 @@ class Head(nnx.Module):
         self.out_proj = nnx.Linear(d_model, d_patch, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
     def __call__(self, x: Grid, embedding: Float[Array, "B D"]) -> Float[Array, "B H W P"]:
+        """Returns the values of each token's patch, float32.
+
+        Args:
+          x: tokens after the last layer.
+          embedding: of the time and of conditions per image; it gives shift and scale.
+        """
         shift, scale = jnp.split(self.modulation(jax.nn.silu(embedding)), 2, axis=-1)
         return self.out_proj(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
 
 
 class Denoiser(nnx.Module):
-    """Noisy latent, time and condition in, one value per latent element out.
+    """Predicts one value per latent element from a noisy latent, its time and the condition.
 
-    `encode` is a method of its own because a sampler needs the condition once, not once per step.
+    `encode` computes the condition. It is separate from `__call__`, so that a sampler encodes the inputs only once and
+    not in every step.
 
     Args:
       config: sizes and wiring.
-      parts: the backbone's.
-      num_classes: of a mask's labels.
+      parts: layer parts of the backbone.
+      num_classes: number of classes of a mask.
       latent_channels: channels of the latent.
-      latent_downsampling: image pixels along the side of a latent position (1 for pixels, 8 for f8 latents).
+      latent_downsampling: side of a latent position in image pixels (1 for pixels, 8 for f8 latents).
       dtype: type of the matrix products; parameters, norms and scan carries stay float32.
-      rngs: initialisation randomness; none is kept.
+      rngs: randomness of the initial parameters; the module does not store it.
+
+    Raises:
+      ValueError: the side of a token in image pixels is not a power of two.
+      InputError: the backbone does not support the sizes.
     """
 
     def __init__(
@@ -56,7 +73,6 @@ class Denoiser(nnx.Module):
         rngs: nnx.Rngs,
     ):
         d_model, d_patch = config.d_model, config.patch_size**2 * latent_channels
-        options = {"dtype": dtype, "rngs": rngs}
 
         def make_layer(rngs: nnx.Rngs) -> Block:
             return make_block(config, parts, dtype=dtype, rngs=rngs)
@@ -65,40 +81,50 @@ class Denoiser(nnx.Module):
         self.num_halvings = len(config.level_depths)
         self.dtype = dtype
         self.condition_encoder = ConditionEncoder(
-            config, num_classes, config.patch_size * latent_downsampling, **options
+            config, num_classes, config.patch_size * latent_downsampling, dtype=dtype, rngs=rngs
         )
-        self.embed = nnx.Linear(d_patch, d_model, **options)
+        self.embed = nnx.Linear(d_patch, d_model, dtype=dtype, rngs=rngs)
         self.time = TimeEmbedding(d_model, rngs=rngs)
-        self.merge = ConcatenatedMask(d_model, **options) if config.mask_conditioning == "concat" else unmerged
+        is_concatenated = config.mask_conditioning == "concat"
+        self.merge = ConcatenatedMask(d_model, dtype=dtype, rngs=rngs) if is_concatenated else unmerged
         side = config.learned_positions
         self.positions = LearnedPositions(side, d_model) if side else FixedPositions()
         if config.level_depths:
-            self.layers = UShape(config, make_layer, **options)
+            self.layers = UShape(config, make_layer, dtype=dtype, rngs=rngs)
         else:
             self.layers = Stack(config, make_layer, range(config.depth), rngs=rngs)
         self.head = Head(d_model, d_patch, rngs=rngs)
 
     def encode(self, inputs: Mapping[str, Array], is_dropped: Bool[Array, " B"] | None = None) -> Condition:
-        """Returns the encoded inputs: see `ConditionEncoder`."""
+        """Returns the encoded inputs.
+
+        Args:
+          inputs: {"mask": integer class indices (B, H, W)}, at the resolution of the image.
+          is_dropped: examples whose condition is replaced by `null`; None replaces none.
+
+        Raises:
+          ValueError: a side of the mask is not a multiple of the side of a token in pixels.
+        """
         return self.condition_encoder(inputs, is_dropped)
 
     def null(self, condition: Condition) -> Condition:
-        """Returns the condition of "nothing given", in the same shapes."""
+        """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
         return self.condition_encoder.null(condition)
 
     def __call__(
         self, xt: Float[Array, "B H W C"], t: Float[Array, " B"], condition: Condition
     ) -> Float[Array, "B H W C"]:
-        """Returns the network's prediction at (xt, t), float32: see `FlowConfig.prediction` for its meaning.
+        """Returns the network's prediction at (xt, t), float32. `FlowConfig.prediction` says what is predicted.
 
         Args:
-          xt: latent between noise (t = 0) and data (t = 1); H and W multiples of the patch size.
-          t: in [0, 1].
-          condition: of `encode`.
+          xt: latent between noise (t = 0) and data (t = 1). H and W are multiples of the patch size and, in a U with n
+            levels above its coarsest resolution, of 2^n times the patch size.
+          t: time of each latent, in [0, 1].
+          condition: result of `encode`.
 
         Raises:
-          ValueError: the latent is not tiled by patches or, in a U, by those of its coarsest resolution; it has not
-            the size of learned positions; the condition is of another grid.
+          ValueError: H or W is not such a multiple, the token grid differs from that of the learned positions, or the
+            condition belongs to another token grid.
         """
         multiple = self.patch_size * 2**self.num_halvings
         if xt.shape[1] % multiple or xt.shape[2] % multiple:
@@ -108,7 +134,10 @@ class Denoiser(nnx.Module):
             )
         x = self.embed(space_to_depth(sharding.constrain(xt).astype(self.dtype), self.patch_size))
         if condition.mask.shape[:3] != x.shape[:3]:
-            raise ValueError(f"the mask's features are {condition.mask.shape[:3]}, want the token grid {x.shape[:3]}")
+            raise ValueError(
+                f"condition has mask features {condition.mask.shape[:3]}, want the token grid {x.shape[:3]}; encode a "
+                "mask of the image's size"
+            )
         x = self.positions(self.merge(x, condition))
         embedding = condition.embedding(self.time(t))
         return depth_to_space(self.head(self.layers(x, embedding, condition), embedding), self.patch_size)

@@ -1,9 +1,7 @@
-"""The layer's parts of a diffusion transformer (DiT, arXiv 2212.09748): attention, quadratic in the tokens.
+"""The layer parts of a diffusion transformer (DiT, arXiv 2212.09748): softmax attention, quadratic in the tokens.
 
-The baseline that SISMA is compared with: all else is the same.
+This is the baseline for SISMA. All other parts of the model are the same.
 """
-
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,38 +15,40 @@ from sisma_jax.models.layers import LayerParts
 from sisma_jax.models.patches import Grid
 from sisma_jax.models.scan_orders import Paths
 
-# Channels of an attention head, or all channels of a narrower model.
+# Channels of an attention head. A narrower model has one head.
 HEAD_CHANNELS = 64
 
-# Queries that attend at a time. All of 16,384 at once would need their logits in memory, 13 GB at 12 heads; and a CPU
-# is quicker at a few, whose logits stay in its caches.
+# Queries that are computed at once. For all 16,384 queries of a large image, the logits of 12 heads would need 13 GB.
+# Small blocks are also faster on a CPU, because their logits stay in its caches.
 QUERY_BLOCK = 256
 
 Heads = Float[Array, "B L heads d_head"]
 
 
 def attention(query: Heads, key: Heads, value: Heads) -> Heads:
-    """Softmax attention (`jax.nn.dot_product_attention`), a block of queries after the other."""
+    """Returns softmax attention (`jax.nn.dot_product_attention`), computed one block of queries at a time."""
     batch, length, *head = query.shape
     if length <= QUERY_BLOCK:
         return jax.nn.dot_product_attention(query, key, value)
     num_blocks = -(-length // QUERY_BLOCK)
     padded = jnp.pad(query, ((0, 0), (0, num_blocks * QUERY_BLOCK - length), (0, 0), (0, 0)))
     blocks = jnp.moveaxis(padded.reshape(batch, num_blocks, QUERY_BLOCK, *head), 1, 0)
-    # Recomputed, since the logits of all blocks would be kept for the gradient.
+    # The backward pass recomputes each block. Otherwise the logits of all blocks would be kept for it.
     attend = jax.checkpoint(lambda block: jax.nn.dot_product_attention(block, key, value), prevent_cse=False)
     y = jnp.moveaxis(jax.lax.map(attend, blocks), 0, 1)
     return y.reshape(padded.shape)[:, :length]
 
 
 class Attention(nnx.Module):
-    """Multi-head softmax attention of the tokens of `x` to those of `context`.
+    """Multi-head softmax attention, with queries from one grid of tokens and keys and values from another.
 
     Args:
-      d_model: channels of a token, a multiple of `HEAD_CHANNELS` or fewer than those.
+      d_model: channels of a token; a multiple of `HEAD_CHANNELS`, or less than it.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
 
     Raises:
-      InputError: heads do not divide the channels.
+      InputError: `d_model` is neither a multiple of `HEAD_CHANNELS` nor less than it.
     """
 
     def __init__(self, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
@@ -63,6 +63,7 @@ class Attention(nnx.Module):
         self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
 
     def attend(self, x: Grid, context: Grid) -> Grid:
+        """Returns the attention of every token of `x` to all tokens of `context`, with the shape of `x`."""
         key, value = jnp.split(self.key_value_proj(context), 2, axis=-1)
         y = attention(*(self._heads(a) for a in (self.query_proj(x), key, value)))
         return self.out_proj(y.reshape(x.shape))
@@ -72,25 +73,27 @@ class Attention(nnx.Module):
 
 
 class SelfAttention(Attention):
-    """Mixes the image tokens; paths mean nothing to it."""
+    """Mixes the image tokens by self-attention."""
 
     def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        """Returns the attention of the tokens `x` to each other; `condition` and `paths` are not used."""
         return self.attend(x, x)
 
 
 class CrossAttention(Attention):
-    """Lets every image token read the mask features of all."""
+    """Conditions the image tokens on the mask by cross-attention."""
 
     def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        """Returns the attention of the tokens `x` to the mask features of all tokens; `paths` is not used."""
         return self.attend(x, condition.mask)
 
 
-def _mixer(config: ModelConfig, **options: Any) -> SelfAttention:
-    return SelfAttention(config.d_model, **options)
+def _mixer(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> SelfAttention:
+    return SelfAttention(config.d_model, dtype=dtype, rngs=rngs)
 
 
-def _cross_reader(config: ModelConfig, **options: Any) -> CrossAttention:
-    return CrossAttention(config.d_model, **options)
+def _cross_reader(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> CrossAttention:
+    return CrossAttention(config.d_model, dtype=dtype, rngs=rngs)
 
 
 PARTS = LayerParts(mixer=_mixer, cross_reader=_cross_reader)

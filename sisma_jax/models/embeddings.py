@@ -1,4 +1,4 @@
-"""What a denoiser adds to its tokens and modulates them by: positions and the time."""
+"""Position embeddings, which are added to the tokens, and the time embedding, which modulates the layers."""
 
 import math
 
@@ -14,25 +14,39 @@ TIME_FREQUENCIES = 256
 
 
 def time_features(t: Float[Array, " B"]) -> Float[Array, "B 256"]:
-    """Returns sines and cosines of t in [0, 1]: those of DiT (arXiv 2212.09748) at time step 1000 t."""
+    """Returns cosines and sines of times t in [0, 1], float32, like DiT (arXiv 2212.09748) at time step 1000 t."""
     frequencies = 1000.0 * np.exp(-math.log(10_000) * np.arange(TIME_FREQUENCIES // 2) / (TIME_FREQUENCIES // 2))
     angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 class TimeEmbedding(nnx.Module):
-    """Linear, SiLU, linear of `time_features`, in float32."""
+    """Linear, SiLU, linear on `time_features`, in float32.
+
+    Args:
+      d_model: channels of the embedding.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, d_model: int, *, rngs: nnx.Rngs):
         self.up = nnx.Linear(TIME_FREQUENCIES, d_model, rngs=rngs)
         self.down = nnx.Linear(d_model, d_model, rngs=rngs)
 
     def __call__(self, t: Float[Array, " B"]) -> Float[Array, "B D"]:
+        """Returns the embedding of times t in [0, 1], float32."""
         return self.down(jax.nn.silu(self.up(time_features(t))))
 
 
 def position_features(height: int, width: int, d_model: int) -> np.ndarray:
-    """Returns fixed 2-D sine and cosine positions: float32 (height, width, d_model), d_model a multiple of 4."""
+    """Returns fixed 2-D sine and cosine position embeddings, float32 (height, width, d_model).
+
+    The first half of the channels encodes the row, the second half the column.
+
+    Args:
+      height: rows of the token grid.
+      width: columns of the token grid.
+      d_model: channels of a token; a multiple of 4.
+    """
     frequencies = 1.0 / 10_000 ** (np.arange(d_model // 4) / (d_model // 4))
 
     def features(positions: np.ndarray) -> np.ndarray:
@@ -48,21 +62,30 @@ class FixedPositions(nnx.Module):
     """Adds `position_features` to the tokens of a grid of any size."""
 
     def __call__(self, x: Grid) -> Grid:
+        """Returns the tokens plus their position embeddings."""
         return x + jnp.asarray(position_features(*x.shape[1:])).astype(x.dtype)[None]
 
 
 class LearnedPositions(nnx.Module):
-    """Adds learned positions, which begin as `position_features`, to the tokens of a square grid of one size.
+    """Adds learned position embeddings, initialised to `position_features`, to the tokens of a square grid.
 
     Args:
-      side: of the grid, in tokens.
+      side: height and width of the grid in tokens.
+      d_model: channels of a token; a multiple of 4.
     """
 
     def __init__(self, side: int, d_model: int):
         self.grid = nnx.Param(jnp.asarray(position_features(side, side, d_model)))
 
     def __call__(self, x: Grid) -> Grid:
-        """Raises ValueError: the grid of tokens has another size."""
+        """Returns the tokens plus their position embeddings.
+
+        Raises:
+          ValueError: the token grid has another size than the learned positions.
+        """
         if x.shape[1:3] != self.grid.shape[:2]:
-            raise ValueError(f"the token grid is {x.shape[1:3]}, want that of positions, {self.grid.shape[:2]}")
+            raise ValueError(
+                f"the token grid is {x.shape[1:3]}, want that of positions, {self.grid.shape[:2]}; give latents of the "
+                "size for which the positions were learned"
+            )
         return x + self.grid[...].astype(x.dtype)[None]

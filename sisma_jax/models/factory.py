@@ -1,4 +1,4 @@
-"""From a configuration to the denoiser, split into graph definition and parameters."""
+"""Creates the denoiser of a configuration, as a module or as its graph definition and its parameters."""
 
 import importlib
 from typing import Any
@@ -17,12 +17,21 @@ Params = dict[str, Any]
 
 
 def layer_parts(backbone: str) -> LayerParts:
-    """Returns a backbone's parts, which the module of its name here has as `PARTS`."""
+    """Returns the layer parts of a backbone: `PARTS` of the module `sisma_jax.models.<backbone>`.
+
+    Args:
+      backbone: a value of `ModelConfig.backbone`, "sisma" or "dit".
+    """
     return importlib.import_module(f"sisma_jax.models.{backbone}").PARTS
 
 
 def make_denoiser(config: Config, key: Key[Array, ""]) -> Denoiser:
-    """Returns the denoiser with freshly initialised float32 parameters."""
+    """Returns the denoiser with newly initialised float32 parameters.
+
+    Raises:
+      ValueError: the side of a token in image pixels is not a power of two.
+      InputError: the backbone does not support the sizes.
+    """
     return Denoiser(
         config.model,
         layer_parts(config.model.backbone),
@@ -34,14 +43,21 @@ def make_denoiser(config: Config, key: Key[Array, ""]) -> Denoiser:
     )
 
 
-def make_graph(config: Config) -> nnx.GraphDef:
-    """Returns the denoiser without its parameters: hashable, so it may be static under `jax.jit`.
+def make_graph(config: Config) -> nnx.GraphDef[Denoiser]:
+    """Returns the graph definition of the denoiser, which is hashable and may be static under `jax.jit`.
 
-    `nnx.merge(graph, params)` is the callable model.
+    `nnx.merge(graph, params)` returns the callable model.
+
+    Raises:
+      ValueError, InputError: as `make_denoiser`.
     """
     return nnx.split(nnx.eval_shape(lambda: make_denoiser(config, jax.random.key(0))))[0]
 
 
 def init_params(config: Config, key: Key[Array, ""]) -> Params:
-    """Returns freshly initialised float32 parameters."""
+    """Returns newly initialised float32 parameters of the denoiser.
+
+    Raises:
+      ValueError, InputError: as `make_denoiser`.
+    """
     return nnx.to_pure_dict(nnx.split(make_denoiser(config, key))[1])

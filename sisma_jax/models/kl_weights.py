@@ -1,4 +1,4 @@
-"""Weights of KL autoencoders as the package diffusers saves them: safetensors, with a config.json beside them."""
+"""Reads and writes KL autoencoders in the format of the package diffusers: a safetensors file and a config.json."""
 
 import errno
 import hashlib
@@ -16,28 +16,27 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 from flax import nnx
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, on_disk, to_path, write_atomically
 from sisma_jax.models.autoencoder import KlAutoencoder, KlConfig
 
 Weights = Mapping[str, jax.Array | np.ndarray]
+"""Arrays in PyTorch's layout, by the names of diffusers."""
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 CONFIG_NAME = "config.json"
 
 _OBTAIN = (
-    f"Expected is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, or such a .safetensors file. Stable Diffusion's "
-    f"autoencoder is available at https://huggingface.co/stabilityai/sd-vae-ft-mse: download these two files into one "
-    "folder and name it."
+    f"Give a folder that contains {CONFIG_NAME} and {WEIGHTS_NAME}, or such a .safetensors file. To use Stable "
+    "Diffusion's autoencoder, download both from https://huggingface.co/stabilityai/sd-vae-ft-mse into one folder."
 )
 
-# Names of the attention's projections before diffusers 0.18, which published files still have.
+# Names of the attention's projections before diffusers 0.18. Published files still use them.
 _OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _SUFFIXES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
 
-# Fields of config.json that change what the weights compute, and the values that are implemented.
+# Fields of config.json that change the computation, with the values that are implemented.
 _IMPLEMENTED = {
     "act_fn": ("silu",),
     "in_channels": (3,),
@@ -52,7 +51,7 @@ def _is_finite(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-# Fields whose values are used: what they must be.
+# Fields of config.json whose values are used: the wanted values in words, and their check.
 _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "norm_num_groups": ("a positive integer", lambda value: type(value) is int and value > 0),
     "scaling_factor": ("a positive number", lambda value: _is_finite(value) and value > 0),
@@ -61,22 +60,31 @@ _VALID: dict[str, tuple[str, Callable[[Any], bool]]] = {
 
 
 def exist(folder: AnyPath) -> bool:
-    """Whether `save` has written a whole autoencoder to the folder."""
+    """Returns whether the folder contains a complete autoencoder that `save` has written.
+
+    Raises:
+      InputError: the folder cannot be read.
+    """
     try:
         with bucket_errors(folder):
             return (folder / CONFIG_NAME).exists()
     except OSError as error:
-        raise InputError(f"{folder} cannot be read ({error}).") from error
+        raise InputError(f"{folder} cannot be read ({error}); check its permissions and the connection.") from error
 
 
-def load(path: str | os.PathLike) -> KlAutoencoder:
-    """Returns the autoencoder of a folder or file, its parameters in float32.
+def load(path: str | os.PathLike[str]) -> KlAutoencoder:
+    """Returns the autoencoder that a folder or file contains, with float32 parameters.
 
-    Without config.json beside them, the weights are taken for those of Stable Diffusion 1 or 2.
+    If there is no config.json beside the weights, scale, shift and normalisation groups are those of Stable Diffusion 1
+    and 2.
+
+    Args:
+      path: folder with `WEIGHTS_NAME` and optionally `CONFIG_NAME`, or a .safetensors file; on the disk or in a bucket.
 
     Raises:
-      InputError: there is no such file, it is damaged or of another model, or has latents of other than 4 channels and
-        no config.json, which alone tells their scale; or a value in config.json is out of range.
+      InputError: the file does not exist, is damaged or contains another model; config.json is damaged or has a value
+        that is out of range or not implemented; or config.json is missing and the latents do not have 4 channels, so
+        that their scale is unknown.
     """
     path = to_path(path)
     file = path / WEIGHTS_NAME if path.is_dir() else path
@@ -89,17 +97,20 @@ def load(path: str | os.PathLike) -> KlAutoencoder:
 
 
 def save(autoencoder: KlAutoencoder, folder: AnyPath) -> None:
-    """Writes the autoencoder as diffusers does, float32, into a folder that appears when it is complete.
+    """Writes the autoencoder in the format of diffusers, float32. The folder appears when it is complete.
 
-    In a bucket, which has no folders, config.json appears last.
+    A bucket has no folders; there, config.json is written last.
+
+    Args:
+      autoencoder: the module, with its parameters.
+      folder: the folder to create, on the disk or in a bucket.
 
     Raises:
-      OSError: the folder exists, or cannot be written.
+      OSError: the folder exists and is not empty, or cannot be written.
     """
     config = autoencoder.config
     weights = {
-        _name(key): np.ascontiguousarray(_to_torch(np.asarray(value)))
-        for key, value in _parameters(autoencoder).items()
+        name: np.ascontiguousarray(_to_torch(np.asarray(value))) for name, value in _parameters(autoencoder).items()
     }
     depth = len(config.block_channels)
     description = {
@@ -136,38 +147,48 @@ def save(autoencoder: KlAutoencoder, folder: AnyPath) -> None:
 
 
 def fingerprint(autoencoder: KlAutoencoder) -> str:
-    """Returns a short hash of all that decides the latents: sizes, scale and shift, and parameters."""
+    """Returns a hash of everything that determines the latents, configuration and parameters: 10 hexadecimal digits."""
     digest = hashlib.sha256(repr(autoencoder.config).encode())
-    for key, value in sorted(_parameters(autoencoder).items(), key=lambda item: _name(item[0])):
-        digest.update(_name(key).encode() + np.asarray(value).tobytes())
+    for name, value in sorted(_parameters(autoencoder).items()):
+        digest.update(name.encode() + np.asarray(value).tobytes())
     return digest.hexdigest()[:10]
 
 
-def convert(weights: Weights, params: dict, source: str) -> dict:
-    """Returns parameters with the values of `weights`.
+def convert(weights: Weights, params: dict[str, Any], source: str) -> dict[str, Any]:
+    """Returns the weights as parameters of `KlAutoencoder`, float32.
 
     Args:
-      weights: by the names of diffusers, in PyTorch's layout.
-      params: what is wanted, as nested dictionaries of arrays or their shapes.
-      source: where the weights are from, for the message.
+      weights: arrays in PyTorch's layout, by the names of diffusers.
+      params: parameters of the same model, nested dictionaries of arrays or `jax.ShapeDtypeStruct`s. Only their
+        structure and shapes are used.
+      source: origin of the weights, for error messages.
+
+    Returns:
+      Nested dictionaries of arrays with the structure of `params`.
 
     Raises:
-      InputError: a weight is missing, has another shape, or there are others.
+      InputError: a weight is missing or has the wrong shape, or there is a weight that the model does not have.
     """
-    left = set(weights)
-    values = {}
-    for key, wanted in flatten_dict(params).items():
-        name = _name_in(weights, key)
+    unused = set(weights)
+
+    def value(path: tuple[Any, ...], wanted: jax.Array | jax.ShapeDtypeStruct) -> jax.Array:
+        wanted_name = _name(path)
+        name = _find(weights, wanted_name)
         if name is None:
-            raise InputError(f"{source} has no weight {_name(key)!r}: it is not a KL autoencoder's. {_OBTAIN}")
-        left.discard(name)
-        value = _from_torch(weights[name], len(wanted.shape))
-        if value.shape != wanted.shape:
-            raise InputError(f"{source}: the weight {name!r} is {value.shape}, the model's is {wanted.shape}.")
-        values[key] = value
-    if left:
-        raise InputError(f"{source} has weights that the model does not: {', '.join(sorted(left)[:3])}.")
-    return unflatten_dict(values)
+            raise InputError(f"{source} has no weight {wanted_name!r}, so it is not a KL autoencoder. {_OBTAIN}")
+        unused.discard(name)
+        array = _from_torch(weights[name], len(wanted.shape))
+        if array.shape != wanted.shape:
+            raise InputError(
+                f"{source}: the weight {name!r} is {array.shape}, the model's is {wanted.shape}; give weights of a KL "
+                "autoencoder in the format of diffusers."
+            )
+        return array
+
+    converted = jax.tree_util.tree_map_with_path(value, params)
+    if unused:
+        raise InputError(f"{source} has weights that the model does not: {', '.join(sorted(unused)[:3])}. {_OBTAIN}")
+    return converted
 
 
 def _read(file: AnyPath) -> dict[str, jax.Array]:
@@ -179,7 +200,7 @@ def _read(file: AnyPath) -> dict[str, jax.Array]:
 
 
 def _config(weights: Weights, config_file: AnyPath, source: AnyPath) -> KlConfig:
-    """Sizes are those of the weights; what these do not tell comes from config.json."""
+    """Returns the configuration: sizes from the shapes of the weights, and all else from config.json."""
     given = _read_config(config_file)
     firsts = (weights.get(f"encoder.down_blocks.{i}.resnets.0.conv1.weight") for i in range(len(weights)))
     widths = tuple(x.shape[0] for x in firsts if x is not None)
@@ -187,16 +208,22 @@ def _config(weights: Weights, config_file: AnyPath, source: AnyPath) -> KlConfig
         raise InputError(f"{source} does not hold a KL autoencoder in the format of diffusers. {_OBTAIN}")
     channels = weights["decoder.conv_in.weight"].shape[1]
     if channels != 4 and "scaling_factor" not in given:
-        raise InputError(f"{config_file} is missing: only it tells the scale of latents of {channels} channels.")
+        raise InputError(
+            f"{config_file} is missing or has no scaling_factor, but only it gives the scale of latents of {channels} "
+            "channels; download it into the folder of the weights."
+        )
     groups = given.get("norm_num_groups", 32)
     for width in widths:
         if width % groups:
-            raise InputError(f"{source} has {width} channels, which {groups} groups do not divide: see {config_file}.")
-    in_first = {name for name in weights if re.fullmatch(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight", name)}
+            raise InputError(
+                f"{source} has {width} channels, which {groups} groups do not divide; correct norm_num_groups in "
+                f"{config_file}."
+            )
+    first_level = re.compile(r"encoder\.down_blocks\.0\.resnets\.\d+\.conv1\.weight")
     return KlConfig(
         latent_channels=channels,
         block_channels=widths,
-        layers_per_block=len(in_first),
+        layers_per_block=sum(first_level.fullmatch(name) is not None for name in weights),
         norm_groups=groups,
         has_quant_conv="quant_conv.weight" in weights,
         scale=given.get("scaling_factor", 0.18215),
@@ -205,7 +232,7 @@ def _config(weights: Weights, config_file: AnyPath, source: AnyPath) -> KlConfig
 
 
 def _read_config(file: AnyPath) -> dict[str, Any]:
-    """Returns the values of config.json, of which those that are used are checked; none if there is no such file."""
+    """Returns the fields of config.json, after checking those that are used; an empty dictionary if it is missing."""
     if not file.exists():
         return {}
     try:
@@ -223,16 +250,20 @@ def _read_config(file: AnyPath) -> dict[str, Any]:
     return given
 
 
-def _parameters(autoencoder: KlAutoencoder) -> dict[tuple, jax.Array]:
-    return flatten_dict(nnx.to_pure_dict(nnx.split(autoencoder)[1]))
+def _parameters(autoencoder: KlAutoencoder) -> dict[str, jax.Array]:
+    """Returns the parameters by the names of diffusers, in the layout of Flax."""
+    params = nnx.to_pure_dict(nnx.split(autoencoder)[1])
+    return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
 
 
-def _name(key: tuple) -> str:
-    return ".".join(map(str, (*key[:-1], _SUFFIXES[key[-1]])))
+def _name(path: tuple[Any, ...]) -> str:
+    """Returns the name that diffusers gives to a parameter, whose path is as `jax.tree_util` passes it."""
+    modules, _, parameter = jax.tree_util.keystr(path, simple=True, separator=".").rpartition(".")
+    return f"{modules}.{_SUFFIXES[parameter]}"
 
 
-def _name_in(weights: Weights, key: tuple) -> str | None:
-    name = _name(key)
+def _find(weights: Weights, name: str) -> str | None:
+    """Returns the name under which the weights contain a parameter, which may be its old name; None if they do not."""
     for new, old in _OLD_NAMES.items():
         if name not in weights:
             name = re.sub(rf"\.{re.escape(new)}\.", f".{old}.", name)
@@ -243,8 +274,8 @@ def _to_torch(weight: np.ndarray) -> np.ndarray:
     return weight.transpose(3, 2, 0, 1) if weight.ndim == 4 else weight.T
 
 
-def _from_torch(weight: jax.Array, ndim: int) -> jax.Array:
-    weight = np.asarray(weight.astype(jnp.float32))
-    if weight.ndim == 4 and ndim == 2:  # a linear map that was saved as a 1x1 convolution
-        weight = weight[:, :, 0, 0]
-    return jnp.asarray(weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight.T)
+def _from_torch(weight: jax.Array | np.ndarray, ndim: int) -> jax.Array:
+    array = np.asarray(weight.astype(jnp.float32))
+    if array.ndim == 4 and ndim == 2:  # a linear map that was saved as a 1x1 convolution
+        array = array[:, :, 0, 0]
+    return jnp.asarray(array.transpose(2, 3, 1, 0) if array.ndim == 4 else array.T)

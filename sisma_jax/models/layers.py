@@ -1,7 +1,8 @@
-"""The layer of a denoiser: residual sub-layers modulated by the time; and stacks of layers that run as one loop."""
+"""The layer of a denoiser, which consists of residual sub-layers, and stacks of layers that `jax.lax.scan` runs."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -13,36 +14,51 @@ from sisma_jax.kernels.partition import row_parts
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid
-from sisma_jax.models.scan_orders import Paths, paths_of_layers
+from sisma_jax.models.scan_orders import Paths, Rotation, paths_of_layers
 from sisma_jax.parallel import sharding
 
-# What a layer's forward pass keeps for its backward pass; the rest is computed again.
+# What the forward pass of a layer saves for its backward pass, which recomputes the rest.
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 
 
+@runtime_checkable
+class MakeSublayer(Protocol):
+    """Creates a sub-layer of `Block`, a module that maps (x, condition, paths) to tokens of the shape of x."""
+
+    def __call__(self, config: ModelConfig, /, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+        """Returns the sub-layer with newly initialised parameters.
+
+        Args:
+          config: sizes of the model.
+          dtype: type of the matrix products.
+          rngs: randomness of the initial parameters.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class LayerParts:
-    """What distinguishes a backbone: each part maps (config, dtype=, rngs=) to a sub-layer of `Block`.
+    """The sub-layers that distinguish one backbone from another.
 
     Attributes:
-      mixer: mixes the image tokens.
-      cross_reader: lets the image tokens read the mask.
+      mixer: creates the sub-layer that mixes the image tokens.
+      cross_reader: creates the sub-layer in which the image tokens read the mask.
     """
 
-    mixer: Callable[..., nnx.Module]
-    cross_reader: Callable[..., nnx.Module]
+    mixer: MakeSublayer
+    cross_reader: MakeSublayer
 
 
 def modulate(x: Grid, shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Grid:
-    """Returns x (1 + scale) + shift, the same for all tokens of an example."""
+    """Returns x (1 + scale) + shift, with the same scale and shift for all tokens of an example."""
     return x * (1 + scale[:, None, None]) + shift[:, None, None]
 
 
 def layer_norm(x: Grid) -> Grid:
-    """LayerNorm without parameters, in float32: adaLN's scale and shift take their place."""
+    """Returns LayerNorm of x over the channels, float32, without parameters: adaLN supplies scale and shift."""
     x = x.astype(jnp.float32)
     mean = x.mean(-1, keepdims=True)
     variance = ((x - mean) ** 2).mean(-1, keepdims=True)
@@ -50,18 +66,32 @@ def layer_norm(x: Grid) -> Grid:
 
 
 class FeedForward(nnx.Module):
-    """Linear, GELU, linear: the sub-layer that works on each token alone."""
+    """Linear, GELU, linear, applied to each token separately.
+
+    Args:
+      d_model: channels of a token.
+      d_hidden: channels of the hidden layer.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, d_model: int, d_hidden: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.up = nnx.Linear(d_model, d_hidden, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(d_hidden, d_model, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        """Returns the transformed tokens; `condition` and `paths` are not used."""
         return self.down(jax.nn.gelu(self.up(x)))
 
 
 class Spade(nnx.Module):
-    """Reads the mask by spatially adaptive normalisation (arXiv 1903.07291): LN(x) (1 + γ(S_M)) + β(S_M), projected."""
+    """Spatially adaptive normalisation by the mask: Linear(SiLU(LN(x) (1 + γ(S_M)) + β(S_M))) (arXiv 1903.07291).
+
+    Args:
+      d_model: channels of a token and of a mask feature.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.conv = DepthwiseConv(d_model, 3, rngs=rngs)
@@ -69,18 +99,22 @@ class Spade(nnx.Module):
         self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        """Returns the tokens `x`, normalised and modulated by the mask features; `paths` is not used."""
         scale, shift = jnp.split(self.scale_and_shift(self.conv(condition.mask)), 2, axis=-1)
         return self.out_proj(jax.nn.silu((layer_norm(x) * (1 + scale) + shift).astype(x.dtype)))
 
 
 class Block(nnx.Module):
-    """Residual sub-layers, each shifted and scaled by the time before and gated by it after (adaLN-zero).
+    """Residual sub-layers with adaLN-zero (arXiv 2212.09748).
 
-    For each sub-layer in turn: x += gate sublayer(modulate(LN(x), shift, scale)). The gates start at zero, so a new
-    block is the identity.
+    Each sub-layer computes x += gate · sublayer(modulate(LN(x), shift, scale)). Shift, scale and gate are linear in
+    SiLU(embedding). The gates are initially zero, so a new block is the identity.
 
     Args:
-      sublayers: by name, each (tokens, condition, paths) -> tokens.
+      d_model: channels of a token and of the embedding.
+      sublayers: modules in order, by the name of the attribute that stores them. Each maps (x, condition, paths) to
+        tokens of the shape of x.
+      rngs: randomness of the initial parameters.
     """
 
     def __init__(self, d_model: int, sublayers: Mapping[str, nnx.Module], *, rngs: nnx.Rngs):
@@ -96,9 +130,10 @@ class Block(nnx.Module):
         """Returns the tokens after all sub-layers.
 
         Args:
-          embedding: of the time, and of what else conditions the whole image.
-          condition: at the resolution of x.
-          paths: the scan orders of this layer.
+          x: tokens.
+          embedding: of the time and of conditions per image.
+          condition: with mask features on the token grid of x.
+          paths: scan paths of this layer.
         """
         modulation = jnp.split(self.modulation(jax.nn.silu(embedding)), 3 * len(self.names), axis=-1)
         for i, name in enumerate(self.names):
@@ -109,25 +144,35 @@ class Block(nnx.Module):
 
 
 def make_block(config: ModelConfig, parts: LayerParts, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
-    """Returns one layer: what mixes the tokens, what reads the mask unless it is concatenated, feed-forward."""
-    options = {"dtype": dtype, "rngs": rngs}
-    sublayers = {"mixer": parts.mixer(config, **options)}
+    """Returns one layer with newly initialised parameters.
+
+    Its sub-layers are a mixer; a reader of the mask, unless `config.mask_conditioning` is "concat"; and a feed-forward
+    layer, unless `config.mlp_ratio` is 0.
+
+    Args:
+      config: sizes and wiring of the model.
+      parts: layer parts of the backbone.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
+    """
+    sublayers: dict[str, nnx.Module] = {"mixer": parts.mixer(config, dtype=dtype, rngs=rngs)}
     if config.mask_conditioning == "cross":
-        sublayers["reader"] = parts.cross_reader(config, **options)
+        sublayers["reader"] = parts.cross_reader(config, dtype=dtype, rngs=rngs)
     elif config.mask_conditioning == "spade":
-        sublayers["reader"] = Spade(config.d_model, **options)
+        sublayers["reader"] = Spade(config.d_model, dtype=dtype, rngs=rngs)
     if d_hidden := int(config.mlp_ratio * config.d_model):
-        sublayers["feed_forward"] = FeedForward(config.d_model, d_hidden, **options)
+        sublayers["feed_forward"] = FeedForward(config.d_model, d_hidden, dtype=dtype, rngs=rngs)
     return Block(config.d_model, sublayers, rngs=rngs)
 
 
 class Stack(nnx.Module):
-    """Consecutive layers as one module, whose parameters have a leading axis of layers.
+    """Consecutive layers, whose parameters are stacked along a leading axis and which `jax.lax.scan` runs.
 
     Args:
-      config: of the model, for scan orders and rematerialisation.
-      make_layer: one layer, with fresh parameters.
-      layers: their numbers in the model, by which scan orders rotate.
+      config: configuration of the model, which gives scan orders and rematerialisation.
+      make_layer: returns one layer with newly initialised parameters.
+      layers: numbers of the layers in the model, which determine their scan orders.
+      rngs: randomness of the initial parameters.
     """
 
     def __init__(
@@ -135,17 +180,22 @@ class Stack(nnx.Module):
     ):
         self.layers = layers
         self.orders_per_layer = config.orders_per_layer
-        self.order_rotation = config.order_rotation
+        self.order_rotation: Rotation = config.order_rotation
         self.remat = config.remat
         keys = jax.random.split(rngs.params(), len(layers))
         setattr(self, sharding.STACKED, nnx.vmap(lambda key: make_layer(nnx.Rngs(key)))(keys))
 
     def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition) -> Grid:
-        """Returns the output of the last layer."""
+        """Returns the output of the last layer; the arguments are those of `run`."""
         return self.run(x, embedding, condition)[0]
 
     def paths(self, height: int, width: int) -> Paths:
-        """Returns the scan orders of all layers, with a leading axis of layers."""
+        """Returns the scan paths of all layers, stacked along a leading axis of layers.
+
+        Args:
+          height: rows of the token grid.
+          width: columns of the token grid.
+        """
         parts = row_parts(height, width)
         return paths_of_layers(self.layers, self.orders_per_layer, height, width, self.order_rotation, parts)
 
@@ -157,20 +207,23 @@ class Stack(nnx.Module):
         *per_layer: PyTree[Array],
         keep: bool = False,
     ) -> tuple[Grid, Float[Array, "layers B H W D"] | None]:
-        """Runs the layers one after the other with `jax.lax.scan`: compile time does not grow with depth.
+        """Runs the layers in sequence with `jax.lax.scan`, so that compile time does not grow with depth.
 
         Args:
+          x: tokens.
+          embedding: of the time and of conditions per image, the same for all layers.
+          condition: with mask features on the token grid of x.
           per_layer: further arguments of the layers, with a leading axis of layers.
-          keep: return the output of every layer, too.
+          keep: also return the outputs of all layers.
 
         Returns:
-          The last layer's output, and those of all or None.
+          The output of the last layer, and the outputs of all layers, or None if not `keep`.
         """
         graph, params = nnx.split(getattr(self, sharding.STACKED))
 
-        def run(x: Grid, layer: tuple) -> tuple[Grid, Grid | None]:
+        def run(x: Grid, layer: tuple[PyTree, ...]) -> tuple[Grid, Grid | None]:
             params, *arguments = layer
-            # Else XLA may split activations as it does the parameters that they meet.
+            # Without this constraint, XLA may shard the activations like the parameters.
             x = sharding.constrain(x)
             x = nnx.merge(graph, sharding.gather(params))(x, embedding, condition, *arguments)
             return x, x if keep else None

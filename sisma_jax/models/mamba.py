@@ -1,12 +1,12 @@
-"""Self-Mamba and Cross-Mamba: the token mixers of a SISMA block, around the selective scan.
+"""Self-Mamba and Cross-Mamba, the token mixers of a SISMA block, which are built on the selective scan.
 
-Both are Mamba's mixer (arXiv 2312.00752, figure 3) on a grid of tokens: a depthwise 3x3 convolution takes the
-place of the causal one, and the sequence is a serpentine path over the grid. In Cross-Mamba the scan's inputs
-come from two streams (Mamba-ST, arXiv 2409.10385): the image reads the mask through the state.
+Both apply Mamba's mixer (arXiv 2312.00752, figure 3) to a grid of tokens. A depthwise 3x3 convolution replaces the
+causal convolution, and the sequence is a serpentine path over the grid. The scan of Cross-Mamba takes its inputs from
+two streams (Mamba-ST, arXiv 2409.10385), so that the image reads the mask through the state.
 """
 
 import math
-from typing import Any, Literal
+from typing import Literal, NotRequired, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +20,66 @@ from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid
 from sisma_jax.models.scan_orders import Paths, ScanPath, SplitScanPath
 
-# Mamba's range of initial step sizes: log-uniform in [DT_MIN, DT_MAX].
+# Initial step sizes are log-uniform in [DT_MIN, DT_MAX], as in Mamba.
 DT_MIN, DT_MAX = 1e-3, 1e-1
 
 
-class OrderedScan(nnx.Module):
-    """The selective scan of a grid along one path, with the projections that make Δ, B and C of its inputs.
+class MixerSizes(TypedDict):
+    """Arguments of Self-Mamba and Cross-Mamba that the configuration of the model determines.
 
-    Δ and B are projected from the stream `drive`, C from the stream `readout`. A state-space model of its own
-    for each path, as in VMamba (arXiv 2401.10166).
+    Attributes:
+      d_state: state dimension N of the selective scan.
+      expand: d_inner / d_model.
+      d_conv: side of the depthwise convolution's kernel; odd.
+      num_orders: number of paths that are scanned. Each has its own parameters, and the outputs are summed.
+      scan_implementation: implementation of `kernels.selective_scan`; None selects the platform's preference.
+    """
+
+    d_state: int
+    expand: int
+    d_conv: int
+    num_orders: int
+    scan_implementation: NotRequired[str | None]
+
+
+class MixerOptions(MixerSizes):
+    """All keyword arguments that Self-Mamba and Cross-Mamba share.
+
+    Attributes:
+      dtype: type of the matrix products; parameters, the norm and the scan's carry stay float32.
+      rngs: randomness of the initial parameters.
+    """
+
+    dtype: jnp.dtype
+    rngs: nnx.Rngs
+
+
+class _ScanArguments(TypedDict):
+    """Arguments of `selective_scan`."""
+
+    u: Array
+    delta: Array
+    A: Array
+    B: Array
+    C: Array
+    D: Array
+    delta_bias: Array
+    delta_softplus: bool
+
+
+class OrderedScan(nnx.Module):
+    """The selective scan of a grid along one path, with the projections that compute Δ, B and C.
+
+    Δ and B are projected from the stream `drive`, C from the stream `readout`. Each path has its own parameters, as in
+    VMamba (arXiv 2401.10166).
+
+    Args:
+      d_inner: channels of the scan.
+      d_state: state dimension N.
+      dt_rank: rank of the projection to Δ.
+      implementation: implementation of `kernels.selective_scan`; None selects the platform's preference.
+      dtype: type of the matrix products; parameters and the scan's carry stay float32.
+      rngs: randomness of the initial parameters.
     """
 
     def __init__(
@@ -59,7 +110,16 @@ class OrderedScan(nnx.Module):
         self.D = nnx.Param(jnp.ones((d_inner,), jnp.float32))
 
     def __call__(self, u: Grid, drive: Grid, readout: Grid, path: ScanPath | SplitScanPath) -> Grid:
-        # Projections act on each token alone, so they come before the path and the narrow results are reordered.
+        """Returns the output of the scan on the grid, with the shape and dtype of u.
+
+        Args:
+          u: input of the scan, d_inner channels.
+          drive: stream that gives Δ and B, d_inner channels.
+          readout: stream that gives C, d_inner channels.
+          path: order in which the tokens are scanned. With a `SplitScanPath`, the rows of the grid are sharded over
+            the mesh axis `seq`.
+        """
+        # Projections act on each token separately. Before the path, they leave fewer channels to reorder.
         dt, B = jnp.split(self.drive_proj(drive), [self.dt_rank], axis=-1)
         C = self.readout_proj(readout)
         parameters = {
@@ -78,10 +138,15 @@ class OrderedScan(nnx.Module):
     def _scan_in_parts(
         self, u: Grid, projected: Float[Array, "B H W P"], parameters: dict[str, Array], path: SplitScanPath
     ) -> Grid:
-        """Each device scans its part of the sequence, from the state in which the parts before it left off.
+        """Returns the output of a scan in which each device scans its part of the sequence.
+
+        The initial state of a part is the final state of the part before it.
 
         Args:
-          projected: dt, B and C of each token in one array, which devices exchange in one go.
+          u: input of the scan.
+          projected: dt, B and C of each token, concatenated, so that devices exchange one array.
+          parameters: of the scan, by name.
+          path: order of the tokens, divided over the devices.
         """
         ends_of_dt_and_B = [self.dt_rank, self.dt_rank + self.d_state]
 
@@ -90,7 +155,7 @@ class OrderedScan(nnx.Module):
             dt, B, C = jnp.split(path.to_sequence(projected), ends_of_dt_and_B, axis=-1)
             y, _ = sequence_parallel_scan(
                 **_scan_arguments(path.to_sequence(u), dt, B, C, parameters),
-                parts_reversed=path.parts_reversed,
+                parts_reversed=jnp.asarray(path.parts_reversed),
                 implementation=self.implementation,
             )
             return path.to_rows(y, width)
@@ -104,7 +169,7 @@ class OrderedScan(nnx.Module):
         return map_parts(scan, in_specs, rows)(u, projected, parameters, path)
 
 
-def _scan_arguments(u: Array, dt: Array, B: Array, C: Array, parameters: dict[str, Array]) -> dict[str, Any]:
+def _scan_arguments(u: Array, dt: Array, B: Array, C: Array, parameters: dict[str, Array]) -> _ScanArguments:
     return {
         "u": u,
         "delta": dt @ parameters["dt_proj"].astype(dt.dtype),
@@ -118,14 +183,10 @@ def _scan_arguments(u: Array, dt: Array, B: Array, C: Array, parameters: dict[st
 
 
 class _Mixer(nnx.Module):
-    """What Self-Mamba and Cross-Mamba share: all but where the scan's inputs come from.
+    """The common part of Self-Mamba and Cross-Mamba: everything but the choice of the scan's inputs.
 
-    Args:
-      d_model: channels of a token.
-      d_state, expand, d_conv: as in Mamba; d_inner = expand * d_model, dt_rank = ceil(d_model / 16).
-      num_orders: how many paths are scanned, each with parameters of its own, and summed.
-      scan_implementation: of `kernels.selective_scan`; None takes the platform's preference.
-      dtype: type of the matrix products; parameters, the norm and the scan's carry stay float32.
+    With Mamba's sizes, d_inner = expand * d_model and dt_rank = ceil(d_model / 16). For the arguments, see
+    `MixerOptions`.
     """
 
     def __init__(
@@ -144,8 +205,12 @@ class _Mixer(nnx.Module):
         self.in_proj = nnx.Linear(d_model, 2 * self.d_inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.conv = DepthwiseConv(self.d_inner, d_conv, rngs=rngs)
         dt_rank = math.ceil(d_model / 16)
-        options = {"implementation": scan_implementation, "dtype": dtype, "rngs": rngs}
-        self.scans = nnx.List([OrderedScan(self.d_inner, d_state, dt_rank, **options) for _ in range(num_orders)])
+        self.scans = nnx.List(
+            [
+                OrderedScan(self.d_inner, d_state, dt_rank, implementation=scan_implementation, dtype=dtype, rngs=rngs)
+                for _ in range(num_orders)
+            ]
+        )
         self.out_norm = nnx.LayerNorm(self.d_inner, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
 
@@ -155,44 +220,70 @@ class _Mixer(nnx.Module):
 
 
 class SelfMamba(_Mixer):
-    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image."""
+    """Mixes the image tokens: u, Δ, B, C and the gate all come from the image.
+
+    Its arguments are `d_model`, the channels of a token, and those of `MixerOptions`.
+    """
 
     def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        """Returns the mixed tokens, with the shape of x; `condition` is not used.
+
+        Args:
+          x: tokens.
+          condition: not used.
+          paths: the scan paths, as many as `num_orders`.
+        """
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u = self.conv(u)
         return self._scan_and_gate(u, z, paths, drive=u, readout=u)
 
 
 class SkippingSelfMamba(SelfMamba):
-    """Self-Mamba that adds its input, times a learned scale per channel, to its output."""
+    """Self-Mamba that adds its input, times a learned scale per channel, to its output.
 
-    def __init__(self, d_model: int, **mixer: Any):
+    Args:
+      d_model: channels of a token.
+      mixer: as for `SelfMamba`.
+    """
+
+    def __init__(self, d_model: int, **mixer: Unpack[MixerOptions]):
         super().__init__(d_model, **mixer)
         self.skip_scale = nnx.Param(jnp.ones((d_model,), jnp.float32))
 
     def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        """Returns the mixed tokens plus the scaled input; see `SelfMamba`."""
         return super().__call__(x, condition, paths) + x * self.skip_scale[...].astype(x.dtype)[None, None, None]
 
 
 class CrossMamba(_Mixer):
-    """Lets the image read the mask in linear time: the only place where the mask enters the denoiser.
+    """Conditions the image tokens on the mask, in linear time. The mask enters the denoiser only here.
 
-    The scan's input u always comes from the mask features and the gate from the image. With the wiring
-    `state_from_mask`, Δ and B (what the state keeps) come from the mask and C (what is read) from the image;
-    `readout_from_mask` is the other way round. Both streams go through the same convolution.
+    The scan's input u always comes from the mask features, and the gate from the image. With the wiring
+    `state_from_mask`, Δ and B, which determine what the state stores, come from the mask, and C, which determines what
+    is read from the state, comes from the image. With `readout_from_mask`, Δ and B come from the image and C from the
+    mask. Both streams pass through the same convolution.
 
     Args:
       d_model: channels of an image token and of a mask feature.
-      wiring: see above.
-      mixer: as for `_Mixer`.
+      wiring: the streams from which Δ, B and C come.
+      mixer: as for `SelfMamba`.
     """
 
-    def __init__(self, d_model: int, *, wiring: Literal["state_from_mask", "readout_from_mask"], **mixer: Any):
+    def __init__(
+        self, d_model: int, *, wiring: Literal["state_from_mask", "readout_from_mask"], **mixer: Unpack[MixerOptions]
+    ):
         super().__init__(d_model, **mixer)
         self.wiring = wiring
         self.mask_proj = nnx.Linear(d_model, self.d_inner, use_bias=False, dtype=mixer["dtype"], rngs=mixer["rngs"])
 
     def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+        """Returns what the image tokens read from the mask, with the shape of x.
+
+        Args:
+          x: image tokens.
+          condition: with mask features on the token grid of x.
+          paths: the scan paths, as many as `num_orders`.
+        """
         image, z = jnp.split(self.in_proj(x), 2, axis=-1)
         image = self.conv(image)
         mask = self.conv(self.mask_proj(condition.mask))

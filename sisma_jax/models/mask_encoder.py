@@ -1,4 +1,4 @@
-"""Integer labels at image resolution -> S_M, one mask feature per token, without losing sub-token geometry."""
+"""Encodes a mask of class indices into S_M, one feature per token, and keeps geometry finer than a token."""
 
 import itertools
 
@@ -13,29 +13,38 @@ from sisma_jax.parallel import sharding
 
 
 class Stage(nnx.Module):
-    """Merges 2x2 neighbours into one position of `features` channels."""
+    """Merges each 2x2 square of positions into one: GELU(LN(Linear(square))).
+
+    Args:
+      channels: channels of the input.
+      features: channels of the output.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
+    """
 
     def __init__(self, channels: int, features: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.merge = nnx.Linear(4 * channels, features, dtype=dtype, rngs=rngs)
         self.norm = nnx.LayerNorm(features, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Grid) -> Float[Array, "B h w E"]:
+        """Returns the merged positions, h = H / 2 and w = W / 2."""
         return jax.nn.gelu(self.norm(self.merge(space_to_depth(x, 2))).astype(x.dtype))
 
 
 class MaskEncoder(nnx.Module):
-    """A pyramid of 2x2 merges from an embedding of every pixel's label down to the token grid.
+    """Embeds the label of every pixel, then merges 2x2 squares repeatedly until one feature per token remains.
 
-    Nothing is resized: a token's feature is computed from all the labels under it, so parts thinner than a
-    token (brows, lips, earrings) keep their place. Two residual depthwise convolutions at the token grid then
-    tell each token what surrounds it.
+    The mask is not resized. A token's feature is computed from all labels inside the token, so the positions of parts
+    thinner than a token (brows, lips, earrings) are preserved. Two residual depthwise convolutions on the token grid
+    then add the neighbourhood of each token.
 
     Args:
-      downsampling: image pixels along the side of a token; a power of two.
-      num_classes: of the mask's labels.
-      d_label: channels of the label embedding; they double at every merge, up to `d_model`.
-      d_model: channels of a feature.
+      downsampling: side of a token in image pixels; a power of two.
+      num_classes: number of classes of a mask.
+      d_label: channels of the label embedding. Every merge doubles the channels, up to `d_model`.
+      d_model: channels of a mask feature.
       dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
 
     Raises:
       ValueError: `downsampling` is not a power of two.
@@ -45,7 +54,7 @@ class MaskEncoder(nnx.Module):
         self, downsampling: int, num_classes: int, d_label: int, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs
     ):
         if downsampling & (downsampling - 1):
-            raise ValueError(f"downsampling {downsampling} is not a power of two")
+            raise ValueError(f"downsampling {downsampling} is not a power of two; choose another patch size")
         self.downsampling = downsampling
         self.num_classes = num_classes
         self.dtype = dtype
@@ -59,17 +68,21 @@ class MaskEncoder(nnx.Module):
         self.null = nnx.Param(0.02 * jax.random.normal(rngs.params(), (d_model,), jnp.float32))
 
     def __call__(self, mask: Integer[Array, "B H W"]) -> Float[Array, "B h w D"]:
-        """Returns one feature per token, h = H / downsampling.
+        """Returns one feature per token, h = H / downsampling and w = W / downsampling.
 
         Args:
-          mask: class indices; the features of pixels with another label are those of no class.
+          mask: class indices. A pixel with another label, such as the ignored label, has a zero embedding.
 
         Raises:
           ValueError: H or W is not a multiple of `downsampling`.
         """
         if mask.shape[1] % self.downsampling or mask.shape[2] % self.downsampling:
-            raise ValueError(f"mask is {mask.shape[1:]}, want multiples of {self.downsampling} pixels")
-        # One-hot times a matrix, not a lookup: the gradient of a gather is a scatter, slow on every accelerator.
+            raise ValueError(
+                f"mask is {mask.shape[1:]}, want multiples of {self.downsampling} pixels; resize it to the model's "
+                "resolution"
+            )
+        # A product of a one-hot vector and a matrix instead of a lookup: the gradient of a gather is a scatter, which
+        # is slow on every accelerator.
         x = self.embedding(jax.nn.one_hot(mask, self.num_classes, dtype=self.dtype))
         for stage in self.stages:
             x = stage(x)
@@ -79,5 +92,9 @@ class MaskEncoder(nnx.Module):
         return sharding.constrain(self.norm(x).astype(self.dtype))
 
     def null_features(self, shape: tuple[int, ...]) -> Float[Array, "B h w D"]:
-        """Returns the features of "no mask" in the given shape."""
+        """Returns the learned features that stand for an absent mask.
+
+        Args:
+          shape: (batch, rows, columns, d_model) of the result.
+        """
         return jnp.broadcast_to(self.null[...].astype(self.dtype)[None, None, None], shape)

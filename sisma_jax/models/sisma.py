@@ -1,22 +1,23 @@
-"""The layer's parts of SISMA (arXiv 2509.17651): Self-Mamba mixes the tokens, Cross-Mamba reads the mask."""
+"""The layer parts of SISMA (arXiv 2509.17651): Self-Mamba mixes the tokens, and Cross-Mamba reads the mask."""
 
-from typing import Any
+import jax.numpy as jnp
+from flax import nnx
 
 from sisma_jax.config import ModelConfig
 from sisma_jax.models.layers import LayerParts
-from sisma_jax.models.mamba import CrossMamba, SelfMamba, SkippingSelfMamba
+from sisma_jax.models.mamba import CrossMamba, MixerSizes, SelfMamba, SkippingSelfMamba
 
 
-def _mixer(config: ModelConfig, **options: Any) -> SelfMamba:
+def _mixer(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> SelfMamba:
     mixer = SkippingSelfMamba if config.mixer_skip else SelfMamba
-    return mixer(config.d_model, **_sizes(config), **options)
+    return mixer(config.d_model, **_sizes(config), dtype=dtype, rngs=rngs)
 
 
-def _cross_reader(config: ModelConfig, **options: Any) -> CrossMamba:
-    return CrossMamba(config.d_model, wiring=config.cross_wiring, **_sizes(config), **options)
+def _cross_reader(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> CrossMamba:
+    return CrossMamba(config.d_model, wiring=config.cross_wiring, **_sizes(config), dtype=dtype, rngs=rngs)
 
 
-def _sizes(config: ModelConfig) -> dict[str, Any]:
+def _sizes(config: ModelConfig) -> MixerSizes:
     return {
         "d_state": config.d_state,
         "expand": config.expand,

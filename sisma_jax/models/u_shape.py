@@ -1,5 +1,6 @@
-"""What makes a U of layers (U-Shape Mamba, arXiv 2504.13499): resolutions, and connections across them."""
+"""Arranges layers as a U (U-Shape Mamba, arXiv 2504.13499): levels of different resolution with skip connections."""
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -15,23 +16,42 @@ from sisma_jax.models.scan_orders import Paths
 
 
 class SkipBlock(nnx.Module):
-    """A block that first takes in the output of an encoder's block at its resolution: Linear([x, skip])."""
+    """A block of the decoder, which first merges the output of a block of the encoder: Linear([x, skip]).
+
+    Args:
+      block: the block that follows the merge.
+      d_model: channels of a token.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters of the merge.
+    """
 
     def __init__(self, block: Block, d_model: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
         self.merge = nnx.Linear(2 * d_model, d_model, dtype=dtype, rngs=rngs)
         self.block = block
 
     def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition, paths: Paths, skip: Grid) -> Grid:
+        """Returns the tokens after the merge and the block.
+
+        Args:
+          x: tokens.
+          embedding: of the time and of conditions per image.
+          condition: with mask features on the token grid of x.
+          paths: scan paths of the block.
+          skip: output of the encoder's block on the same token grid.
+        """
         return self.block(self.merge(jnp.concatenate([x, skip], axis=-1)), embedding, condition, paths)
 
 
 class Level(nnx.Module):
-    """One resolution of the U: layers on the way down and as many on the way up, and the way to half of it.
+    """One level of the U: encoder, decoder, and the maps to and from the next coarser level.
 
     Args:
-      config: of the model.
-      make_block: one layer, with fresh parameters.
-      down, up: numbers of the layers on each side.
+      config: configuration of the model.
+      make_block: returns one layer with newly initialised parameters.
+      down: numbers of the encoder's layers in the model.
+      up: numbers of the decoder's layers in the model, as many as the encoder's.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
     """
 
     def __init__(
@@ -44,32 +64,36 @@ class Level(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        d_model, options = config.d_model, {"dtype": dtype, "rngs": rngs}
+        d_model = config.d_model
+        linear = functools.partial(nnx.Linear, dtype=dtype, rngs=rngs)
 
         def make_skip_block(rngs: nnx.Rngs) -> SkipBlock:
             return SkipBlock(make_block(rngs), d_model, dtype=dtype, rngs=rngs)
 
         self.encoder = Stack(config, make_block, down, rngs=rngs)
-        self.down = nnx.Linear(4 * d_model, d_model, **options)
-        self.coarsen = unread if config.mask_conditioning == "concat" else CoarserCondition(d_model, **options)
-        self.up = nnx.Linear(d_model, 4 * d_model, **options)
+        self.down = linear(4 * d_model, d_model)
+        is_read = config.mask_conditioning != "concat"
+        self.coarsen = CoarserCondition(d_model, dtype=dtype, rngs=rngs) if is_read else unread
+        self.up = linear(d_model, 4 * d_model)
         self.decoder = Stack(config, make_skip_block, up, rngs=rngs)
 
     def to_coarser(self, x: Grid) -> Float[Array, "B H/2 W/2 D"]:
-        """A strided 2x2 convolution."""
+        """Returns the tokens at half the height and width, by a 2x2 convolution of stride 2."""
         return self.down(space_to_depth(x, 2))
 
     def to_finer(self, x: Grid) -> Float[Array, "B 2*H 2*W D"]:
-        """A transposed 2x2 convolution of stride 2."""
+        """Returns the tokens at twice the height and width, by a transposed 2x2 convolution of stride 2."""
         return depth_to_space(self.up(x), 2)
 
 
 class UShape(nnx.Module):
-    """Layers as a U: the same signature as `Stack`.
+    """All layers of a model as a U. It is called like a `Stack`.
 
     Args:
-      config: of the model; `level_depths` and `depth` say how many layers there are.
-      make_block: one layer, with fresh parameters.
+      config: configuration of the model; `level_depths` and `depth` give the numbers of layers.
+      make_block: returns one layer with newly initialised parameters.
+      dtype: type of the matrix products.
+      rngs: randomness of the initial parameters.
     """
 
     def __init__(
@@ -85,7 +109,13 @@ class UShape(nnx.Module):
         )
 
     def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition) -> Grid:
-        """Returns the output of the last layer."""
+        """Returns the output of the last layer.
+
+        Args:
+          x: tokens. Every level halves the token grid, so n levels need multiples of 2^n rows and columns.
+          embedding: of the time and of conditions per image.
+          condition: with mask features on the token grid of x.
+        """
         encoded = []
         for level in self.levels:
             x, outputs = level.encoder.run(x, embedding, condition, keep=True)
@@ -93,6 +123,6 @@ class UShape(nnx.Module):
             x, condition = level.to_coarser(x), level.coarsen(condition)
         x = self.bottom(x, embedding, condition)
         for level, (outputs, condition) in zip(reversed(self.levels), reversed(encoded), strict=True):
-            # The last block of the encoder meets the first of the decoder.
+            # The first block of the decoder merges the output of the encoder's last block.
             x, _ = level.decoder.run(level.to_finer(x), embedding, condition, outputs[::-1])
         return x

@@ -1,23 +1,24 @@
-"""Weights of U-Shape Mamba's public PyTorch code (arXiv 2504.13499) for our U of the same blocks.
+"""Converts weights of U-Shape Mamba's public PyTorch code (arXiv 2504.13499) to parameters of this package's U.
 
     weights = {name: tensor.numpy() for name, tensor in torch.load("checkpoint.pt")["ema"].items()}
     config = Config(model=model_config(weights), ...)
     params = convert(weights, init_params(config, jax.random.key(0)))
 
-Parameters that U-Shape Mamba has no weights for, those that read the mask, keep their initial values and let nothing in
-until they are trained. Its flow is ours: t x1 + (1 - t) x0 in latents of Stable Diffusion's autoencoder, time features
-at 1000 t, velocity.
+Parameters that read the mask have no counterpart in U-Shape Mamba. They keep their initial values, with which the mask
+has no influence until they are trained. Both packages use the same flow: t x1 + (1 - t) x0 in latents of Stable
+Diffusion's autoencoder, time features at 1000 t, and prediction of the velocity.
 
-Not converted, with an error that says so: text conditioning, blocks without a gate (`skip_gate`), upsampling by pixel
-shuffle, a learned variance. Models of 57 layers (XL) do not exist: at commit 431af0f that size goes up once more than
-down and fails at its first call. The norm `ln_1` is not converted, since that code never uses it. A class embedding is
-not either; for a class of a class-conditional model, add the embedding to "t_embedder.mlp.2.bias".
+Text conditioning, blocks without a gate (`skip_gate`), upsampling by pixel shuffle and a learned variance are not
+supported and raise an error. Models with 57 layers (XL) are not supported either: at commit 431af0f their decoder has
+one level more than their encoder, and they fail at the first call. The norm `ln_1` is not converted, because that code
+does not use it. A class embedding is not converted; to use one class of a class-conditional model, add the embedding of
+the class to "t_embedder.mlp.2.bias".
 """
 
 import functools
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,11 @@ from sisma_jax.models.factory import Params
 from sisma_jax.parallel.sharding import STACKED
 
 Weights = Mapping[str, np.ndarray]
+"""The state dictionary of the PyTorch model, as NumPy arrays."""
+
+_Get = Callable[[str], np.ndarray]
+"""Returns a weight by its name, as float32."""
+_Key = TypeVar("_Key", str, int)
 
 _NOT_CONVERTED = {
     r"\.mca\.": "text conditioning (has_text)",
@@ -37,33 +43,40 @@ _NOT_CONVERTED = {
 
 
 def model_config(weights: Weights, **values: Any) -> ModelConfig:
-    """Returns the configuration of the model that the weights are of.
+    """Returns the configuration of the model to which the weights belong.
+
+    By default, the mask is concatenated and there is no feed-forward layer, as in U-Shape Mamba.
 
     Args:
       weights: the state dictionary, as NumPy arrays.
-      values: fields to replace, such as `mask_conditioning="cross"` or `mlp_ratio=4.0` for a model that is to be
-        trained further with Cross-Mamba and feed-forward in its blocks; by default the mask is concatenated and there
-        is no feed-forward, as in U-Shape Mamba.
+      values: fields of `ModelConfig` that replace those of the weights. For example, `mask_conditioning="cross"` and
+        `mlp_ratio=4.0` add Cross-Mamba and a feed-forward layer to every block, to train the model further.
 
     Raises:
-      InputError: the weights are not of U-Shape Mamba, or of a variant that is not converted.
+      InputError: the weights do not belong to U-Shape Mamba, belong to a variant that is not supported, or a value is
+        out of range.
+      TypeError: `ModelConfig` has no such field.
     """
     for pattern, what in _NOT_CONVERTED.items():
         if any(re.search(pattern, name) for name in weights):
-            raise InputError(f"these weights of U-Shape Mamba have {what}, which is not converted.")
+            raise InputError(f"these weights of U-Shape Mamba have {what}, which is not supported.")
     embed, scan = _get(weights, "x_embedder.proj.weight"), "middle_block.attn.self_attention"
     d_model, channels, patch_size, _ = embed.shape
     d_inner, d_state = _get(weights, f"{scan}.A_logs").shape
     if _get(weights, f"{scan}.in_proj.weight").shape[0] == d_inner:
-        raise InputError("these weights of U-Shape Mamba have blocks without a gate (skip_gate), not converted.")
+        raise InputError(
+            "these weights of U-Shape Mamba have blocks without a gate (skip_gate), which are not supported."
+        )
     if _get(weights, "final_layer.linear.weight").shape[0] != patch_size**2 * channels:
-        raise InputError("these weights of U-Shape Mamba predict a variance (learn_sigma), which is not converted.")
+        raise InputError("these weights of U-Shape Mamba predict a variance (learn_sigma), which is not supported.")
     encoder, decoder = (_levels(weights, side)[0] for side in ("enc_blocks", "dec_blocks"))
     depths = [len(level) for level in encoder]
     if depths[-1] or [len(level) for level in reversed(decoder)] != [*depths[:-1], 0]:
-        raise InputError("these weights of U-Shape Mamba do not go up as often as down: no input passes such a model.")
+        raise InputError(
+            "these weights of U-Shape Mamba have an encoder and a decoder of different levels; such a model cannot run."
+        )
     num_positions = _get(weights, "pos_embed").shape[1]
-    fields = {
+    fields: dict[str, Any] = {
         "depth": 1,
         "level_depths": tuple(depths[:-1]),
         "d_model": d_model,
@@ -81,17 +94,17 @@ def model_config(weights: Weights, **values: Any) -> ModelConfig:
 
 
 def convert(weights: Weights, params: Params) -> Params:
-    """Returns `params` with the values of U-Shape Mamba where it has them.
+    """Returns the parameters with the values of U-Shape Mamba, as far as it has them.
 
     Args:
       weights: the state dictionary, as NumPy arrays.
-      params: freshly initialised, of a model with `model_config(weights)`.
+      params: newly initialised parameters of a model with the configuration `model_config(weights)`.
 
     Raises:
-      InputError: a weight is missing or has another shape than its parameter.
+      InputError: a weight is missing, has another shape than its parameter, or has no parameter.
     """
 
-    def get(name):
+    def get(name: str) -> np.ndarray:
         return np.asarray(_get(weights, name), np.float32)
 
     embed = get("x_embedder.proj.weight")
@@ -99,7 +112,7 @@ def convert(weights: Weights, params: Params) -> Params:
     side = round(len(positions) ** 0.5)
     bottom = params["layers"]["bottom"][STACKED]
     block = functools.partial(_block, get, num_modulations=bottom["modulation"]["bias"].shape[-1])
-    values = {
+    values: Params = {
         "embed": {"kernel": _patches_in(embed), "bias": get("x_embedder.proj.bias")},
         "positions": {"grid": positions.reshape(side, side, -1)},
         "time": {"up": _linear(get, "t_embedder.mlp.0"), "down": _linear(get, "t_embedder.mlp.2")},
@@ -130,13 +143,16 @@ def convert(weights: Weights, params: Params) -> Params:
 
 def _get(weights: Weights, name: str) -> np.ndarray:
     if name not in weights:
-        raise InputError(f"the weights have no {name!r}: they are not those of a U-Shape Mamba with skip_conn.")
+        raise InputError(
+            f"the weights have no {name!r}, so they do not belong to a U-Shape Mamba with skip_conn; give those of one."
+        )
     return weights[name]
 
 
 def _levels(weights: Weights, side: str) -> tuple[list[list[str]], list[str]]:
-    """Returns the names of the blocks before, between and after the convolutions that resample, and of those."""
-    levels, resamplers = [[]], []
+    """Returns the names of the blocks of each level, and of the convolutions that separate the levels."""
+    levels: list[list[str]] = [[]]
+    resamplers: list[str] = []
     for i in sorted({int(name.split(".")[1]) for name in weights if name.startswith(f"{side}.")}):
         name = f"{side}.{i}"
         if f"{name}.weight" in weights:
@@ -147,16 +163,16 @@ def _levels(weights: Weights, side: str) -> tuple[list[list[str]], list[str]]:
     return levels, resamplers
 
 
-def _linear(get: Callable, name: str) -> dict[str, np.ndarray]:
+def _linear(get: _Get, name: str) -> dict[str, np.ndarray]:
     return {"kernel": get(f"{name}.weight").T, "bias": get(f"{name}.bias")}
 
 
 def _patches_in(kernel: np.ndarray) -> np.ndarray:
-    """A convolution whose stride is its size, (out, in, p, q), as a matrix on what `space_to_depth` returns."""
+    """Returns the kernel (out, in, p, p) of a convolution of stride p as a matrix that acts on `space_to_depth`."""
     return kernel.transpose(2, 3, 1, 0).reshape(-1, len(kernel))
 
 
-def _block(get: Callable, name: str, num_modulations: int) -> dict:
+def _block(get: _Get, name: str, num_modulations: int) -> Params:
     scan = f"{name}.attn.self_attention"
     A_log, dt_proj = get(f"{scan}.A_logs"), get(f"{scan}.dt_projs_weight")[0]
     drive, readout = np.split(get(f"{scan}.x_proj_weight")[0], [dt_proj.shape[1] + A_log.shape[1]])
@@ -179,27 +195,31 @@ def _block(get: Callable, name: str, num_modulations: int) -> dict:
     }
     modulation = _linear(get, f"{name}.adaLN_modulation.1")
 
-    # Sub-layers after the mixer stay closed: their shifts, scales and gates are zero.
-    def pad(x):
+    # Shifts, scales and gates of the sub-layers after the mixer are zero, so these sub-layers have no effect yet.
+    def pad(x: np.ndarray) -> np.ndarray:
         return np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, num_modulations - x.shape[-1])])
 
     return {"mixer": mixer, "modulation": {name: pad(x) for name, x in modulation.items()}}
 
 
-def _stack(blocks: list[dict]) -> dict:
+def _stack(blocks: list[Params]) -> Params:
     return {STACKED: jax.tree.map(lambda *layers: np.stack(layers), *blocks)}
 
 
-def _filled(params: dict, values: dict, path: str) -> dict:
+def _filled(params: dict[_Key, Any], values: dict[_Key, Any], path: str) -> dict[_Key, Any]:
+    """Returns the parameters with those replaced that have values; `path` is their place in the model, for messages."""
     filled = dict(params)
     for key, value in values.items():
         name = f"{path}.{key}" if path else str(key)
         if key not in params:
-            raise InputError(f"the model has no parameter {name}; make it with model_config(weights).")
+            raise InputError(f"the model has no parameter {name}; create it with model_config(weights).")
         if isinstance(value, dict):
             filled[key] = _filled(params[key], value, name)
             continue
         if value.shape != params[key].shape:
-            raise InputError(f"the weights for {name} are {value.shape}, the model's are {params[key].shape}.")
+            raise InputError(
+                f"the weights for {name} are {value.shape}, the model's are {params[key].shape}; create the model with "
+                "model_config(weights)."
+            )
         filled[key] = jnp.asarray(value)
     return filled

@@ -1,6 +1,6 @@
-"""What the processes of one job have to agree on: they continue together, or fail together with the same message.
+"""Agreement between the processes of a job: they continue together, or fail together with the same message.
 
-Every function is to be called by every process, at the same place of the program; with one process each is free.
+Every process must call each function at the same point of the program. With a single process there is no communication.
 """
 
 import contextlib
@@ -18,16 +18,20 @@ Value = TypeVar("Value")
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Returns whether this is the first process, which writes everything that is written once per job."""
     return jax.process_index() == 0
 
 
 def gather(text: str) -> list[str]:
-    """Returns the text of every process, in the order of the processes."""
+    """Returns the texts of all processes, ordered by process index.
+
+    Args:
+      text: of this process; the lengths may differ.
+    """
     if jax.process_count() == 1:
         return [text]
     data = np.frombuffer(text.encode(), np.uint8)
-    # Arrays of different lengths cannot be gathered.
+    # `process_allgather` needs arrays of one length.
     lengths = multihost_utils.process_allgather(np.int32(len(data)))
     if not max(lengths):
         return [""] * len(lengths)
@@ -37,13 +41,20 @@ def gather(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def together(*kinds: type[Exception]) -> Iterator[None]:
-    """Raises in every process what the block raises in one; of several the most telling, of equals the first.
+    """Makes all processes raise if the block raises in one of them.
 
-    The block must not wait for other processes, as the one that fails does not come that far.
+    If the block raises in several processes, all raise the exception whose type comes first in `kinds`; between equal
+    types, that of the first process. The block must not wait for another process, because a process that fails leaves
+    the block early.
 
     Args:
-      kinds: exceptions with one text that are raised as they are, the most telling first; by default InputError. Others
-        are defects of the program: the process that has one raises it, the others an InputError that names it.
+      kinds: exception types with a single message that every process raises, the most informative first. The default is
+        InputError.
+
+    Raises:
+      Exception: one of `kinds`, with the message of the process that failed. An exception of any other type is a defect
+        of the program: the process where it occurred raises it.
+      InputError: another process failed with an exception of another type; the message names it.
     """
     kinds = kinds or (InputError,)
     error = None
@@ -59,13 +70,16 @@ def together(*kinds: type[Exception]) -> Iterator[None]:
     if not failed:
         return
     first, text, process = min(failed, key=lambda failure: (failure[0], failure[2]))
-    if process == jax.process_index() or (error is not None and kind < 0):
+    if error is not None and (process == jax.process_index() or kind < 0):
         raise error
     raise kinds[first](text) if first >= 0 else InputError(f"Process {process} failed: {text}")
 
 
 def from_primary(make: Callable[[], Value]) -> Value:
-    """Returns what `make` returns in the first process, which alone calls it; JSON has to hold it.
+    """Returns in every process what `make` returns in the first process.
+
+    Args:
+      make: called in the first process only. Its result must survive a round trip through JSON.
 
     Raises:
       InputError: `make` raised it.

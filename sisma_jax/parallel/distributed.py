@@ -1,4 +1,4 @@
-"""Joins the processes of a job: one a host on a TPU pod, one a GPU or a machine elsewhere."""
+"""Connects the processes of a job: one process per host on a TPU pod, one per GPU or per machine elsewhere."""
 
 import contextlib
 import dataclasses
@@ -12,38 +12,39 @@ import jax
 from sisma_jax.errors import InputError
 
 _COORDINATOR, _COUNT, _INDEX = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
-# Launchers that tell every process of a job how many there are; JAX finds out the rest by itself.
+# Launchers that give every process the number of processes; JAX detects the rest.
 _LAUNCHERS = ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
-# Where the driver of a TPU VM shows its chips: v2 to v4, and v5e and later.
+# Device files of a TPU VM's chips: v2 to v4, and v5e and later.
 _CHIPS = ("accel*", "vfio/[0-9]*")
 
 
 @dataclasses.dataclass(frozen=True)
 class DistributedOptions:
-    """Processes of one job. Not needed on a TPU pod, nor under Slurm or Open MPI, where JAX finds them."""
+    """Processes of a job. Not needed on a TPU pod, or under Slurm or Open MPI, where JAX detects them."""
 
     coordinator: str = ""
-    """HOST:PORT of process 0, which all processes reach; or the environment's JAX_COORDINATOR_ADDRESS."""
+    """HOST:PORT of process 0, which all processes can reach. If empty: JAX_COORDINATOR_ADDRESS of the environment."""
     num_processes: int | None = None
-    """Number of processes; or JAX_NUM_PROCESSES."""
+    """Number of processes of the job. None: JAX_NUM_PROCESSES of the environment."""
     process_id: int | None = None
-    """Number of this process, from 0; or JAX_PROCESS_ID."""
+    """Index of this process, from 0. None: JAX_PROCESS_ID of the environment."""
 
 
 def initialize(options: DistributedOptions, *, devices: Path = Path("/dev")) -> int:
-    """Joins this process to its job, if there is one; to be called before JAX is asked for anything.
+    """Connects this process to the other processes of its job; must be called before any other use of JAX.
 
-    By the options or the environment if they name a coordinator; by JAX's own detection on a TPU VM and under a
-    launcher of several tasks; if that finds none, this process is a job of its own.
+    If the options or the environment name a coordinator, the process connects to it. On a TPU VM, and under a launcher
+    of several tasks, JAX detects the other processes. Otherwise, this process is the whole job.
 
     Args:
-      devices: folder of device files, where a TPU VM shows its chips.
+      options: coordinator, number of processes, and index of this process; the environment gives what they leave out.
+      devices: folder of device files, in which a TPU VM lists its chips.
 
     Returns:
-      Number of processes.
+      The number of processes.
 
     Raises:
-      InputError: options and environment are contradictory or not complete, or the other processes do not come.
+      InputError: the options and the environment are contradictory or incomplete, or the connection fails.
     """
     given = _given(options, os.environ)
     if given is None and not (_has_chips(devices) or _is_launched(os.environ)):
@@ -52,32 +53,36 @@ def initialize(options: DistributedOptions, *, devices: Path = Path("/dev")) -> 
         if given is not None:
             jax.distributed.initialize(*given, cluster_detection_method="deactivate")
             return given[1]
-        with contextlib.suppress(ValueError):  # chips, but none of the services by which JAX finds other hosts
+        with contextlib.suppress(ValueError):  # there are chips, but no service that lists other hosts
             jax.distributed.initialize()
         return jax.process_count()
     except RuntimeError as error:
         where = f" with `coordinator` {given[0]}" if given else ""
         raise InputError(
             f"This process could not join the others{where} ({str(error).splitlines()[0]}); start the same command on "
-            "all hosts, and let the coordinator's port be open."
+            "all hosts, and open the coordinator's port."
         ) from error
 
 
 def _given(options: DistributedOptions, environment: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """Returns coordinator, number of processes and number of this one, or None if none of them is given."""
-    coordinator = options.coordinator or environment.get(_COORDINATOR, "")
+    """Returns coordinator, number of processes and index of this process, or None if none of them is given."""
+    coordinator = options.coordinator or environment.get(_COORDINATOR) or None
     count = _integer(options.num_processes, _COUNT, environment)
     index = _integer(options.process_id, _INDEX, environment)
-    named = {f"`coordinator` ({_COORDINATOR})": coordinator or None}
-    named |= {f"`num_processes` ({_COUNT})": count, f"`process_id` ({_INDEX})": index}
-    missing = [name for name, value in named.items() if value is None]
-    if len(missing) == len(named):
+    if coordinator is None and count is None and index is None:
         return None
-    if missing:
+    if coordinator is None or count is None or index is None:
+        named = {"coordinator": coordinator, "num_processes": count, "process_id": index}
+        variables = (_COORDINATOR, _COUNT, _INDEX)
+        missing = [
+            f"`{name}` ({variable})"
+            for (name, value), variable in zip(named.items(), variables, strict=True)
+            if value is None
+        ]
         raise InputError(f"A job of several processes also needs {' and '.join(missing)}.")
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
-        raise InputError(f"`coordinator` {coordinator} is not of the form HOST:PORT, such as 10.0.0.1:8476.")
+        raise InputError(f"`coordinator` {coordinator} does not have the form HOST:PORT, such as 10.0.0.1:8476.")
     if count < 1:
         raise InputError(f"`num_processes` must be positive, got {count}.")
     if not 0 <= index < count:
@@ -91,11 +96,11 @@ def _integer(value: int | None, name: str, environment: Mapping[str, str]) -> in
     try:
         return int(environment[name])
     except ValueError:
-        raise InputError(f"The environment's {name} is {environment[name]!r}, want a number.") from None
+        raise InputError(f"The environment's {name} is {environment[name]!r}, want an integer.") from None
 
 
 def _has_chips(devices: Path) -> bool:
-    """Whether this is a TPU VM and JAX can use its chips."""
+    """Returns whether this is a TPU VM whose chips JAX can use."""
     if os.environ.get("JAX_PLATFORMS", "tpu").split(",")[0] not in ("", "tpu"):
         return False
     return importlib.util.find_spec("libtpu") is not None and any(any(devices.glob(chips)) for chips in _CHIPS)

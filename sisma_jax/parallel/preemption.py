@@ -1,11 +1,11 @@
-"""When a training has to stop because its machine is needed elsewhere: SIGTERM, to any one of its processes."""
+"""Preemption: SIGTERM to any process of a job stops the whole job."""
 
 import contextlib
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -15,10 +15,14 @@ from sisma_jax.errors import Preempted
 
 @contextlib.contextmanager
 def stopping() -> Iterator[None]:
-    """Makes SIGTERM raise `Preempted` in the block: for a single process, whose work may be cut off anywhere."""
+    """Makes SIGTERM raise `Preempted` in the block, for a job of one process whose work may stop at any point.
+
+    Raises:
+      Preempted: SIGTERM arrived.
+    """
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Preempted("Told to stop; the same command resumes from what is saved.")
+        raise Preempted("Stopped by SIGTERM; the same command resumes from what is saved.")
 
     before = signal.signal(signal.SIGTERM, stop)
     try:
@@ -28,20 +32,24 @@ def stopping() -> Iterator[None]:
 
 
 class Preemption:
-    """Tells all processes of a job to stop after the same step. A context manager.
+    """Context manager that lets all processes of a job stop after the same step on SIGTERM.
 
-    A single process waits for SIGTERM itself. Of several, the coordination service of JAX, which `jax.distributed`
-    started, has done so since then: it tells the others, and finds a step that none has passed.
+    A single process handles SIGTERM itself. With several processes, JAX's coordination service, which `jax.distributed`
+    starts, receives the signal, informs all processes, and chooses a step that none of them has passed.
     """
 
     def __init__(self) -> None:
         self._is_asked = False
-        self._before: signal.Handlers | None = None
-        # Python handles signals in the main thread alone.
+        self._before: Callable[[int, FrameType | None], Any] | int | None = None
+        # Python handles signals only in the main thread.
         self._handles = jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
 
     def is_due(self, step: int) -> bool:
-        """Whether to stop after this step; every process asks after each of its steps."""
+        """Returns whether to stop after this step; every process must call this after each step.
+
+        Args:
+          step: number of the step that has just been dispatched.
+        """
         return multihost_utils.reached_preemption_sync_point(step) if jax.process_count() > 1 else self._is_asked
 
     def _ask(self, number: int, frame: FrameType | None) -> None:

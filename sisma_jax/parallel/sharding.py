@@ -1,12 +1,12 @@
-"""The mesh, and how state, batches and activations are placed on it: the one place that says so.
+"""The device mesh, and the shardings of state, batches and activations.
 
 Axes of the mesh, each of any size:
 
-    data   data-parallel replicas of the state, which share the batch
-    fsdp   parameters, EMA and optimizer state are sharded over it, and the batch too (ZeRO, arXiv 1910.02054)
-    seq    the rows of an image and of its grid of tokens are sharded over it; see `kernels.partition`
+    data   the state is replicated over it, and the batch is sharded (data parallelism)
+    fsdp   parameters, EMA parameters, optimizer state and the batch are sharded over it (ZeRO, arXiv 1910.02054)
+    seq    the rows of an image and of its token grid are sharded over it; see `kernels.partition`
 
-Axes are of type auto: XLA places what is not named here, and adds the collectives.
+All axes have the type Auto: XLA chooses the shardings that are not given here, and inserts the collectives.
 """
 
 import math
@@ -22,25 +22,32 @@ from jaxtyping import Array
 from sisma_jax.config import Config, MeshConfig
 from sisma_jax.errors import InputError
 from sisma_jax.kernels.partition import SEQUENCE_AXIS, batch_axes
+from sisma_jax.parallel.topology import Device
 
 AXES = ("data", "fsdp", SEQUENCE_AXIS)
+"""Names of the mesh axes, in order."""
 BATCH_AXES = ("data", "fsdp")
+"""Mesh axes over which a batch is sharded."""
 
-# Smaller arrays are replicated: they take next to no memory, and to gather one takes as long as ten times its bytes
-# would.
 MIN_SPLIT_ENTRIES = 1 << 16
+"""Arrays with fewer entries are replicated: they need little memory, and the latency of gathering one is about as long
+as the transfer of ten times its bytes."""
 
 STACKED = "stacked"
-"""The key under which `models.layers.Stack` keeps the parameters of its layers, which have a leading axis of layers."""
+"""Key under which `models.layers.Stack` stores the parameters of its layers, which have a leading axis of layers."""
 
 PyTree = Any
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Returns the mesh of these devices; by default all of all processes.
+def make_mesh(config: MeshConfig, devices: Sequence[Device] | None = None) -> Mesh:
+    """Returns the device mesh.
+
+    Args:
+      config: sizes of the axes.
+      devices: the devices of the mesh; None is all devices of all processes.
 
     Raises:
-      InputError: the axes do not multiply to the number of devices.
+      InputError: the product of the axis sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [config.data, config.fsdp, config.seq]
@@ -49,64 +56,86 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
         sizes[0], rest = divmod(len(devices), math.prod(sizes[1:]))
         if rest or not sizes[0]:
             raise InputError(
-                f"mesh.fsdp {config.fsdp} times mesh.seq {config.seq} does not divide {len(devices)} devices."
+                f"mesh.fsdp {config.fsdp} times mesh.seq {config.seq} does not divide the {len(devices)} devices; "
+                "choose factors of their number."
             )
     elif math.prod(sizes) != len(devices):
-        raise InputError(f"{named} are {math.prod(sizes)} devices, but there are {len(devices)}.")
+        raise InputError(
+            f"{named} are {math.prod(sizes)} devices, but there are {len(devices)}; with mesh.data 0, the remaining "
+            "devices are used."
+        )
     return jax.make_mesh(sizes, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def require_fit(
     config: Config, mesh: Mesh, batch_size: int, accumulate_steps: int = 1, name: str = "train.batch_size"
 ) -> None:
-    """Raises InputError unless the devices can share a batch, and the rows of an image, equally."""
+    """Checks that the batch and the rows of an image can be sharded evenly over the mesh.
+
+    Args:
+      config: of the run, which gives the rows of the token grid.
+      mesh: of the devices.
+      batch_size: examples per step, over all devices.
+      accumulate_steps: parts of a batch whose gradients are computed in sequence.
+      name: configuration key of the batch size, for the error message.
+
+    Raises:
+      InputError: the batch or the rows cannot be sharded evenly.
+    """
     shards = num_batch_shards(mesh)
     if batch_size % (shards * accumulate_steps):
         parts = f" times train.accumulate_steps {accumulate_steps}" if accumulate_steps > 1 else ""
         raise InputError(
             f"{name} {batch_size} is not a multiple of the {shards} devices (mesh.data times mesh.fsdp) that "
-            f"share it{parts}."
+            f"share it{parts}; choose a multiple."
         )
     rows, parts = config.token_rows, mesh.shape[SEQUENCE_AXIS]
     if rows % parts:
         raise InputError(
-            f"mesh.{SEQUENCE_AXIS} {parts} does not divide the {rows} rows of the (coarsest) grid of tokens."
+            f"mesh.{SEQUENCE_AXIS} {parts} does not divide the {rows} rows of the (coarsest) token grid; choose a "
+            "divisor."
         )
 
 
 def num_batch_shards(mesh: Mesh) -> int:
-    """Returns over how many devices a batch is sharded."""
+    """Returns the number of equal parts into which a batch is sharded."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def round_up(batch_size: int, mesh: Mesh) -> int:
-    """Returns the next batch size that the devices can share."""
+    """Returns the smallest batch size that can be sharded evenly over the mesh and is not below `batch_size`."""
     shards = num_batch_shards(mesh)
     return -(-batch_size // shards) * shards
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of what is replicated."""
+    """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def over_batch(mesh: Mesh, ndim: int = 4) -> NamedSharding:
-    """Returns the sharding of a batch's array: of its examples, and of rows where these are images (B, H, W, ...)."""
+    """Returns the sharding of one array of a batch: over the examples and, for images (B, H, W, ...), over the rows.
+
+    Args:
+      mesh: of the devices.
+      ndim: number of dimensions of the array; three or more are an image, a mask or a latent.
+    """
     if ndim < 3:
         return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
     rows = SEQUENCE_AXIS if mesh.shape[SEQUENCE_AXIS] > 1 else None
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES, rows))
 
 
-def of_state(abstract: PyTree, mesh: Mesh) -> PyTree:
-    """Returns the sharding of each array of a training state, or of parameters alone.
+def of_state(abstract: PyTree, mesh: Mesh | jax.sharding.AbstractMesh) -> PyTree:
+    """Returns the sharding of each array of a training state, or of parameters.
 
-    Every large array is sharded over `fsdp` along the longest axis that this divides, but not along the axis of layers,
-    which the scan over the layers slices. Gradients and the optimizer's moments have the shapes of their parameters and
-    so are placed like them.
+    A large array is sharded over `fsdp` along its longest axis that is divisible by the size of `fsdp`. The axis of
+    layers is excluded, because the scan over the layers slices it. Gradients and the moments of the optimizer have the
+    shapes of their parameters, and therefore the same shardings.
 
     Args:
-      abstract: arrays or `jax.ShapeDtypeStruct`s.
+      abstract: tree of arrays or `jax.ShapeDtypeStruct`s.
+      mesh: of the devices.
     """
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, _state_spec(path, x, mesh)), abstract)
 
@@ -123,14 +152,18 @@ def _state_spec(
 
 
 def has_layer_axis(path: tuple[Any, ...]) -> bool:
-    """Whether the leaf at this path of a tree of parameters has a leading axis of layers."""
+    """Returns whether a leaf of a parameter tree has a leading axis of layers.
+
+    Args:
+      path: of the leaf, as `jax.tree_util.tree_map_with_path` passes it.
+    """
     return any(getattr(part, "key", None) == STACKED for part in path)
 
 
 def constrain_state(tree: PyTree) -> PyTree:
-    """Returns gradients, inside of `jax.jit`, placed as the parameters are whose shapes they have.
+    """Constrains gradients to the shardings of their parameters; for use inside `jax.jit`.
 
-    For the mesh in context; without one the tree itself.
+    The shardings refer to the mesh in context. Without a mesh, the tree is returned unchanged.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
@@ -140,10 +173,11 @@ def constrain_state(tree: PyTree) -> PyTree:
 
 
 def gather(params: PyTree) -> PyTree:
-    """Returns a layer's parameters replicated, inside of `jax.jit`; their gradient is summed over devices.
+    """Constrains a layer's parameters to be replicated; for use inside `jax.jit`.
 
-    For the mesh in context; without one the tree itself. Left alone, XLA may shard the layer's activations as the
-    parameters are: SISMA-XL's step on 16 chips then sends twelve times as much (benchmarks/plan_table.py).
+    The sharding refers to the mesh in context. Without a mesh, the parameters are returned unchanged. Without this
+    constraint, XLA may shard the layer's activations like its parameters: a training step of SISMA-XL on 16 chips then
+    communicates twelve times as many bytes (benchmarks/plan_table.py).
     """
     mesh = jax.sharding.get_abstract_mesh()
     if "fsdp" not in mesh.auto_axes or mesh.shape["fsdp"] == 1:
@@ -152,12 +186,22 @@ def gather(params: PyTree) -> PyTree:
 
 
 def place(abstract: PyTree, shardings: PyTree) -> PyTree:
-    """Returns abstract arrays with their shardings, for `lower` and for restoring."""
+    """Returns abstract arrays with shardings, for `jax.jit(...).lower` and for restoring a checkpoint.
+
+    Args:
+      abstract: tree of arrays or `jax.ShapeDtypeStruct`s.
+      shardings: tree of the same structure.
+    """
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
 def distribute(tree: PyTree, shardings: PyTree) -> PyTree:
-    """Returns arrays with these shardings; this process has each whole, or its own part already."""
+    """Returns the arrays of a tree with the given shardings.
+
+    Args:
+      tree: NumPy or JAX arrays. Every process holds the whole array, or a `jax.Array` that is already global.
+      shardings: tree of the same structure.
+    """
 
     def one(x: Array | np.ndarray, sharding: NamedSharding) -> Array:
         is_whole = not isinstance(x, jax.Array) or x.is_fully_addressable
@@ -167,16 +211,21 @@ def distribute(tree: PyTree, shardings: PyTree) -> PyTree:
 
 
 def fetch(tree: PyTree, mesh: Mesh) -> PyTree:
-    """Returns the global arrays on this process's first device; every process has to call this."""
+    """Returns copies of global arrays on the default device of this process; every process must call this.
+
+    Args:
+      tree: arrays that are sharded over the mesh in any way.
+      mesh: of all devices.
+    """
     whole = jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
     return jax.tree.map(jnp.asarray, jax.device_get(whole))
 
 
 def constrain(x: Array) -> Array:
-    """Returns activations (B, H, W, ...) sharded as batches are: examples, and rows over `seq`.
+    """Constrains activations (B, H, W, ...) to the sharding of a batch: over the examples, and over the rows by `seq`.
 
-    For the mesh in context; without one, and inside a `jax.shard_map`, x itself. XLA otherwise may move activations to
-    the shards of a parameter, instead of gathering the parameter.
+    The sharding refers to the mesh in context. Without a mesh, and inside `jax.shard_map`, x is returned unchanged.
+    Without this constraint, XLA may move activations to the shards of a parameter instead of gathering the parameter.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.auto_axes:
@@ -186,20 +235,25 @@ def constrain(x: Array) -> Array:
 
 
 def batch_shards(mesh: Mesh, process_index: int) -> list[int]:
-    """Returns which of the equal parts of a batch the devices of a process hold, in order.
+    """Returns the indices of the batch shards that the devices of a process hold, in increasing order.
 
-    There are data x fsdp parts; several processes hold the same ones where `seq` reaches across processes.
+    A batch has data x fsdp shards. Several processes hold the same shards if the axis `seq` extends over processes.
+
+    Args:
+      mesh: of all devices.
+      process_index: of the process.
     """
     parts = mesh.devices.reshape(-1, mesh.shape[SEQUENCE_AXIS])
     return [i for i, row in enumerate(parts) if any(device.process_index == process_index for device in row)]
 
 
 def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, Array]:
-    """Returns the global batch of which this process holds rows: all, or those of its `batch_shards`, in order.
+    """Returns the global batch, sharded over the mesh, from the rows that this process holds.
 
     Args:
-      rows: arrays (rows, ...): of images and the like (rows, H, W, ...).
-      batch_size: of the global batch.
+      rows: arrays (rows, ...): either all rows of the batch, or the rows of this process's `batch_shards`, in order.
+      mesh: of all devices.
+      batch_size: rows of the global batch.
     """
     count = num_batch_shards(mesh)
     has_all = all(len(x) == batch_size for x in rows.values())
@@ -208,7 +262,8 @@ def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict
     first_row = {shard * size: i * size for i, shard in enumerate(shards)}
 
     def place(x: np.ndarray) -> Array:
-        def local(index: tuple[slice, ...]) -> np.ndarray:
+        def local(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None, "JAX asks for the shards of this process, which have an index"
             start = first_row[index[0].start or 0]
             return x[(slice(start, start + size), *index[1:])]
 

@@ -1,9 +1,10 @@
-"""Devices that need not be present: `libtpu` brings the real compiler for TPUs, and JAX describes the chips to it."""
+"""Descriptions of devices that are not present, for ahead-of-time compilation with the TPU compiler in `libtpu`."""
 
 import os
 import re
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,10 @@ from jax.experimental import topologies
 
 from sisma_jax.errors import InputError
 
-# One host of four chips, named here because there is no host to ask. libtpu's lock is for those who run on a chip.
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm] jaxlib, which defines it, has no type stubs
+
+# libtpu asks the host for these values; as there is no TPU host, they describe one host of four chips. The last one
+# disables libtpu's lock, which is needed only for running on a chip.
 _ABSENT_HOST = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -20,36 +24,39 @@ _ABSENT_HOST = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 
-# By default each of a v4's two cores is a device, and of these `jax.make_mesh` makes no mesh.
+# By default, each of a v4 chip's two cores is a device, and `jax.make_mesh` does not support these.
 _CHIP_CONFIGS = {"v4": {"chip_config_name": "megacore"}}
 
-# Dense bfloat16 operations a second of a chip, by JAX's name of its kind, from https://cloud.google.com/tpu/docs.
 PEAK_FLOPS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
     "TPU v5": 459e12,
     "TPU v6 lite": 918e12,
 }
+"""Dense bfloat16 FLOP per second and chip, by `jax.Device.device_kind`, from https://cloud.google.com/tpu/docs."""
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
-# Where `make tpu-compiler` puts it. Were it importable, JAX would look for a TPU in every run.
+# `make tpu-compiler` installs it here, outside of the import path: JAX looks for a TPU if it can import libtpu.
 _LIBTPU = Path(sys.prefix, "tpu-compiler", "libtpu", "libtpu.so")
 
 
-def devices(topology: str) -> list[jax.Device]:
-    """Returns the chips of a TPU topology such as "v5e:2x2", or of "cpu:8" eight virtual devices of this machine.
+def devices(topology: str) -> list[Device]:
+    """Returns the devices of a topology, for ahead-of-time compilation.
+
+    Args:
+      topology: a TPU topology such as "v5e:2x2", or "cpu:8" for eight virtual devices of this machine's CPU.
 
     Raises:
-      InputError: see `tpu_devices`; or JAX has started with fewer CPU devices.
+      InputError: libtpu is not installed or does not know the topology, or JAX has started with fewer CPU devices.
     """
     match = re.fullmatch(r"cpu:(\d+)", topology)
     return tpu_devices(topology) if match is None else _cpu_devices(int(match[1]))
 
 
-def _cpu_devices(count: int) -> list[jax.Device]:
+def _cpu_devices(count: int) -> list[Device]:
     if count < 1:
-        raise InputError(f"the topology cpu:{count} has no device; write cpu:8, for example.")
+        raise InputError(f"topology cpu:{count} has no device; name at least one, such as cpu:8.")
     try:
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # the backends have started
@@ -61,14 +68,17 @@ def _cpu_devices(count: int) -> list[jax.Device]:
     return jax.devices("cpu")[:count]
 
 
-def tpu_devices(topology: str) -> list[jax.Device]:
-    """Returns the chips of a topology such as "v5e:2x2", for shardings of programs that are compiled and not run.
+def tpu_devices(topology: str) -> list[Device]:
+    """Returns the chips of a TPU topology, for the shardings of programs that are compiled but not run.
 
-    `jax.jit(f).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=...)).compile()` then is what these chips would run,
-    and its `memory_analysis()` what they would need.
+    With such shardings, `jax.jit(f).lower(jax.ShapeDtypeStruct(shape, dtype, sharding=...)).compile()` returns the
+    program that the chips would run, and its `memory_analysis()` returns the memory that it would need.
+
+    Args:
+      topology: as libtpu names it, such as "v5e:2x2".
 
     Raises:
-      InputError: there is no libtpu, or it does not know the topology.
+      InputError: libtpu is not installed, or does not know the topology.
     """
     if jax.default_backend() != "tpu":
         os.environ.update(_ABSENT_HOST)
@@ -77,17 +87,20 @@ def tpu_devices(topology: str) -> list[jax.Device]:
     options = _CHIP_CONFIGS.get(topology.split(":")[0], {})
     try:
         return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices)
-    except Exception as error:  # whatever the plugin raises, by version
+    except Exception as error:  # the type depends on the version of the plugin
         raise InputError(
             f"cannot describe the TPU topology {topology!r}: {error}\n"
-            "This needs the compiler (make tpu-compiler) and a topology such as v5e:2x2, v5p:2x2x1 or v6e:4x4."
+            "Install the compiler (make tpu-compiler), and name a topology such as v5e:2x2, v5p:2x2x1 or v6e:4x4."
         ) from error
 
 
-def memory_limit(device: jax.Device) -> int | None:
-    """Returns the bytes of main memory that the compiler has for programs on this device; None for a CPU.
+def memory_limit(device: Device) -> int | None:
+    """Returns the bytes of HBM that the compiler may use on a TPU; None for other devices.
 
-    It says so when it refuses a program that no device could hold.
+    The limit is read from the compiler's error message for a program that no device could hold.
+
+    Args:
+      device: of `devices`, or a device that is present.
     """
     if device.platform != "tpu":
         return None
@@ -100,15 +113,23 @@ def memory_limit(device: jax.Device) -> int | None:
 
 
 def read_shortage(message: str) -> tuple[int | None, int | None]:
-    """Returns the bytes that a program needs and those there are, each if the compiler's message tells.
+    """Returns (bytes needed, bytes available), as the TPU compiler's out-of-memory message states them.
 
-    What is needed is at least so much: the compiler may give up before it has placed all.
+    The bytes needed are a lower bound, because the compiler may stop before it has allocated everything.
+
+    Args:
+      message: of the compiler's error.
+
+    Returns:
+      Each number, or None if the message does not state it.
     """
     needed = re.search(r"temporaries \(([\d.]+)([KMGTP]?)\)|[Uu]sed ([\d.]+)([KMGTP]?) of", message)
     limit = re.search(r"available HBM \(([\d.]+)([KMGTP]?)\)|of ([\d.]+)([KMGTP]?) hbm", message)
 
-    def read(match: re.Match | None) -> int | None:
-        number, unit = (None, "") if match is None else [x for x in match.groups() if x is not None]
-        return None if number is None else int(float(number) * _UNITS[unit])
+    def read(match: re.Match[str] | None) -> int | None:
+        if match is None:
+            return None
+        number, unit = [x for x in match.groups() if x is not None]
+        return int(float(number) * _UNITS[unit])
 
     return read(needed), read(limit)

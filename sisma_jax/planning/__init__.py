@@ -1,4 +1,4 @@
-"""Plans a run on devices that need not be present: `plan(config, "v5e:4x4")`, and `format_plan` of it."""
+"""Memory and cost of a run on devices that need not be present: `format_plan(plan(config, "v5e:4x4"))`."""
 
 from sisma_jax.planning.plan import plan
 from sisma_jax.planning.report import Plan, format_plan, to_json

@@ -1,35 +1,32 @@
-"""What devices send one another in a compiled program: its collective operations, counted in its HLO.
+"""Communication between the devices of a compiled program: counts the collective operations in its HLO.
 
-The HLO is that of one device's program. An operation counts once per iteration of all loops around it, and of a
-conditional the branch that sends most counts. On TPUs an operation that overlaps with computation is spread over
-several fusions, which share a `chain_id`, and a reduce-scatter is a fusion around an all-reduce.
+The HLO is the program of one device. An operation in a loop counts once per iteration. Of a conditional, only the
+branch that sends the most bytes counts. On TPUs, an operation that overlaps with computation consists of several
+fusions that share a `chain_id`, and a reduce-scatter is a fusion that contains an all-reduce.
 """
 
 import collections
 import dataclasses
 import json
-from typing import Any
-
-from google.protobuf.message import Message
 
 from sisma_jax.planning import hlo
 
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _AMOUNTS = ("count", "bytes", "sent_bytes")
 _Totals = collections.Counter[tuple[str, str]]
-"""By kind and amount, those of `Collective`."""
+"""From (kind, amount) to the total, where an amount is a field of `Collective`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """All operations of one kind in a run of the program.
+    """The totals of all operations of one kind in one run of the program.
 
     Attributes:
       kind: one of KINDS.
-      count: how often one runs.
-      bytes: that they make or combine on a device: of each the larger of argument and result, summed.
-      sent_bytes: that a device sends, if n devices in a ring share the work: (n - 1) / n of these bytes; twice that for
-        an all-reduce, which is a reduce-scatter and an all-gather; and all of a permute's.
+      count: number of operations that run.
+      bytes: bytes of the operations' arrays on one device. Of each operation, the larger of argument and result counts.
+      sent_bytes: bytes that one device sends if n devices form a ring: `bytes` times (n - 1) / n; twice that for an
+        all-reduce, which is a reduce-scatter and an all-gather; and `bytes` for a collective-permute.
     """
 
     kind: str
@@ -40,22 +37,26 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """What a program's devices send one another.
+    """The communication between the devices in one run of a program.
 
     Attributes:
-      collectives: by kind; kinds that do not occur are left out.
-      num_unknown_loops: loops with collectives in them whose number of iterations is not known; these count as one.
+      collectives: one entry per kind that occurs, in the order of KINDS.
+      num_unknown_loops: number of loops that contain collectives and have an unknown number of iterations. The totals
+        include one iteration of each.
     """
 
     collectives: tuple[Collective, ...]
     num_unknown_loops: int
 
 
-def traffic(module: Any) -> Traffic:
-    """Returns what the devices send one another in a run of a program.
+def traffic(module: hlo.SerializableModule) -> Traffic:
+    """Returns the communication between the devices in one run of a program.
 
     Args:
-      module: one device's, the only one of `compiled.runtime_executable().hlo_modules()`.
+      module: the program of one device, which is the only entry of `compiled.runtime_executable().hlo_modules()`.
+
+    Raises:
+      NotImplementedError: this version of XLA writes the device groups of a collective in an unknown field.
     """
     program = _Program(hlo.read(module))
     totals = program.totals(program.entry)
@@ -65,7 +66,9 @@ def traffic(module: Any) -> Traffic:
 
 
 class _Program:
-    def __init__(self, module: Message):
+    """A module with its computations and instructions by id, and what the count has found so far."""
+
+    def __init__(self, module: hlo.Module):
         self.entry = module.entry_computation_id
         self.num_unknown_loops = 0
         self._computations = {computation.id: computation for computation in module.computations}
@@ -73,8 +76,9 @@ class _Program:
         self._chains: set[str] = set()
 
     def totals(self, computation_id: int) -> _Totals:
-        """Returns the amounts of all that a computation does and calls."""
-        computation, totals = self._computations[computation_id], collections.Counter()
+        """Returns the totals of a computation, including the computations that it calls."""
+        computation = self._computations[computation_id]
+        totals: _Totals = collections.Counter()
         for instruction in computation.instructions:
             kind = instruction.opcode.removesuffix("-start")
             if kind in KINDS and not self._is_counted(instruction):
@@ -88,18 +92,19 @@ class _Program:
                 totals.update({key: iterations * amount for key, amount in each.items()})
         return totals
 
-    def _is_counted(self, instruction: Message) -> bool:
-        """Whether another part of the same operation has been counted."""
+    def _is_counted(self, instruction: hlo.Instruction) -> bool:
+        """Whether another instruction of the same chain has been counted; marks the chain as counted."""
         chain = hlo.attribute(instruction, "chain_id")
         is_counted = chain in self._chains
         if chain is not None:
             self._chains.add(chain)
         return is_counted
 
-    def _amounts(self, kind: str, instruction: Message) -> dict[tuple[str, str], int]:
+    def _amounts(self, kind: str, instruction: hlo.Instruction) -> dict[tuple[str, str], int]:
+        """The amounts of a single operation."""
         shape = instruction.shape
         if instruction.opcode in ("all-gather-start", "collective-permute-start"):
-            shape = shape.tuple_shapes[1]  # of (argument, result, ...)
+            shape = shape.tuple_shapes[1]  # the tuple is (argument, result, ...)
         size = sent = hlo.shape_bytes(shape)
         if kind != "collective-permute":
             group = hlo.group_size(instruction)
@@ -107,8 +112,12 @@ class _Program:
             sent = (2 if kind == "all-reduce" else 1) * size * (group - 1) // group
         return {(kind, "count"): 1, (kind, "bytes"): size, (kind, "sent_bytes"): sent}
 
-    def _iterations(self, loop: Message) -> int:
-        """Returns how often a loop runs: XLA for CPUs names the number, libtpu leaves a counter that grows by ones."""
+    def _iterations(self, loop: hlo.Instruction) -> int:
+        """Returns the number of iterations of a loop, or 1 if it is not known.
+
+        XLA for CPUs states the number in the backend configuration. In programs of libtpu it is the difference between
+        the limit and the start of a counter, which is assumed to grow by 1.
+        """
         known = json.loads(loop.backend_config or "{}").get("known_trip_count")
         if known:
             return int(known["n"])
@@ -123,6 +132,7 @@ class _Program:
         return 1
 
     def _constant(self, instruction_id: int) -> int | None:
+        """The value of an integer constant, or of a copy of one; None for other instructions."""
         instruction = self._instructions[instruction_id]
         while instruction.opcode == "copy":
             instruction = self._instructions[instruction.operand_ids[0]]

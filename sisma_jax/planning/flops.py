@@ -1,24 +1,26 @@
-"""Floating-point operations of a traced function, all devices together, counted before any compiler has seen it.
+"""Counts the floating-point operations of a traced function, before compilation, as a total over all devices.
 
-A compiler's own count (`cost_analysis`) takes the body of a loop once, and ours has all layers in a loop.
+The compiler's count (`cost_analysis`) includes the body of a loop only once, and our model runs its layers in a loop.
 """
 
 import dataclasses
 import math
 from typing import Any
 
-import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
 from jax.extend import core
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """What is computed, recomputation in the backward pass included.
+    """Numbers of floating-point operations, including recomputation in the backward pass.
 
     Attributes:
-      matmul: of matrix products and convolutions, two for each multiplication.
-      kernels: of the Pallas kernels, by their own estimates.
-      elementwise: one for each entry that arithmetic, or a function such as exp, makes, or a sum takes.
+      matmul: matrix products and convolutions; two per multiplication.
+      kernels: Pallas kernels, from their own cost estimates.
+      elementwise: elementwise arithmetic and functions such as exp, one per entry of the result; and reductions, one
+        per entry of the argument.
     """
 
     matmul: int = 0
@@ -27,6 +29,7 @@ class Flops:
 
     @property
     def total(self) -> int:
+        """All operations."""
         return self.matmul + self.kernels + self.elementwise
 
     def __add__(self, other: "Flops") -> "Flops":
@@ -44,10 +47,13 @@ _REDUCTIONS = frozenset("reduce_sum reduce_max reduce_min reduce_prod cumsum cum
 
 
 def count(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Flops:
-    """Returns the operations of a traced function (`jax.jit(f).trace(...).jaxpr`).
+    """Returns the numbers of operations of a traced function.
 
-    Of a conditional the costliest branch counts, and of a loop without a known length (`jax.lax.while_loop`) one
-    iteration.
+    Of a conditional, only the branch with the most operations counts. Of a loop whose length is not known
+    (`jax.lax.while_loop`), one iteration counts.
+
+    Args:
+      jaxpr: `jax.jit(f).trace(...).jaxpr`.
     """
     jaxpr = jaxpr.jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
     return sum((_count_equation(equation) for equation in jaxpr.eqns), Flops())
@@ -55,11 +61,11 @@ def count(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> Flops:
 
 def _count_equation(equation: core.JaxprEqn) -> Flops:
     name, params = equation.primitive.name, equation.params
-    entries = sum(math.prod(x.aval.shape) for x in equation.outvars)
+    entries = sum(math.prod(_shape(x)) for x in equation.outvars)
     match name:
         case "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
+            shape = _shape(equation.invars[0])
             return Flops(matmul=2 * entries * math.prod(shape[axis] for axis in contracted))
         case "conv_general_dilated":
             return Flops(matmul=2 * entries * _products_per_output(equation))
@@ -71,28 +77,35 @@ def _count_equation(equation: core.JaxprEqn) -> Flops:
         case "cond":
             return max((count(branch) for branch in params["branches"]), key=lambda flops: flops.total)
         case "shard_map":
-            # What is inside is for one device's part.
+            # The inner function computes the part of one device.
             parts = math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
             return count(params["jaxpr"]) * parts
-        case _ if name in _ELEMENTWISE and _is_float(equation.outvars[0].aval):
+        case _ if name in _ELEMENTWISE and _is_float(equation.outvars[0]):
             return Flops(elementwise=entries)
-        case _ if name in _REDUCTIONS and _is_float(equation.invars[0].aval):
-            return Flops(elementwise=math.prod(equation.invars[0].aval.shape))
-    return sum((count(inner) for inner in _inner(params)), Flops())
+        case _ if name in _REDUCTIONS and _is_float(equation.invars[0]):
+            return Flops(elementwise=math.prod(_shape(equation.invars[0])))
+        case _:
+            return sum((count(inner) for inner in _inner(params)), Flops())
 
 
 def _products_per_output(equation: core.JaxprEqn) -> int:
-    kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+    """The number of multiplications per entry of a convolution's result."""
+    kernel, numbers = _shape(equation.invars[1]), equation.params["dimension_numbers"]
     _, inputs, *window = numbers.rhs_spec
     return math.prod(kernel[axis] for axis in (inputs, *window))
 
 
-def _is_float(aval: Any) -> bool:
-    return jax.dtypes.issubdtype(getattr(aval, "dtype", None), jax.numpy.floating)
+def _shape(x: core.Var | core.Literal) -> tuple[int, ...]:
+    """The shape of an array; () for a value of another kind, such as a token."""
+    return x.aval.shape if isinstance(x.aval, ShapedArray) else ()
+
+
+def _is_float(x: core.Var | core.Literal) -> bool:
+    return isinstance(x.aval, ShapedArray) and jnp.issubdtype(x.aval.dtype, jnp.floating)
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr | core.ClosedJaxpr]:
-    """The functions that an equation calls, derivative rules left out: these are in the program where they are used."""
+    """The functions that an equation calls, without derivative rules, which are part of the program where they run."""
     values = [value for name, value in params.items() if not name.endswith(("jvp_jaxpr_fun", "fwd_jaxpr_thunk"))]
     flat = [x for value in values for x in (value if isinstance(value, tuple | list) else [value])]
     return [x for x in flat if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]

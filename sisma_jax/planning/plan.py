@@ -1,4 +1,4 @@
-"""Compiles what a run would execute, for devices that need not be present, and reports what it takes."""
+"""Compiles the training step and the sampler of a run for devices that need not be present, and reports their cost."""
 
 import logging
 import math
@@ -27,7 +27,7 @@ SETTINGS = (
     "train.accumulate_steps",
     "sample.steps",
 )
-"""Those of the configuration on which the numbers depend most, beside the sizes that a plan shows anyway."""
+"""The configuration values that a plan lists: those that affect memory and cost most, besides sizes shown elsewhere."""
 
 
 def plan(
@@ -38,17 +38,23 @@ def plan(
     memory_gib: float | None = None,
     max_trials: int = 5,
 ) -> Plan:
-    """Returns what training and sampling take on a topology.
+    """Returns the memory and cost of training and sampling on a topology.
+
+    Compiling takes seconds for CPUs, and minutes per program for TPUs.
 
     Args:
-      topology_name: of a TPU, as libtpu names it ("v5e:4x4", "v5p:2x2x1"), or "cpu:8", virtual devices of a CPU.
-      search: whether to search the largest batch that fits.
-      memory_gib: of a device, if programs may use less than it has, or if it is not known.
-      max_trials: how many batches the search compiles at most, the configured one included.
+      config: configuration of the run; its data and weights need not exist.
+      topology_name: a TPU topology as libtpu names it, such as "v5e:4x4" or "v5p:2x2x1", or "cpu:8" for eight virtual
+        devices of this machine's CPU.
+      search: search for the largest batch size that fits into memory. This requires a known memory limit.
+      memory_gib: memory per device that the programs may use, in GiB. None takes the limit of the compiler, which is
+        known for TPUs only; a larger value than that limit has no effect.
+      max_trials: largest number of batch sizes that the search compiles, including the configured one.
 
     Raises:
-      InputError: `memory_gib` is not positive; there is no such topology or compiler; the mesh does not fit its devices
-        or the batch the mesh; the configured scan does not run there.
+      InputError: `memory_gib` is not positive and finite, the topology or its compiler is not available, the mesh does
+        not match the number of devices, the batch size does not match the mesh, or the configured scan implementation
+        does not run on these devices.
     """
     if memory_gib is not None and not 0 < memory_gib < math.inf:
         raise InputError(f"`memory_gib` must be positive and finite, got {memory_gib}.")
@@ -58,7 +64,8 @@ def plan(
     config = programs.for_devices(config, mesh)
     limit = topology.memory_limit(devices[0])
     if memory_gib is not None:
-        limit = min(int(memory_gib * 2**30), limit or math.inf)
+        usable = int(memory_gib * 2**30)
+        limit = usable if limit is None else min(usable, limit)
     state = programs.abstract_state(config, mesh)
     train = train_program(config, mesh, config.train.batch_size, limit)
     sampler = sampler_program(config, mesh, sharding.round_up(config.sample.batch_size, mesh), limit)
@@ -82,19 +89,42 @@ def plan(
 
 
 def train_program(config: Config, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
-    """Returns the compiled update of the training state, for a batch of this size."""
-    logger.info("Compiling the training step of batch %d for %d devices", batch_size, mesh.size)
+    """Returns memory and cost of the training step, which is compiled.
+
+    Args:
+      config: configuration of the run, after `programs.for_devices`.
+      mesh: of the devices.
+      batch_size: total over all devices; a multiple of the number of batch shards times `train.accumulate_steps`.
+      limit: bytes of memory per device; None if not known.
+    """
+    logger.info("Compiling the training step with batch size %d for %d devices", batch_size, mesh.size)
     return _compile(programs.trace_update(config, mesh, batch_size), mesh, batch_size, limit)
 
 
 def sampler_program(config: Config, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
-    """Returns the compiled sampler, for this number of masks."""
-    logger.info("Compiling the sampler of batch %d for %d devices", batch_size, mesh.size)
+    """Returns memory and cost of one call of the sampler, which is compiled.
+
+    Args:
+      config: configuration of the run, after `programs.for_devices`.
+      mesh: of the devices.
+      batch_size: number of masks, as a total over all devices; a multiple of the number of batch shards.
+      limit: bytes of memory per device; None if not known.
+    """
+    logger.info("Compiling the sampler with batch size %d for %d devices", batch_size, mesh.size)
     return _compile(programs.trace_sampler(config, mesh, batch_size), mesh, batch_size, limit)
 
 
 def search_batch(config: Config, mesh: Mesh, limit: int, first: Program, fixed: int, max_trials: int) -> LargestBatch:
-    """Returns the largest batch found to fit; `first` has been compiled."""
+    """Returns the result of a search for the largest batch size of the training step that fits into memory.
+
+    Args:
+      config: configuration of the run, after `programs.for_devices`.
+      mesh: of the devices.
+      limit: bytes of memory per device.
+      first: training step that has been compiled, from `train_program`.
+      fixed: approximate bytes per device that do not depend on the batch size: those of the training state.
+      max_trials: largest number of compiled batch sizes, including `first`.
+    """
 
     def trial(program: Program) -> Trial:
         return Trial(program.batch_size, bool(program.fits), program.needed)
@@ -118,5 +148,7 @@ def _compile(traced: jax.stages.Traced, mesh: Mesh, batch_size: int, limit: int 
         return Program(batch_size, False, None, compiled.needed, operations, None, secs)
     used = memory.read_memory(compiled)
     fits = None if limit is None else used.total <= limit
-    (module,) = compiled.runtime_executable().hlo_modules()
+    executable = compiled.runtime_executable()
+    assert executable is not None, "XLA's compilers return an executable"
+    (module,) = executable.hlo_modules()
     return Program(batch_size, fits, used, used.total, operations, collectives.traffic(module), secs)

@@ -1,5 +1,4 @@
-"""The programs that a run will execute, traced from shapes alone: one update of the state, and one call of the
-sampler."""
+"""Traces the programs that a run executes, one training step and one call of the sampler, from shapes alone."""
 
 import dataclasses
 import functools
@@ -21,31 +20,43 @@ from sisma_jax.training.state import TrainState, init_state
 from sisma_jax.training.step import jit_update, make_update
 
 KEY_IMPL = "threefry2x32"
-"""JAX's default, and the command line's."""
+"""The implementation of random keys: the default of JAX and of the command line."""
 
 
 def for_devices(config: Config, mesh: Mesh) -> Config:
-    """Returns the configuration with the scan that `auto` means on these devices, which JAX does not see by itself.
+    """Returns the configuration with a named scan implementation in place of `auto`.
+
+    Otherwise `auto` would select an implementation for the devices of this machine, not for those of the mesh.
+
+    Args:
+      config: configuration of the run.
+      mesh: of the devices, which need not be present.
 
     Raises:
-      InputError: the configured scan is a kernel for other devices.
+      InputError: the configured scan implementation is a kernel for another platform.
     """
     platform, name = mesh.devices.flat[0].platform, config.model.scan_implementation
     if name == "auto":
         name = PREFERENCE[platform][0]
     elif name in SUPPORT_CHECKS and name not in PREFERENCE[platform]:
-        raise InputError(f"model.scan_implementation {name} does not run on a {platform}; leave it at auto.")
+        raise InputError(f"model.scan_implementation {name} does not run on platform {platform}; leave it at auto.")
     return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_implementation=name))
 
 
-def abstract_state(config: Config, mesh: Mesh) -> TrainState:
-    """Returns the state's shapes and shardings."""
+def abstract_state(config: Config, mesh: Mesh | jax.sharding.AbstractMesh) -> TrainState:
+    """Returns the training state as `jax.ShapeDtypeStruct`s with shardings."""
     abstract = jax.eval_shape(functools.partial(init_state, config))
     return sharding.place(abstract, sharding.of_state(abstract, mesh))
 
 
 def abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a training batch: what conditions, and images or the moments of their latents."""
+    """Returns a training batch as `jax.ShapeDtypeStruct`s: the condition, and images or the moments of their latents.
+
+    Args:
+      config: configuration of the run.
+      mesh: over which the batch is sharded.
+      batch_size: total over all devices.
+    """
     size = config.data.image_size
     if config.autoencoder.kind == "identity":
         examples = {"image": jax.ShapeDtypeStruct((size, size, 3), jnp.uint8)}
@@ -56,7 +67,7 @@ def abstract_batch(config: Config, mesh: Mesh, batch_size: int) -> dict[str, jax
 
 
 def _batched(shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns the shapes of a batch of examples, sharded over the mesh."""
+    """The shapes of single examples with a batch axis, sharded over the mesh."""
     return {
         name: jax.ShapeDtypeStruct((batch_size, *x.shape), x.dtype, sharding=sharding.over_batch(mesh, 1 + x.ndim))
         for name, x in shapes.items()
@@ -64,23 +75,38 @@ def _batched(shapes: dict[str, jax.ShapeDtypeStruct], mesh: Mesh, batch_size: in
 
 
 def trace_update(config: Config, mesh: Mesh, batch_size: int) -> jax.stages.Traced:
-    """Returns one update of the training state, traced for a batch of this size."""
+    """Returns the traced training step.
+
+    Args:
+      config: configuration of the run, after `for_devices`.
+      mesh: of the devices, which need not be present.
+      batch_size: total over all devices.
+    """
     state = abstract_state(config, mesh)
     with jax.set_mesh(mesh):
-        return jit_update(make_update(config), state, mesh).trace(state, abstract_batch(config, mesh, batch_size))
+        update = jit_update(make_update(config), state, mesh)
+        assert isinstance(update, jax.stages.Wrapped), "jit_update returns the result of jax.jit"
+        return update.trace(state, abstract_batch(config, mesh, batch_size))
 
 
 def trace_sampler(config: Config, mesh: Mesh, batch_size: int) -> jax.stages.Traced:
-    """Returns one call of the sampler, mask to image, traced for a batch of this size.
+    """Returns the traced sampler, from masks to images.
 
-    The autoencoder is replicated and has the sizes that the configuration gives; given weights may have others.
+    The autoencoder is replicated. It has the sizes of the configuration; the weights of a run may have other sizes.
+
+    Args:
+      config: configuration of the run, after `for_devices`.
+      mesh: of the devices, which need not be present.
+      batch_size: number of masks, as a total over all devices.
     """
     params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     graph, autoencoder_params = nnx.split(nnx.eval_shape(lambda: _autoencoder(config.autoencoder)))
     keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0, impl=KEY_IMPL), batch_size)))
     replicated = jax.tree.map(lambda _: sharding.replicated(mesh), (autoencoder_params, keys))
     with jax.set_mesh(mesh):
-        return jit_sampler(config, graph, mesh).trace(
+        sample = jit_sampler(config, graph, mesh)
+        assert isinstance(sample, jax.stages.Wrapped), "jit_sampler returns the result of jax.jit"
+        return sample.trace(
             sharding.place(params, sharding.of_state(params, mesh)),
             *sharding.place((autoencoder_params, keys), replicated),
             _batched(ConditionEncoder.input_shapes(config.data.image_size), mesh, batch_size),

@@ -1,4 +1,4 @@
-"""What a plan says, as text for people and as JSON."""
+"""The contents of a plan, and its formats: text and JSON."""
 
 import dataclasses
 import json
@@ -12,16 +12,16 @@ from sisma_jax.planning.search import LargestBatch
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """One compiled program.
+    """Memory and cost of one compiled program.
 
     Attributes:
-      batch_size: over all devices.
-      fits: whether a device's memory holds it; None if there is no limit known.
-      memory: on each device; None if the compiler refused the program.
-      needed: bytes on a device; of a program that the compiler refused what it says at least, or None.
-      flops: of all devices together.
-      traffic: between devices; None if the compiler refused the program.
-      compile_secs: on this machine.
+      batch_size: total over all devices.
+      fits: whether the program fits into the memory of each device; None if the limit is not known.
+      memory: bytes on each device; None if the compiler refused the program.
+      needed: total bytes on each device. If the compiler refused the program, the lower bound that it states, or None.
+      flops: operations, as a total over all devices.
+      traffic: communication between devices; None if the compiler refused the program.
+      compile_secs: seconds that compilation took on this machine.
     """
 
     batch_size: int
@@ -35,17 +35,20 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What a run takes on devices that need not be present.
+    """Memory and cost of a run on devices that need not be present.
 
     Attributes:
-      device_kind: JAX's name of the device.
-      mesh: size of each axis.
-      memory_limit: bytes of a device that programs can have, as its compiler says or the user; None if not known.
-      peak_flops: dense bfloat16 operations per second of a device, at most; None if not known.
-      state: of training, on each device.
-      train: one update of the state.
-      sampler: one call.
-      largest_batch: of training; None if it was not searched.
+      topology: name of the topology, such as "v5e:4x4".
+      device_kind: JAX's name of the device, such as "TPU v5 lite".
+      num_devices: number of devices.
+      mesh: size of each mesh axis.
+      memory_limit: bytes per device that a program may use, from the compiler or the user; None if not known.
+      peak_flops: peak rate of a device in dense bfloat16 operations per second; None if not known.
+      num_parameters: number of trained parameters.
+      state: the training state on each device.
+      train: one training step.
+      sampler: one call of the sampler.
+      largest_batch: result of the search for the largest training batch; None if there was no search.
       settings: values of the configuration, by dotted key.
     """
 
@@ -64,22 +67,25 @@ class Plan:
 
     @property
     def least_secs(self) -> float | None:
-        """A bound below every training step: its matrix products at the devices' peak in bfloat16."""
+        """A lower bound of the seconds per training step: the time of its matrix products at the devices' peak rate.
+
+        None if the peak rate is not known, or if the training step does not compute in bfloat16.
+        """
         if self.peak_flops is None or self.settings["train.compute_dtype"] != "bfloat16":
             return None
         return self.train.flops.matmul / (self.num_devices * self.peak_flops)
 
 
 def to_json(plan: Plan) -> str:
-    """Returns the plan as indented JSON."""
+    """Returns the plan as indented JSON, with `least_secs` beside the fields of `Plan`."""
     return json.dumps(dataclasses.asdict(plan) | {"least_secs": plan.least_secs}, indent=2) + "\n"
 
 
 def format_plan(plan: Plan) -> str:
-    """Returns the plan as text."""
+    """Returns the plan as text of several sections, for a terminal."""
     axes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
     limit = "no limit known" if plan.memory_limit is None else f"{in_units(plan.memory_limit)} per device"
-    state = {**dataclasses.asdict(plan.state), "together": plan.state.total}
+    state = {**dataclasses.asdict(plan.state), "total": plan.state.total}
     sections = [
         f"Plan for {plan.topology}: {plan.num_devices} x {plan.device_kind}, mesh {axes}; memory: {limit}",
         _table("Settings", plan.settings),
@@ -92,8 +98,8 @@ def format_plan(plan: Plan) -> str:
     ]
     if plan.least_secs is not None:
         sections.append(
-            f"No training step is shorter than {1e3 * plan.least_secs:.1f} ms: its matrix products at the chips' peak. "
-            "How long one takes only a chip can tell."
+            f"No training step is shorter than {1e3 * plan.least_secs:.1f} ms, the time of its matrix products at the "
+            "chips' peak rate. The actual time can only be measured on a chip."
         )
     return "\n\n".join([*sections, _largest(plan)]) + "\n"
 
@@ -104,13 +110,13 @@ def _program(title: str, program: Program, limit: int | None) -> str:
         rows = {"does not fit": f"the compiler refuses it{at_least}"}
     else:
         rows = {name: in_units(size) for name, size in dataclasses.asdict(program.memory).items()}
-        rows["together"] = in_units(program.memory.total)
+        rows["total"] = in_units(program.memory.total)
         if limit is not None:
             verdict = "fits" if program.fits else "does not fit"
-            rows["together"] += f", {program.memory.total / limit:.0%} of {in_units(limit)}: {verdict}"
+            rows["total"] += f", {program.memory.total / limit:.0%} of {in_units(limit)}: {verdict}"
     flops = program.flops
     rows["FLOPs"] = (
-        f"{flops.total:.3g} on all devices (matrix products {flops.matmul:.3g}, scan kernels {flops.kernels:.3g}, "
+        f"{flops.total:.3g} over all devices (matrix products {flops.matmul:.3g}, scan kernels {flops.kernels:.3g}, "
         f"elementwise {flops.elementwise:.3g})"
     )
     if program.traffic is not None:
@@ -120,23 +126,24 @@ def _program(title: str, program: Program, limit: int | None) -> str:
 
 def _traffic(traffic: Traffic) -> dict[str, str]:
     rows = {
-        each.kind: f"{each.count} times, {in_units(each.bytes)} on each device, which sends {in_units(each.sent_bytes)}"
+        each.kind: f"{each.count} times, {in_units(each.bytes)} on each device, sends {in_units(each.sent_bytes)}"
         for each in traffic.collectives
     }
     if traffic.num_unknown_loops:
-        rows["unknown loops"] = f"{traffic.num_unknown_loops}, of which one iteration counts"
+        rows["unknown loops"] = f"{traffic.num_unknown_loops}; one iteration of each is counted"
     return rows or {"collectives": "none"}
 
 
 def _largest(plan: Plan) -> str:
     found = plan.largest_batch
     if found is None:
-        return "The largest batch was not searched" + (": no limit is known." if plan.memory_limit is None else ".")
-    first = f"Largest batch that fits: {found.batch_size}" if found.batch_size else "No batch was found that fits"
+        reason = "the memory limit is not known" if plan.memory_limit is None else "the search is off"
+        return f"Largest batch: not searched, because {reason}."
+    first = f"Largest batch that fits: {found.batch_size}" if found.batch_size else "No compiled batch fits"
     if found.too_large is not None:
-        second = f"{found.too_large} does not"
+        second = f"{found.too_large} does not fit"
     else:
-        second = f"by extrapolation {found.expected_too_large} does not, which was not tried"
+        second = f"by extrapolation {found.expected_too_large} does not fit (not compiled)"
     tried = ", ".join(
         f"{trial.batch_size} ({'' if trial.fits else 'over, '}{'?' if trial.total is None else in_units(trial.total)})"
         for trial in found.trials
@@ -150,7 +157,11 @@ def _table(title: str, rows: dict[str, Any]) -> str:
 
 
 def in_units(count: int) -> str:
-    """Returns a number of bytes in the unit that suits it."""
+    """Returns a number of bytes as text, such as "1.50 GiB".
+
+    Args:
+      count: bytes, at least 0.
+    """
     for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if count >= size:
             return f"{count / size:.2f} {unit}"

@@ -1,17 +1,18 @@
-"""Checkpoints of a run: what is saved comes back bit for bit, or a damaged checkpoint is stepped over.
+"""Checkpoints of a run: a restored checkpoint is bit-identical to what was saved, and damaged ones are skipped.
 
-A checkpoint is a folder named after its step and holds three items:
+A checkpoint is a folder named after its step. It holds three items:
 
-    ema/           the EMA parameters alone, which are all that sampling reads
-    state/         everything else that training needs: parameters, optimizer state, step, key
-    description/   JSON: name, dtype and shape of every array in ema/ and state/; position in the data; metrics
+    ema/           EMA parameters; sampling reads nothing else
+    state/         the rest of the training state: parameters, optimizer state, step, key
+    description/   JSON: name, dtype and shape of each array in ema/ and state/; position in the data; metrics
 
-Arrays are stored flat, under the path of their leaf ("params.layers.stacked.mixer.in_proj.kernel"), so a checkpoint
-depends on no class of Flax or Optax, and global, so it depends neither on the devices nor on the processes that saved
-it. Arrays that are not finite are neither saved nor restored. `store.py` writes and reads the files.
+Arrays are stored in flat dictionaries, keyed by the path of each leaf ("params.layers.stacked.mixer.in_proj.kernel"),
+so a checkpoint does not depend on classes of Flax or Optax. They are stored as global arrays, so it does not depend on
+the devices or the processes that saved it. Arrays that are not finite are neither saved nor restored. `store.py` writes
+and reads the files.
 
-In a job of several processes each calls every method, at the same place: all see the same folder, and all of them agree
-on what is damaged and on the step that is restored.
+Every process of a job must call each method at the same point of the program. All processes see the same folder, and
+agree on which checkpoints are damaged and which step is restored.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self, SupportsFloat, TypeVar
+from typing import Any, Literal, Protocol, Self, SupportsFloat, TypeVar
 
 import jax
 
@@ -34,11 +35,8 @@ from sisma_jax.runs.checksums import DamagedError, verify_checksums
 from sisma_jax.runs.ranking import BestMetric, Ranking
 from sisma_jax.runs.store import DESCRIPTION, LateError, Store, UnwrittenError, require_writable
 
-if TYPE_CHECKING:
-    import grain
-
 HELD_OUT_LOSS = BestMetric("held_out_loss", "min")
-"""What makes a checkpoint of a denoiser the best."""
+"""The metric that ranks the checkpoints of a denoiser."""
 
 PyTree = Any
 Result = TypeVar("Result")
@@ -46,9 +44,29 @@ Result = TypeVar("Result")
 logger = logging.getLogger(__name__)
 
 
+class DataIterator(Protocol):
+    """A data iterator whose position can be saved, such as `grain.DatasetIterator`."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns the position, as values that JSON can hold."""
+        ...
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Moves to the position `state`, which `get_state` returned."""
+
+    def start_prefetch(self) -> None:
+        """Starts to load the next elements in the background."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What `Checkpoints.restore` read; the iterator was set in place."""
+    """What `Checkpoints.restore` has read. The iterator is not included, because it is set in place.
+
+    Attributes:
+      step: training step of the checkpoint.
+      state: arrays in the structure of `abstract_state`.
+      ema: EMA parameters in the structure of `abstract_ema`.
+    """
 
     step: int
     state: PyTree
@@ -56,34 +74,37 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run: asynchronous saves, and restores that step over a damaged checkpoint.
+    """The checkpoints of one run: asynchronous saves, and restores that skip damaged checkpoints.
 
-    A context manager; leaving it waits for the save in progress.
+    A context manager, which waits for the save in progress when its block ends.
+
+    Attributes:
+      directory: folder of the checkpoints.
     """
 
     def __init__(
         self,
-        directory: str | PathLike,
+        directory: str | PathLike[str],
         *,
         keep: int = 1,
         best: BestMetric | None = None,
         keep_best: int = 1,
         read_only: bool = False,
     ):
-        """Opens the folder, creating it unless `read_only`.
+        """Opens the folder, and creates it unless `read_only`.
 
         Args:
-          directory: folder that holds the checkpoints, on a disk or in a bucket.
-          keep: number of newest checkpoints to keep; an older one is deleted once a newer one is complete.
-          best: what makes a checkpoint the best; None: no checkpoint is.
-          keep_best: number of best checkpoints to keep, whether or not they are among the newest.
-          read_only: nothing is created, renamed or deleted; for sampling, also while a training writes.
+          directory: folder of the checkpoints, on a disk or in a bucket.
+          keep: number of newest checkpoints to keep. Older ones are deleted when a newer one is complete.
+          best: the metric that ranks checkpoints; None: checkpoints are not ranked.
+          keep_best: number of best checkpoints to keep in addition to the newest.
+          read_only: create, rename and delete nothing. For sampling, also while a training job writes to the folder.
 
         Raises:
           InputError: the folder cannot be created or written.
         """
-        directory = to_path(directory)
-        self.directory = directory if is_bucket(directory) else directory.absolute()
+        path = to_path(directory)
+        self.directory: AnyPath = path if is_bucket(path) else path.absolute()
         self._keep = None if read_only else keep
         self._ranking = Ranking(best, keep_best)
         if not read_only:
@@ -96,7 +117,7 @@ class Checkpoints:
         self._read_scores()
 
     def _reload(self) -> None:
-        """Looks at the folder again."""
+        """Reads the list of checkpoints and their scores again."""
         self._store.reload()
         self._read_scores()
 
@@ -113,7 +134,7 @@ class Checkpoints:
         try:
             verify_checksums(self.directory / str(step) / DESCRIPTION)
             return self._ranking.score(self._store.describe(step)["metrics"])
-        except (DamagedError, InputError, OSError):  # told when it is restored
+        except (DamagedError, InputError, OSError):  # `restore` reports it
             return None
 
     def __enter__(self) -> Self:
@@ -127,7 +148,7 @@ class Checkpoints:
             return
         try:
             self.close()
-        except InputError as failure:  # must not hide the error that ends the block
+        except InputError as failure:  # must not hide the exception that ends the block
             logger.error("%s", failure)
 
     # Writing
@@ -138,50 +159,51 @@ class Checkpoints:
         *,
         state: PyTree,
         ema: PyTree,
-        iterator: "grain.DatasetIterator | None",
+        iterator: DataIterator | None,
         metrics: Mapping[str, SupportsFloat] | None = None,
     ) -> None:
-        """Starts to save a checkpoint and returns once the values are copied: the caller may donate its arrays.
+        """Starts to save a checkpoint, and returns when the arrays are copied, so the caller may donate them.
 
-        A step that has a checkpoint already is left as it is. Typed PRNG keys may be leaves.
+        Does nothing if the step already has a checkpoint.
 
         Args:
-          step: training step that the checkpoint is named after.
-          state: arrays that training needs besides `ema`.
-          ema: EMA parameters.
-          iterator: data iterator whose position is saved, if any: a state that is the same in every process.
-          metrics: measurements of `ema`, the same in every process.
+          step: training step, which names the checkpoint.
+          state: tree of arrays that training needs in addition to `ema`. Leaves may be typed PRNG keys.
+          ema: tree of EMA parameters.
+          iterator: data iterator whose position is saved; its state must be the same in every process.
+          metrics: measurements of `ema`, the same in every process. Values that are not finite are not saved.
 
         Raises:
-          InputError: an array is not finite, this save could not start, or the one before it failed.
+          InputError: an array is not finite, this save cannot start, or the previous save failed.
         """
         self.wait()
         if step in self.steps():
             return
         if jax.process_count() > 1:
-            with together():  # a process that fails within Orbax's `save` leaves the others waiting there
+            with together():  # if one process failed within Orbax's `save`, the others would wait there
                 require_writable(self.directory)
         trees = {"ema": flat_trees.flatten(ema), "state": flat_trees.flatten(state)}
         if bad := _first_not_finite(trees):
             raise InputError(f"The checkpoint of step {step} is not saved: {bad} is not finite. {self._last_good()}")
         values = {name: float(value) for name, value in (metrics or {}).items()}
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
         description = {
             "arrays": {name: flat_trees.forms(tree) for name, tree in trees.items()},
             "data": None if iterator is None else iterator.get_state(),
-            "metrics": {name: value for name, value in values.items() if math.isfinite(value)},
+            "metrics": finite,
         }
-        self._ranking.add(step, description["metrics"])
+        self._ranking.add(step, finite)
         try:
             self._store.save(step, trees, description)
         except (UnwrittenError, LateError) as error:
-            # Alone: the others may wait in Orbax for this process, and end when it does.
+            # Not `together`: the other processes may wait in Orbax for this process, until it ends.
             raise self._failure(str(error), reopen=jax.process_count() == 1) from error
 
     def wait(self) -> None:
-        """Returns when the save in progress is complete.
+        """Waits until the save in progress is complete.
 
         Raises:
-          InputError: it failed, in this process or in another.
+          InputError: the save failed, in this process or in another.
         """
         try:
             with together(UnwrittenError, LateError):
@@ -190,13 +212,17 @@ class Checkpoints:
             raise self._failure(str(error), reopen=True) from error
 
     def close(self) -> None:
-        """Waits as `wait` does and releases the threads."""
+        """Waits until the save in progress is complete, and ends the threads of the store.
+
+        Raises:
+          InputError: the save failed, in this process or in another.
+        """
         self.wait()
         self._store.close()
 
     def _failure(self, reason: str, *, reopen: bool) -> InputError:
         if reopen:
-            # A store whose save failed keeps the failed step and its thread; a fresh one reads the folder again.
+            # After a failed save, the store still lists the step and keeps its thread. A new store reads the folder.
             with contextlib.suppress(Exception):
                 self._store.close()
             with contextlib.suppress(Exception):
@@ -213,41 +239,40 @@ class Checkpoints:
     # Reading
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a complete checkpoint, readable or not, in rising order."""
+        """Returns the steps that have a complete checkpoint, damaged or not, in increasing order."""
         return self._store.steps()
 
     def latest_step(self) -> int | None:
-        """Returns the newest step that has a complete checkpoint, readable or not."""
+        """Returns the newest step that has a complete checkpoint, damaged or not; None if there is no checkpoint."""
         return max(self.steps(), default=None)
 
     def best_step(self) -> int | None:
-        """Returns the step of the best checkpoint; None if no checkpoint has the metric."""
+        """Returns the step of the best checkpoint; None if no checkpoint is ranked."""
         return next(iter(self._ranking.sort(self.steps())), None)
 
-    def restore(
-        self, abstract_state: PyTree, abstract_ema: PyTree, iterator: "grain.DatasetIterator | None"
-    ) -> Restored | None:
-        """Reads the newest checkpoint that is whole and finite.
+    def restore(self, abstract_state: PyTree, abstract_ema: PyTree, iterator: DataIterator | None) -> Restored | None:
+        """Restores the newest checkpoint that is complete, undamaged and finite.
 
-        A damaged one is stepped over with a warning and renamed to `damaged-STEP`, so that its step can be saved again.
+        A damaged checkpoint is skipped with a warning and renamed to `damaged-STEP`, so that its step can be saved
+        again.
 
         Args:
-          abstract_state: tree of `jax.ShapeDtypeStruct` (or arrays) like the one saved; a leaf's sharding is honoured,
-            a leaf without one goes to the default device.
+          abstract_state: tree of `jax.ShapeDtypeStruct`s (or arrays) that describes the saved `state`. An array is
+            restored with the sharding of its leaf, or on the default device if the leaf has none.
           abstract_ema: the same for the EMA parameters.
-          iterator: data iterator to set to the saved position, if any.
+          iterator: data iterator to set to the saved position.
 
         Returns:
-          The restored values, or None if the folder holds no checkpoint.
+          The restored values, or None if the folder has no checkpoint.
 
         Raises:
-          InputError: the checkpoint holds other arrays than asked for, or no checkpoint can be read.
+          InputError: the arrays in the checkpoint differ from those described, or all checkpoints are damaged.
         """
 
         def read(step: int) -> Restored:
             position = self._store.describe(step)["data"]
             if iterator is not None and position is None:
-                raise DamagedError(f"{self.directory / str(step)} holds no position in the data")
+                raise DamagedError(f"{self.directory / str(step)} does not contain the position in the data")
             trees = self._read_trees(step, {"state": abstract_state, "ema": abstract_ema})
             if iterator is not None:
                 iterator.set_state(position)
@@ -259,14 +284,16 @@ class Checkpoints:
     def restore_ema(
         self, abstract_ema: PyTree, checkpoint: int | Literal["newest", "best"] = "newest"
     ) -> tuple[int, PyTree]:
-        """Returns step and EMA parameters of a checkpoint that is whole and finite; changes nothing on the disk.
+        """Returns the step and the EMA parameters of a checkpoint; changes nothing in the folder.
 
         Args:
-          abstract_ema: see `restore`.
-          checkpoint: that of a step, or the best or the newest of those that are whole.
+          abstract_ema: tree of `jax.ShapeDtypeStruct`s (or arrays) that describes the EMA parameters and their
+            shardings, as for `restore`.
+          checkpoint: "newest" or "best", which skip damaged checkpoints, or the step of a checkpoint.
 
         Raises:
-          InputError: there is no such checkpoint, it holds other arrays than asked for, or cannot be read.
+          InputError: the checkpoint does not exist, its arrays differ from those described, or it is damaged.
+          ValueError: `checkpoint` is "best", and this object was created without the metric `best`.
         """
 
         def candidates() -> list[int]:
@@ -286,7 +313,8 @@ class Checkpoints:
             return restored
         if not self.steps():
             raise InputError(f"There is no checkpoint in {self.directory}; train first: python run.py ... train")
-        wanted = f"whose {self._ranking.best.name} is known" if checkpoint == "best" else f"of step {checkpoint}"
+        best = self._ranking.best
+        wanted = f"of step {checkpoint}" if best is None or checkpoint != "best" else f"whose {best.name} is known"
         listed = ", ".join(map(str, self.steps()))
         raise InputError(f"There is no checkpoint {wanted} in {self.directory}; it has the steps {listed}.")
 
@@ -295,7 +323,9 @@ class Checkpoints:
 
     def _best_first(self) -> list[int]:
         if self._ranking.best is None:
-            raise ValueError("which checkpoint is the best is known only of `Checkpoints` with `best`")
+            raise ValueError(
+                "checkpoint is 'best', which needs a metric; create Checkpoints(..., best=BestMetric(...))"
+            )
         return self._ranking.sort(self.steps())
 
     def _first_readable(
@@ -306,7 +336,7 @@ class Checkpoints:
         *,
         set_aside: bool = True,
     ) -> Result | None:
-        """Returns `read(step)` of the first candidate whose items are whole, or None without candidates."""
+        """Returns `read(step)` for the first candidate with undamaged items, or None if there are no candidates."""
         self.wait()
         self._reload()
         damaged = []
@@ -315,9 +345,9 @@ class Checkpoints:
                 self._verify(step, items)
                 result = read(step)
             except Exception as error:
-                is_damage = isinstance(error, DamagedError)  # on which all processes agree
+                is_damage = isinstance(error, DamagedError)  # the same in all processes
                 if (is_damage or jax.process_count() == 1) and not self._exists(step):
-                    # Deleted by a training that continues: look again.
+                    # A training job in progress has deleted it: read the list again.
                     return self._first_readable(candidates, items, read, set_aside=set_aside)
                 if not is_damage:
                     raise
@@ -342,7 +372,7 @@ class Checkpoints:
             return [str(self._rename_damaged(step)) for step in steps]
 
         for target in agreement.from_primary(rename):
-            logger.warning("It is kept as %s; delete it when you no longer want it.", target)
+            logger.warning("The damaged checkpoint is kept as %s; delete it when you no longer need it.", target)
         self._reload()
 
     def _rename_damaged(self, step: int) -> AnyPath:
@@ -364,7 +394,7 @@ class Checkpoints:
             self._store.verify(step, items)
 
     def _read_trees(self, step: int, abstract: Mapping[str, PyTree]) -> dict[str, PyTree]:
-        """Restores items of a checkpoint whose files are whole. Raises DamagedError if an array is not finite."""
+        """Restores items of a verified checkpoint. Raises DamagedError if an array is not finite."""
         targets = {item: flat_trees.flatten_abstract(tree) for item, tree in abstract.items()}
         saved = self._store.describe(step)["arrays"]
         different = [
@@ -374,7 +404,7 @@ class Checkpoints:
         ]
         if different:
             raise InputError(
-                f"{self.directory / str(step)} was saved by a run of another configuration:"
+                f"{self.directory / str(step)} was saved by a run with another configuration:"
                 f"{flat_trees.shorten(different)}\nGive the configuration of that run, or name another folder."
             )
         restored = self._store.read(step, targets)

@@ -1,12 +1,13 @@
-"""One file that samples: the EMA parameters of a run, its configuration, and its autoencoder if it has one.
+"""Exported models: one file with everything that sampling needs.
 
-The file is in the format safetensors, which other programs read too. Names are the paths of the parameters:
+The file contains the EMA parameters of a run, its configuration and, for a denoiser of latents, its KL autoencoder. It
+has the safetensors format, which other programs can read. The names of the arrays are the paths of the parameters:
 
-    layers.stacked.mixer.in_proj.kernel         of the denoiser
-    autoencoder.decoder.conv_in.kernel          of the KL autoencoder, for a denoiser of latents
+    layers.stacked.mixer.in_proj.kernel         denoiser
+    autoencoder.decoder.conv_in.kernel          KL autoencoder
 
-and its metadata, all strings: format, version, step, config (JSON, with the classes of the masks), autoencoder (JSON of
-`KlConfig`), crc32 (of the arrays' bytes in the order of their names).
+All metadata are strings: format, version, step, config (JSON, including the mask classes), autoencoder (JSON of
+`KlConfig`), and crc32 (of the bytes of all arrays, sorted by name).
 """
 
 import contextlib
@@ -41,7 +42,14 @@ _AUTOENCODER = "autoencoder"
 
 @dataclasses.dataclass(frozen=True)
 class Exported:
-    """What a file holds: all that a `Pipeline` is made of."""
+    """The content of an exported file.
+
+    Attributes:
+      config: configuration of the run.
+      step: training step of the parameters.
+      params: EMA parameters of the denoiser.
+      autoencoder: of the run, with its parameters.
+    """
 
     config: Config
     step: int
@@ -50,20 +58,20 @@ class Exported:
 
 
 def export_params(
-    path: str | PathLike,
+    path: str | PathLike[str],
     config: Config,
     step: int,
     params: Params,
     autoencoder: IdentityAutoencoder | KlAutoencoder | None = None,
 ) -> None:
-    """Writes the file at `path`, which appears when it is complete; of several processes the first one writes.
+    """Writes an exported file atomically. Every process of a job must call this; the first one writes.
 
     Args:
-      path: on a disk or in a bucket; its folder is made, and a file that is there replaced.
-      config: of the run.
-      step: training step that the parameters are from.
+      path: file on a disk or in a bucket. Its folder is created, and an existing file is replaced.
+      config: configuration of the run.
+      step: training step of the parameters.
       params: EMA parameters of the denoiser, on one device of this process.
-      autoencoder: of the run; none is needed by a denoiser of pixels.
+      autoencoder: of the run; a denoiser of pixels needs none.
 
     Raises:
       InputError: a parameter is not finite, or the file cannot be written.
@@ -81,25 +89,28 @@ def export_params(
         if isinstance(autoencoder, KlAutoencoder):
             tree[_AUTOENCODER] = nnx.to_pure_dict(nnx.split(autoencoder)[1])
             metadata[_AUTOENCODER] = json.dumps(dataclasses.asdict(autoencoder.config))
-        path, flat = to_path(path), flat_trees.flatten(tree)
+        file, flat = to_path(path), flat_trees.flatten(tree)
         if bad := flat_trees.first_not_finite(flat):
-            raise InputError(f"{path} is not written: the parameter {bad} is not finite. Export another checkpoint.")
+            raise InputError(f"{file} is not written: the parameter {bad} is not finite. Export another checkpoint.")
         arrays = {name: np.ascontiguousarray(array) for name, array in flat.items()}
         try:
-            with bucket_errors(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
+            with bucket_errors(file):
+                file.parent.mkdir(parents=True, exist_ok=True)
             content = safetensors.numpy.save(arrays, metadata | {"crc32": str(_crc32(arrays))})
-            write_atomically(path, content)
+            write_atomically(file, content)
         except OSError as error:
-            raise InputError(f"{path} cannot be written ({error}); free disk space or name another file.") from error
+            raise InputError(f"{file} cannot be written ({error}); free disk space or name another file.") from error
 
 
-def load_exported(path: str | PathLike) -> Exported:
-    """Returns what `export_params` wrote.
+def load_exported(path: str | PathLike[str]) -> Exported:
+    """Returns the content of a file that `export_params` wrote.
+
+    Args:
+      path: the file, on a disk or in a bucket.
 
     Raises:
-      InputError: there is no such file, it is damaged, of another program or version, holds other arrays than its
-        configuration describes, or one that is not finite.
+      InputError: the file does not exist, is damaged, or was written by another program or version; its arrays differ
+        from those that its configuration describes, or one of them is not finite.
     """
     path = to_path(path)
     with _opened(path) as content:
@@ -107,7 +118,7 @@ def load_exported(path: str | PathLike) -> Exported:
         arrays = {name: content.get_tensor(name) for name in content.keys()}
     config = config_files.from_json(metadata["config"], f"the configuration in {path}")
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    autoencoder = IdentityAutoencoder()
+    graph = None
     if _AUTOENCODER in metadata:
         sizes = KlConfig(**_with_tuples(json.loads(metadata[_AUTOENCODER])))
         graph, state = nnx.split(nnx.eval_shape(lambda: KlAutoencoder(sizes, rngs=nnx.Rngs(0))))
@@ -119,17 +130,23 @@ def load_exported(path: str | PathLike) -> Exported:
     if different := flat_trees.list_differences(flat_trees.forms(arrays), expected, owners=owners):
         raise InputError(f"{path} holds other arrays than its configuration describes:{flat_trees.shorten(different)}")
     if metadata.get("crc32") != str(_crc32(arrays)):
-        raise InputError(f"{path} has not the bytes that were exported; copy it again.")
+        raise InputError(f"{path} differs from what was exported; copy it again.")
     if bad := flat_trees.first_not_finite(arrays):
         raise InputError(f"{path} cannot be used: the parameter {bad} is not finite. Export another checkpoint.")
     params = flat_trees.unflatten(abstract, arrays)
-    if weights := params.pop(_AUTOENCODER, None):
-        autoencoder = nnx.merge(graph, weights)
+    autoencoder = IdentityAutoencoder() if graph is None else nnx.merge(graph, params.pop(_AUTOENCODER))
     return Exported(config, int(metadata["step"]), params, autoencoder)
 
 
-def read_config(path: str | PathLike) -> Config:
-    """Returns the configuration in an exported file; raises InputError as `load_exported` does."""
+def read_config(path: str | PathLike[str]) -> Config:
+    """Returns the configuration in a file that `export_params` wrote; does not read the arrays.
+
+    Args:
+      path: the file, on a disk or in a bucket.
+
+    Raises:
+      InputError: the file does not exist, is damaged, or was written by another program or version.
+    """
     path = to_path(path)
     with _opened(path) as content:
         return config_files.from_json(content.metadata()["config"], f"the configuration in {path}")
@@ -137,33 +154,36 @@ def read_config(path: str | PathLike) -> Config:
 
 @contextlib.contextmanager
 def _opened(path: AnyPath) -> Iterator[Any]:
-    """Opens a file that `export_params` wrote."""
+    """Opens a file that `export_params` wrote, and checks its format and version."""
     try:
         with on_disk(path) as file, safetensors.safe_open(file, framework="flax") as content:
             metadata = content.metadata() or {}
             if metadata.get("format") != _FORMAT:
-                raise InputError(f"{path} was not written by the command `export`: its metadata do not name {_FORMAT}.")
+                raise InputError(
+                    f"{path} was not written by the command `export`, as its metadata do not name {_FORMAT}; name a "
+                    "file that it wrote."
+                )
             if metadata.get("version") != str(_VERSION):
                 raise InputError(
-                    f"{path} is a file of version {metadata.get('version')}, this release of sisma_jax reads version "
-                    f"{_VERSION}: use the release that exported it, or train and export again."
+                    f"{path} is a file of version {metadata.get('version')}, and this release of sisma_jax reads "
+                    f"version {_VERSION}; use the release that exported it, or train and export again."
                 )
             yield content
     except FileNotFoundError as error:
-        raise InputError(f"There is no file {path}.") from error
+        raise InputError(f"There is no file {path}; name a file that the command `export` wrote.") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
-            f"{path} cannot be read as safetensors ({error}); it is damaged, or no file of the command `export`."
+            f"{path} cannot be read as safetensors ({error}); it is damaged, or the command `export` did not write it."
         ) from error
 
 
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values with tuples for the lists that JSON makes of them."""
+    """Returns the values with tuples in place of the lists that JSON has for them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
-def _crc32(arrays: Mapping[str, Any]) -> int:
+def _crc32(arrays: Mapping[str, np.ndarray | jax.Array]) -> int:
     checksum = 0
     for _, array in sorted(arrays.items()):
-        checksum = zlib.crc32(np.ravel(array).view(np.uint8), checksum)
+        checksum = zlib.crc32(np.ravel(np.asarray(array)).view(np.uint8).data, checksum)
     return checksum

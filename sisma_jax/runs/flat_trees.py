@@ -1,4 +1,4 @@
-"""Trees of arrays as flat dictionaries, under the path of each leaf: "layers.stacked.mixer.in_proj.kernel"."""
+"""Trees of arrays as flat dictionaries, keyed by the path of each leaf: "layers.stacked.mixer.in_proj.kernel"."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,18 +6,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from sisma_jax.parallel.topology import Device
+
 PyTree = Any
 
 _OWNERS = ("the checkpoint", "this run")
 
 
 def flatten(tree: PyTree) -> dict[str, jax.Array]:
-    """Returns {path: array}; NumPy arrays and numbers are copied."""
+    """Returns {path: array}. NumPy arrays and numbers are copied to the default device; JAX arrays are not copied."""
     return {path: leaf if isinstance(leaf, jax.Array) else jnp.array(leaf) for path, leaf in _named_leaves(tree)}
 
 
 def flatten_abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns {path: shape, dtype and sharding}; a leaf without sharding gets the default device."""
+    """Returns {path: shape, dtype and sharding}.
+
+    Args:
+      tree: arrays, `jax.ShapeDtypeStruct`s or numbers. A leaf without a sharding gets the first local device.
+    """
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def abstract(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -28,7 +34,15 @@ def flatten_abstract(tree: PyTree) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def unflatten(abstract: PyTree, arrays: Mapping[str, jax.Array]) -> PyTree:
-    """Returns the arrays in the structure of `abstract`."""
+    """Returns the arrays in the structure of a tree.
+
+    Args:
+      abstract: tree that gives the structure; its leaves are not used.
+      arrays: {path: array} with every path of the tree.
+
+    Raises:
+      KeyError: a path is missing in `arrays`.
+    """
     return jax.tree.unflatten(jax.tree.structure(abstract), [arrays[path] for path, _ in _named_leaves(abstract)])
 
 
@@ -40,17 +54,24 @@ def _named_leaves(tree: PyTree) -> list[tuple[str, Any]]:
 
 
 def forms(arrays: Mapping[str, Any]) -> dict[str, str]:
-    """Returns {path: "float32[64, 48]"}."""
+    """Returns {path: dtype and shape}, such as {"out.kernel": "float32[64, 48]"}.
+
+    Args:
+      arrays: {path: array or `jax.ShapeDtypeStruct`}.
+    """
     return {path: f"{array.dtype}{list(array.shape)}" for path, array in arrays.items()}
 
 
 def first_not_finite(arrays: Mapping[str, jax.Array]) -> str | None:
-    """Returns the path of the first array that holds NaN or infinity, or None.
+    """Returns the path of the first array that contains NaN or infinity, or None.
 
-    One reduction per array where it lies, and one transfer to the host: of global arrays, every process has to call
-    this, and gets the same answer.
+    Each array is reduced on its own devices, and all results are transferred to the host at once. For global arrays,
+    every process must call this; all get the same result.
+
+    Args:
+      arrays: {path: array}; arrays of integers and keys are skipped.
     """
-    by_devices: dict[frozenset[jax.Device], dict[str, jax.Array]] = {}
+    by_devices: dict[frozenset[Device], dict[str, jax.Array]] = {}
     for path, x in arrays.items():
         if jnp.issubdtype(x.dtype, jnp.inexact):
             by_devices.setdefault(frozenset(x.devices()), {})[path] = x
@@ -68,7 +89,14 @@ def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
 def list_differences(
     before: Mapping[str, str], now: Mapping[str, str], prefix: str = "", owners: tuple[str, str] = _OWNERS
 ) -> list[str]:
-    """Returns a line for each path whose form is not the same in both."""
+    """Returns one line for each path whose dtype or shape differs.
+
+    Args:
+      before: the first tree, as `forms` returns it.
+      now: the second tree, likewise.
+      prefix: put before each path.
+      owners: what the lines call the first and the second tree.
+    """
     lines = []
     for name in sorted({*before, *now}):
         theirs, ours = before.get(name, "nothing"), now.get(name, "nothing")
@@ -78,6 +106,10 @@ def list_differences(
 
 
 def shorten(lines: list[str]) -> str:
-    """Returns the first lines of a long list, indented."""
+    """Returns the first five lines, each indented on a line of its own, and the number of the others.
+
+    Args:
+      lines: as `list_differences` returns them.
+    """
     more = [f"and {len(lines) - 5} more"] if len(lines) > 5 else []
     return "\n  ".join(["", *lines[:5], *more])

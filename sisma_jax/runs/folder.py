@@ -1,17 +1,17 @@
-"""The folder of one run: the only code that knows the names of its files.
+"""The folder of one run. No other module knows the names of its files.
 
 RUN/
   config.json             the resolved configuration
-  autoencoder/            weights and sizes as diffusers saves them; not for a denoiser of pixels
-  autoencoder_training/   what a training writes (see below), where the run trains its own autoencoder
+  autoencoder/            weights and sizes in the format of diffusers; absent for a denoiser of pixels
+  autoencoder_training/   checkpoints, metrics and traces of the autoencoder, if the run trains its own
   checkpoints/            see `checkpoints.py`
   metrics.jsonl           see `metrics.py`
   tensorboard/            the same values as TensorBoard events
   profile/                traces of single steps
   samples/                images
-  evaluations/            results of `evaluate`, one folder each, with the names of a run
+  evaluations/            results of the command `evaluate`: numbered folders, whose files are named as in a run
   evaluation.json, loss.png, segmenter_WIDTHxSTEPS.safetensors, plan_TOPOLOGY.json, RUN_STEP.safetensors
-  lock.json               who writes the folder, while it is written; see `lock.py`
+  lock.json               the job that writes to the folder, while it runs; see `lock.py`
 """
 
 import contextlib
@@ -36,20 +36,27 @@ from sisma_jax.runs import lock
 from sisma_jax.runs.export import EXPORT_SUFFIX
 
 Checkpoint = Literal["newest", "best"] | int
-"""Which checkpoint of a run: the newest, that of the lowest held-out loss, or that of a step."""
+"""A checkpoint of a run: the newest, the one with the lowest held-out loss, or the one of a step."""
 
 
 class TrainingFolder:
-    """Where one training writes.
+    """The folder to which one training job writes.
 
     Attributes:
-      path: of the folder, on a disk or in a bucket.
-      checkpoints, tensorboard, profile: folders in it.
-      metrics: file in it.
+      path: the folder, on a disk or in a bucket.
+      checkpoints: folder of the checkpoints.
+      metrics: file with one line of JSON per logged step.
+      tensorboard: folder of the TensorBoard events.
+      profile: folder of the traces.
     """
 
-    def __init__(self, path: str | os.PathLike, require_lock: Callable[[], None] | None = None):
-        """Names a folder, which need not exist; `require_lock`: see the method."""
+    def __init__(self, path: str | os.PathLike[str], require_lock: Callable[[], None] | None = None):
+        """Names the files in a folder, which need not exist.
+
+        Args:
+          path: the folder.
+          require_lock: raises InputError if this job has lost the lock of the folder; None if there is no lock.
+        """
         self.path = to_path(path)
         self.checkpoints = self.path / "checkpoints"
         self.metrics = self.path / "metrics.jsonl"
@@ -58,25 +65,39 @@ class TrainingFolder:
         self._require_lock = require_lock
 
     def require_lock(self) -> None:
-        """Raises InputError, in all processes of the job, if another job has taken the folder over; see `lock.py`."""
+        """Checks that this job still holds the lock of the folder (see `lock.py`); every process must call this.
+
+        Raises:
+          InputError: another job has taken over the folder.
+        """
         with together():
             if self._require_lock is not None:
                 self._require_lock()
 
 
 class RunFolder(TrainingFolder):
-    """The folder of a run: `open` it to read, or hold it for `writing`.
+    """The folder of a run: `open` it for reading, or use `writing` to create or resume a run.
 
     Attributes:
       config: the run's configuration.
-      autoencoder_path: folder of its KL autoencoder.
-      autoencoder_training: where it trains that, unless weights are given.
-      samples, evaluations: folders for images, and for the results of `evaluate`.
-      reconstructions, evaluation, loss_curve, segmenter: files.
+      autoencoder_path: folder of the KL autoencoder.
+      autoencoder_training: folder of the KL autoencoder's training, if the run trains its own.
+      samples: folder for images.
+      reconstructions: image of test images and their reconstructions.
+      evaluations: folder for the results of the command `evaluate`.
+      evaluation: file with the measurements on held-out data.
+      loss_curve: plot of the losses.
+      segmenter: weights of the segmenter that measures mask agreement.
     """
 
-    def __init__(self, path: str | os.PathLike, config: Config, require_lock: Callable[[], None] | None = None):
-        """Names the files of a run with this configuration, in a folder that need not hold one."""
+    def __init__(self, path: str | os.PathLike[str], config: Config, require_lock: Callable[[], None] | None = None):
+        """Names the files of a run in a folder, which need not contain a run.
+
+        Args:
+          path: the folder, on a disk or in a bucket.
+          config: the run's configuration.
+          require_lock: as for `TrainingFolder`.
+        """
         super().__init__(path, require_lock)
         self.config = config
         self.autoencoder_path = self.path / "autoencoder"
@@ -90,92 +111,116 @@ class RunFolder(TrainingFolder):
         self.segmenter = self.path / f"segmenter_{width}x{steps}.safetensors"
 
     @classmethod
-    def open(cls, path: str | os.PathLike, config: Config | None = None) -> Self:
-        """Returns a run for reading; nothing is written.
+    def open(cls, path: str | os.PathLike[str], config: Config | None = None) -> Self:
+        """Returns an existing run for reading; writes nothing.
 
         Args:
-          config: what the run's configuration must be, except for values that may change when a run resumes: these
-            count as given here. None: as the run has it.
+          path: folder of the run, on a disk or in a bucket.
+          config: the expected configuration. Values that may change when a run resumes may differ from the saved ones,
+            and replace them. None: the saved configuration.
 
         Raises:
-          InputError: the folder holds no run, its configuration cannot be read, or it is another one.
+          InputError: the folder contains no run, its configuration cannot be read, or it differs from `config`.
         """
-        path = to_path(path)
+        folder = to_path(path)
         with together():
-            saved = read_config(path)
+            saved = read_config(folder)
             if config is not None:
-                _require_same(path, saved, config)
-        return cls(path, saved if config is None else config)
+                _require_same(folder, saved, config)
+        return cls(folder, saved if config is None else config)
 
     @classmethod
     @contextlib.contextmanager
-    def writing(cls, path: str | os.PathLike, config: Config) -> Iterator[Self]:
-        """Makes the folder of a new run, or checks that a run may be resumed; holds its lock during the block.
+    def writing(cls, path: str | os.PathLike[str], config: Config) -> Iterator[Self]:
+        """Creates a new run or resumes an existing one, and holds the lock of its folder during the block.
 
-        Values that may change when a run resumes replace the saved ones. Every process of a job calls this: the first
-        one holds the lock and writes, and the others check their configuration against what it wrote.
+        Every process of a job must call this. The first process holds the lock and writes the configuration. The others
+        check that they see the same configuration.
+
+        Args:
+          path: folder of the run, on a disk or in a bucket.
+          config: the run's configuration. Values that may change when a run resumes replace the saved ones.
+
+        Yields:
+          The run.
 
         Raises:
-          InputError: another job writes the folder, the run was started with another configuration, its `config.json`
-            cannot be read, or the folder cannot be created or written, or is not the same for all processes.
+          InputError: another job writes to the folder; the run was started with another configuration, or its
+            `config.json` cannot be read; the folder cannot be created or written; or the processes do not all see the
+            same folder.
         """
-        path, require_lock = to_path(path), None
+        folder, require_lock = to_path(path), None
         with contextlib.ExitStack() as held:
             with together():
                 if is_primary():
-                    require_lock = _begin(path, config, held)
+                    require_lock = _begin(folder, config, held)
             if jax.process_count() > 1:
                 with together():
-                    _require_shared(path, config)
-            yield cls(path, config, require_lock)
+                    _require_shared(folder, config)
+            yield cls(folder, config, require_lock)
 
     def sample_grid(self, step: int) -> AnyPath:
-        """Returns the file for samples of a step beside their masks and originals."""
+        """Returns the image file for a grid of masks, samples and originals at a training `step`."""
         return self.samples / f"grid_{step:07d}.png"
 
     def plan(self, topology: str) -> AnyPath:
-        """Returns the file for what the run takes on a topology such as "v5e:4x4"."""
+        """Returns the file for the plan of the run on a `topology` such as "v5e:4x4"."""
         return self.path / f"plan_{topology.replace(':', '-')}.json"
 
     def exported(self, step: int) -> AnyPath:
-        """Returns where the parameters of a step are exported to, unless another file is named."""
+        """Returns the default file for the exported parameters of a training `step`."""
         name = (self.path if is_bucket(self.path) else self.path.resolve()).name
         return self.path / f"{name}_{step:07d}{EXPORT_SUFFIX}"
 
     def has_autoencoder(self) -> bool:
-        """Whether the run has the weights of a KL autoencoder."""
+        """Returns whether the run has the weights of a KL autoencoder."""
         return kl_weights.exist(self.autoencoder_path)
 
     @functools.cached_property
     def autoencoder(self) -> IdentityAutoencoder | KlAutoencoder:
-        """The run's autoencoder, read once.
+        """The run's autoencoder, which is read on first use.
 
         Raises:
-          InputError: the run has none yet, or its files are damaged.
+          InputError: the run has no weights of its KL autoencoder yet, or they are damaged.
         """
-        if self.config.autoencoder.kind == "identity":
-            return IdentityAutoencoder()
+        return IdentityAutoencoder() if self.config.autoencoder.kind == "identity" else self.kl_autoencoder
+
+    @functools.cached_property
+    def kl_autoencoder(self) -> KlAutoencoder:
+        """The run's KL autoencoder, which is read on first use.
+
+        Raises:
+          InputError: the run has no weights of a KL autoencoder, or they are damaged.
+        """
         if not self.has_autoencoder():
             raise InputError(f"{self.path} has no autoencoder yet; run the `autoencoder` command, or `train`.")
         return kl_weights.load(self.autoencoder_path)
 
     @functools.cached_property
     def autoencoder_fingerprint(self) -> str:
-        """What distinguishes the run's KL autoencoder from others."""
-        return kl_weights.fingerprint(self.autoencoder)
-
-    def restore_ema(self, mesh: Mesh, checkpoint: Checkpoint = "newest") -> tuple[int, Params]:
-        """Returns step and EMA parameters of a checkpoint, sharded over the mesh.
+        """Fingerprint that identifies the run's KL autoencoder.
 
         Raises:
-          InputError: there is no such checkpoint, or it cannot be read.
+          InputError: the run has no weights of a KL autoencoder, or they are damaged.
+        """
+        return kl_weights.fingerprint(self.kl_autoencoder)
+
+    def restore_ema(self, mesh: Mesh, checkpoint: Checkpoint = "newest") -> tuple[int, Params]:
+        """Returns the step and the EMA parameters of a checkpoint, sharded over the mesh.
+
+        Args:
+          mesh: of all devices.
+          checkpoint: "newest" or "best", which skip damaged checkpoints, or the step of a checkpoint.
+
+        Raises:
+          InputError: the checkpoint does not exist or is damaged, or the packages to read it are not installed.
         """
         try:
             from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints  # imports Orbax
         except ModuleNotFoundError as error:
             raise InputError(
-                f"{self.path}: checkpoints need the package {error.name}; pip install 'sisma-jax[train]', or load a "
-                "file that the command `export` wrote."
+                f"{self.path}: reading checkpoints needs the package {error.name}; pip install 'sisma-jax[train]', or "
+                "load a file that the command `export` wrote."
             ) from error
 
         abstract = jax.eval_shape(functools.partial(init_params, self.config), jax.random.key(0))
@@ -189,13 +234,13 @@ def _config_path(path: AnyPath) -> AnyPath:
 
 
 def _begin(path: AnyPath, config: Config, held: contextlib.ExitStack) -> Callable[[], None]:
-    """Locks the folder until `held` is closed, and writes the configuration."""
+    """Creates and locks the folder until `held` is closed, and writes the configuration; returns `require_lock`."""
     try:
         with bucket_errors(path):
             path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"The folder {path} cannot be created ({error}); name another folder.") from error
-    _require_resumable(path, config)  # at once, even if it takes long to get the lock
+    _require_resumable(path, config)  # before the lock, for which this process may have to wait
     try:
         require_lock = held.enter_context(lock.hold(path / "lock.json"))
         _require_resumable(path, config)
@@ -213,8 +258,8 @@ def _require_resumable(path: AnyPath, config: Config) -> None:
 def _require_shared(path: AnyPath, config: Config) -> None:
     if not _exists(_config_path(path)):
         raise InputError(
-            f"Process {jax.process_index()} does not see {_config_path(path)}, which process 0 wrote: the folder of a "
-            "run must be on a disk that all processes share, or in a bucket."
+            f"Process {jax.process_index()} does not see {_config_path(path)}, which process 0 wrote; put the folder "
+            "of the run on a disk that all processes share, or in a bucket."
         )
     _require_same(path, read_config(path), config)
 
@@ -233,22 +278,27 @@ def _require_same(path: AnyPath, saved: Config, config: Config) -> None:
         raise InputError(
             f"{path} holds a run with another configuration:\n  "
             + "\n  ".join(different)
-            + "\nGive the run's own values to resume it, or another folder to start a new run."
+            + "\nGive the run's own values to resume it, or name another folder to start a new run."
         )
 
 
 def read_config(path: AnyPath) -> Config:
-    """Returns the configuration of a run.
+    """Returns the saved configuration of a run.
+
+    Args:
+      path: folder of the run.
 
     Raises:
-      InputError: the folder holds no run, or its configuration cannot be read.
+      InputError: the folder contains no run, or its configuration cannot be read.
     """
     file = _config_path(path)
     try:
         with bucket_errors(file):
             text = file.read_bytes().decode()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise InputError(f"{path} holds no run: there is no {file}. Train first, or name another folder.") from error
+        raise InputError(
+            f"{path} holds no run, as {file} does not exist; train first, or name another folder."
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{file} cannot be read ({error}).") from error
     return config_files.from_json(text, source=str(file))

@@ -1,18 +1,17 @@
-"""The lock of a run's folder: one job writes it at a time.
+"""The lock of a run's folder: only one job at a time writes to it.
 
-On a disk the lock is `flock` on a file: the kernel releases it when its process ends, however that happens. It also
-holds between hosts that share the disk where the file system passes `flock` on (NFS 4, GPFS, Lustre with `-o flock`);
-where it knows no `flock`, on Windows, and in a bucket, the lock is a lease:
+On a disk, the lock is `flock` on a file. The kernel releases it when the process ends for any reason. It also works
+between hosts that share the disk if the file system supports this (NFS 4, GPFS, Lustre with `-o flock`).
 
-    an object with process, host, a random token and a count, which its holder rewrites every `RENEW_SECS`. A newcomer
-    that finds one watches it: if its content changes, the holder is alive and the newcomer is refused; if nothing
-    changes for three times `RENEW_SECS`, the holder is dead and the newcomer takes the lease over. Clocks of different
-    hosts are never compared.
+On Windows, in a bucket, and on file systems without `flock`, the lock is a lease. This is a file (or an object) with
+the process, the host, a random token and a count, which the holder rewrites every `RENEW_SECS`. A process that finds a
+lease watches it for three times `RENEW_SECS`. If the content changes, the holder is alive, and the process fails. If it
+does not change, the process takes over the lease. Clocks of different hosts are never compared.
 
-The lease protects against two jobs that are started on one folder by mistake, also at the same moment. It is no mutual
-exclusion in the strict sense, because a bucket, as it is reached here, has no write that depends on what was there
-before: a holder that cannot reach the bucket, or is suspended, for three times `RENEW_SECS` is taken for dead. When it
-is back it finds the token of another, and saves no more checkpoints; what it wrote until then is not undone.
+The lease prevents two jobs from writing to one folder when both are started by mistake, even at the same moment. It
+does not guarantee mutual exclusion, because there is no conditional write to a bucket here. A holder that is suspended
+or cannot reach the bucket for three times `RENEW_SECS` loses its lease to another process. When it continues, it finds
+the other process's token and saves no more checkpoints, but what it has written until then remains.
 """
 
 import contextlib
@@ -38,9 +37,10 @@ except ModuleNotFoundError:  # Windows has no `flock`
     fcntl = None
 
 RENEW_SECS = 15.0
+"""Seconds between two renewals of a lease."""
 _LOOKS_PER_RENEWAL = 5
 
-# What file systems without `flock` answer.
+# Errors of file systems without `flock`.
 _NO_FLOCK = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 logger = logging.getLogger(__name__)
@@ -48,13 +48,16 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def hold(path: AnyPath) -> Iterator[Callable[[], None]]:
-    """Holds the lock at `path`, in a folder that exists, during the block.
+    """Holds a lock during the block.
+
+    Args:
+      path: file of the lock, on a disk or in a bucket; its folder must exist.
 
     Yields:
-      A function that raises InputError if another process has taken the lock meanwhile.
+      A function that raises InputError if another process has taken over the lock in the meantime.
 
     Raises:
-      InputError: another process holds the lock: the message names process and host.
+      InputError: another process holds the lock; the message names its process id and host.
       OSError: the lock cannot be written.
     """
     with contextlib.ExitStack() as held:
@@ -81,10 +84,12 @@ def _flocked(path: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            path.unlink(missing_ok=True)  # still locked: who has opened this file finds another at the path, or none
+            # Still locked. A process that has already opened this file will find that it is no longer at the path.
+            path.unlink(missing_ok=True)
 
 
 def _open_locked(path: Path) -> BinaryIO:
+    assert fcntl is not None
     while True:
         file = path.open("a+b")
         with contextlib.ExitStack() as unless_locked:
@@ -94,14 +99,14 @@ def _open_locked(path: Path) -> BinaryIO:
             except BlockingIOError:
                 file.seek(0)
                 raise _refusal(path, file.read()) from None
-            with contextlib.suppress(FileNotFoundError):  # removed by its holder after it was opened here
+            with contextlib.suppress(FileNotFoundError):  # its holder has deleted it since it was opened here
                 if os.path.samestat(os.fstat(file.fileno()), path.stat()):
                     unless_locked.pop_all()
                     return file
 
 
 class _Lease:
-    """A lease at a path. A context manager."""
+    """Context manager that holds a lease at a path; raises InputError if another process holds it."""
 
     def __init__(self, path: AnyPath):
         self._path = path
@@ -113,7 +118,7 @@ class _Lease:
     def __enter__(self) -> Self:
         self._require_abandoned()
         self._write()
-        # Of two newcomers that have found no lease, the one that wrote last has it.
+        # If two processes have found no lease at the same time, the one that writes last holds it.
         time.sleep(RENEW_SECS / _LOOKS_PER_RENEWAL)
         found = self._read()
         if self._is_lost(found):
@@ -130,30 +135,31 @@ class _Lease:
                     self._path.unlink()
         except OSError as error:
             logger.warning(
-                "%s cannot be removed (%s); the next run here waits until it is abandoned.", self._path, error
+                "%s cannot be deleted (%s); the next run in this folder waits %.0f seconds for the lease to expire.",
+                *(self._path, error, 3 * RENEW_SECS),
             )
 
     def require(self) -> None:
-        """Raises InputError if another process has the lease."""
+        """Raises InputError if another process holds the lease."""
         try:
             found = self._read()
-        except OSError:  # what is written next has the same trouble, and tells it
+        except OSError:  # the next write of the caller fails likewise, and reports it
             return
         if self._is_lost(found):
             raise InputError(
                 f"{self._path.parent} was taken over by {_describe(found or b'')}, because this process did not renew "
-                f"its lease for {3 * RENEW_SECS:.0f} seconds; it writes no more. Stop one of the two."
+                f"its lease for {3 * RENEW_SECS:.0f} seconds. This process no longer writes to it; stop one of the two."
             )
 
     def _require_abandoned(self) -> None:
-        """Returns if there is no lease, or once it has not been renewed for long; raises InputError if it is."""
+        """Returns if there is no lease, or when it has expired; raises InputError if another process renews it."""
         first = self._read()
         for look in range(3 * _LOOKS_PER_RENEWAL):
-            if not first:  # empty: a trial of `flock`
+            if not first:  # empty: left by an attempt to use `flock`
                 return
             if look == 0:
                 logger.warning(
-                    "%s says that %s writes this folder; waiting up to %.0f seconds to see whether it is alive.",
+                    "According to %s, %s writes to this folder; waiting up to %.0f seconds to see whether it is alive.",
                     *(self._path, _describe(first), 3 * RENEW_SECS),
                 )
             time.sleep(RENEW_SECS / _LOOKS_PER_RENEWAL)
@@ -164,7 +170,7 @@ class _Lease:
 
     def _renew(self) -> None:
         while not self._ended.wait(RENEW_SECS):
-            with contextlib.suppress(OSError):  # the network, which comes back
+            with contextlib.suppress(OSError):  # probably a temporary network failure
                 if self._is_lost(self._read()):
                     return
                 self._write()
@@ -192,7 +198,7 @@ def _owner() -> dict[str, Any]:
 def _parse(content: bytes) -> dict[str, Any]:
     try:
         return dict(json.loads(content))
-    except (ValueError, TypeError):  # its holder has not written it yet
+    except (ValueError, TypeError):  # the holder has not written it yet
         return {}
 
 

@@ -1,4 +1,4 @@
-"""Scalars of a run over its steps, as JSON lines for programs and as TensorBoard events for people."""
+"""Metrics of a run at each logged step, as JSON lines for programs and as TensorBoard events."""
 
 import contextlib
 import json
@@ -7,12 +7,14 @@ import math
 import tempfile
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, SupportsFloat
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.event_pb2 import (
+    Event,  # pyright: ignore[reportAttributeAccessIssue] protobuf defines it at run time
+    SessionLog,  # pyright: ignore[reportAttributeAccessIssue] protobuf defines it at run time
+)
 from tensorboardX.summary import scalar
 
 from sisma_jax.errors import InputError
@@ -24,23 +26,24 @@ logger = logging.getLogger(__name__)
 
 
 class MetricWriter:
-    """Appends to the JSON lines and to the TensorBoard events of a training. A context manager.
+    """Context manager that appends metrics to the JSON lines and the TensorBoard events of a training job.
 
-    A line reads {"step": 50, "loss": 0.5, ...}. JSON has no numbers that are not finite: they are the strings "nan",
-    "inf" and "-inf", which `read_metrics` turns into floats again.
+    A line is {"step": 50, "loss": 0.5, ...}. JSON has no numbers that are not finite, so these are the strings "nan",
+    "inf" and "-inf", which `read_metrics` converts to floats.
 
-    All processes of a job make one; that of the first process writes, the others do nothing. Nothing can be appended to
-    an object in a bucket: the files grow on the disk, and `sync` and `close` copy them there.
+    Every process of a job creates a writer. That of the first process writes, and the others do nothing. If the run is
+    in a bucket, where nothing can be appended to an object, the files grow on the local disk, and `sync` and `close`
+    copy them to the bucket.
     """
 
     def __init__(self, folder: TrainingFolder, *, resume_step: int | None = None):
-        """Opens the files at the point from which training resumes.
+        """Opens the files, and drops what the resumed training will write again.
 
         Args:
-          folder: of the training; it exists.
-          resume_step: step of the restored checkpoint, None if training starts from nothing. What an earlier process
-            logged after it belongs to steps that are now trained again, and is dropped; so is the torn last line that
-            a killed process leaves.
+          folder: of the training job; must exist.
+          resume_step: step of the restored checkpoint, or None if training starts from the beginning. Lines of later
+            steps are dropped, because these steps are trained again. So is an incomplete last line, which a killed
+            process may leave.
 
         Raises:
           InputError: the files cannot be read or written.
@@ -73,7 +76,11 @@ class MetricWriter:
             self._is_open = True
 
     def write(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Appends the values of one step; the line is on its way to the disk when this returns.
+        """Appends the values of one step, and hands the line to the operating system before it returns.
+
+        Args:
+          step: training step.
+          values: {name: value}; a value may be a float or a scalar array.
 
         Raises:
           InputError: the file cannot be written.
@@ -91,9 +98,9 @@ class MetricWriter:
             raise self._failure(error) from error
 
     def sync(self) -> None:
-        """Copies what was written to the bucket, if the run is in one.
+        """Copies the files to the bucket, if the run is in one.
 
-        To be called before each checkpoint: a run that resumes from it has lost what was not copied.
+        Must be called before each checkpoint. Otherwise, a run that resumes from it lacks the lines before it.
 
         Raises:
           InputError: the bucket cannot be written.
@@ -107,10 +114,10 @@ class MetricWriter:
             raise self._failure(error) from error
 
     def close(self) -> None:
-        """Closes both files, once.
+        """Closes both files, and copies them to the bucket if the run is in one. A second call does nothing.
 
         Raises:
-          InputError: what was written last does not fit on the disk, or the bucket cannot be written.
+          InputError: the last values cannot be written to the disk or the bucket.
         """
         if not self._is_open:
             return
@@ -132,16 +139,16 @@ class MetricWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # A failure to close must not hide the error that ends the block.
+        # A failure to close must not hide the exception that ends the block.
         with contextlib.suppress(InputError) if error is not None else contextlib.nullcontext():
             self.close()
 
 
-def _open_events(folder: Path, first_step: int) -> tuple[Path, EventsWriter]:
-    """Opens a new file of events and tells TensorBoard to hide earlier ones at or after `first_step`.
+def _open_events(folder: AnyPath, first_step: int) -> tuple[AnyPath, EventsWriter]:
+    """Opens a new file of events, which makes TensorBoard hide earlier events at or after `first_step`.
 
-    Not tensorboardX's `SummaryWriter`: its thread dies when the disk is full, and the tenth value after that waits for
-    it forever, and with it the training.
+    This does not use tensorboardX's `SummaryWriter`. Its thread ends when the disk is full, and then training would
+    wait for this thread forever.
     """
     folder.mkdir(exist_ok=True)
     suffix = f".{time.time_ns()}"
@@ -151,13 +158,16 @@ def _open_events(folder: Path, first_step: int) -> tuple[Path, EventsWriter]:
 
 
 def read_metrics(path: AnyPath) -> list[dict[str, Any]]:
-    """Returns the lines of a file of metrics in the order written; "step" is an int, every other value a float.
+    """Returns the lines of a metrics file in order, each as {"step": int, name: float, ...}.
 
-    A last line without its end is what a killed or still running process leaves, and is left out. Any other line that
-    cannot be read is left out with a warning.
+    An incomplete last line, which a killed or running process leaves, is ignored. Any other line that cannot be parsed
+    is ignored with a warning.
+
+    Args:
+      path: the file, on a disk or in a bucket.
 
     Raises:
-      InputError: there is no such file.
+      InputError: the file does not exist or cannot be read.
     """
     try:
         with bucket_errors(path):
@@ -175,7 +185,7 @@ def _parse(path: AnyPath) -> list[dict[str, Any]]:
             step = int(values.pop("step"))
             parsed.append({"step": step} | {key: float(value) for key, value in values.items()})
         except (ValueError, TypeError, AttributeError, KeyError):
-            logger.warning("%s, line %d is damaged and is left out: %.80r", path, number, line)
+            logger.warning("%s, line %d is damaged and is ignored: %.80r", path, number, line)
     return parsed
 
 

@@ -1,10 +1,11 @@
-"""A trace of some steps, for TensorBoard's profile tab or XProf."""
+"""Traces of single training steps, for TensorBoard's profile tab or XProf."""
 
 import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 
@@ -13,32 +14,36 @@ from sisma_jax.files import AnyPath, bucket_errors, is_bucket
 
 @contextlib.contextmanager
 def traced(folder: AnyPath) -> Iterator[None]:
-    """Writes what devices and host do in the block to `folder`; each process adds its own part.
+    """Traces the devices and the host during the block; each process writes its own part.
 
-    The block has to wait for its results, or what computes them is cut off.
+    The block must wait for its results. Otherwise, the trace ends before the devices have computed them.
+
+    Args:
+      folder: for the trace, on a disk or in a bucket.
 
     Raises:
       OSError: the folder cannot be written.
     """
     with contextlib.ExitStack() as resources:
-        local = Path(resources.enter_context(tempfile.TemporaryDirectory())) if is_bucket(folder) else folder
-        with jax.profiler.trace(str(local)):
+        temporary = Path(resources.enter_context(tempfile.TemporaryDirectory())) if is_bucket(folder) else None
+        with jax.profiler.trace(str(temporary or folder)):
             yield
-        if local is not folder:
-            for file in local.rglob("*"):
+        if temporary is not None:
+            for file in temporary.rglob("*"):
                 if file.is_file():
-                    target = folder / file.relative_to(local)
+                    target = folder / file.relative_to(temporary)
                     with bucket_errors(target):
                         target.parent.mkdir(parents=True, exist_ok=True)
                         target.write_bytes(file.read_bytes())
 
 
 class Profile:
-    """Traces the given steps of a loop. A context manager.
+    """Context manager that traces the given steps of a loop.
 
     Args:
-      steps: numbers of the steps; those before the first that is done are not traced.
-      folder: for the trace.
+      steps: numbers of the steps to trace. Steps that the loop does not run, because it resumes after them, are
+        ignored.
+      folder: for the trace, on a disk or in a bucket.
     """
 
     def __init__(self, steps: range, folder: AnyPath):
@@ -47,13 +52,28 @@ class Profile:
         self._is_on = False
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """Starts the trace if the step is to be traced; must be called before each step.
+
+        Args:
+          step: number of the step.
+
+        Raises:
+          OSError: the folder cannot be written.
+        """
         if step in self._steps and not self._is_on:
             self._trace.enter_context(traced(self._folder))
             self._is_on = True
 
     def after(self, step: int, results: Any) -> None:
-        """To be called after each step, with what it computes."""
+        """Ends the trace after the last step to be traced; must be called after each step.
+
+        Args:
+          step: number of the step.
+          results: arrays that the step computes; the trace ends when they are ready.
+
+        Raises:
+          OSError: the folder cannot be written.
+        """
         if self._is_on and step == self._steps[-1]:
             jax.block_until_ready(results)
             self._stop()
@@ -62,8 +82,10 @@ class Profile:
         self._trace.close()
         self._is_on = False
 
-    def __enter__(self) -> "Profile":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()

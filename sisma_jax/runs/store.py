@@ -1,14 +1,16 @@
-"""How checkpoints are stored: the only module that knows Orbax.
+"""Storage of checkpoints: the only module that uses Orbax.
 
-A checkpoint is a folder named after its step. On a disk it is written under another name and renamed when it is
-complete, in a bucket a file says that it is: an interrupted save is never taken for a checkpoint. It holds items: trees
-of arrays, and a description in JSON. Each item has a `checksums.json` over its files, which is read before anything
-else is: of 20 flipped bits in a stored array, Orbax 0.12.8 noticed none, and it reads a truncated file with a page of
-tracebacks.
+A checkpoint is a folder named after its step. On a disk, it is written under another name and renamed when it is
+complete. In a bucket, a marker file shows that it is complete. Hence an interrupted save is never taken for a
+checkpoint.
 
-Failures to write are raised in the words of the disk or the bucket. This is not what `files.bucket_errors` does for
-other files: TensorStore quotes the operating system in a ValueError, and a process whose part of a checkpoint failed
-waits for the others all the same, and reports that they did not come.
+A checkpoint consists of items: trees of arrays, and a description in JSON. Each item has a `checksums.json` of its
+files, which is verified before the item is read. Orbax 0.12.8 detected none of 20 flipped bits in a stored array, and
+it reports a truncated file with a page of tracebacks.
+
+A failed write raises an exception with the message of the operating system or the bucket. `files.bucket_errors` cannot
+do this here: TensorStore quotes the operating system in a ValueError, and a process that fails to write its part of a
+checkpoint first waits for the others and then reports a timeout.
 """
 
 import contextlib
@@ -17,19 +19,19 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from etils import epath
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, to_path
 from sisma_jax.runs.checksums import verify_checksums, write_checksums
 from sisma_jax.runs.ranking import Ranking
 
-# A save that takes longer in one process, or fails there, is given up by the others; the default of Orbax.
+# If a process fails, or needs longer than this for its part of a save, the others give up. The default of Orbax.
 TIMEOUT_SECS = 1200
 
 DESCRIPTION = "description"
@@ -37,27 +39,27 @@ _DESCRIPTION_NAME = "description.json"
 
 
 class UnwrittenError(Exception):
-    """A checkpoint could not be written; the message is the reason."""
+    """A checkpoint cannot be written; the message is the reason."""
 
 
 class LateError(Exception):
-    """Another process did not write its part in time; it may know why."""
+    """Another process did not write its part of a checkpoint in time; its own messages may show the reason."""
 
 
 class Store:
-    """The checkpoints in a folder. Every process of a job calls each method, at the same place."""
+    """The checkpoints in a folder. Every process of a job must call each method at the same point of the program."""
 
     def __init__(self, directory: AnyPath, trees: Sequence[str], *, keep: int | None, ranking: Ranking):
         """Opens a folder.
 
         Args:
+          directory: folder of the checkpoints, on a disk or in a bucket.
           trees: names of the items that are trees of arrays.
-          keep: number of newest checkpoints that are kept; None: nothing is created, renamed or deleted.
-          ranking: of the checkpoints that are kept besides.
+          keep: number of newest checkpoints to keep. None: read only, nothing is created, renamed or deleted.
+          ranking: of the best checkpoints, which are kept in addition.
         """
         self._directory = directory
-        # Orbax reports every save through absl, errors included, and raises those as well; all that matters of it
-        # leaves this module as an exception.
+        # Orbax logs every save and every error through absl. The errors are also raised, so its log is not needed.
         self._filter = lambda record: "orbax" not in Path(record.pathname).parts
         logging.getLogger("absl").addFilter(self._filter)
         self._manager = ocp.CheckpointManager(
@@ -69,29 +71,39 @@ class Store:
                     [ocp.checkpoint_managers.LatestN(keep), ranking]
                 ),
                 create=keep is not None,
-                # What a killed save left behind; complete checkpoints are not touched.
+                # Deletes what an interrupted save left behind, but no complete checkpoint.
                 cleanup_tmp_directories=keep is not None,
                 enable_async_checkpointing=True,
-                # Folders are made before `save` returns: when one cannot be made, Orbax's writers of its content
-                # would wait for it for ten minutes and hold up the end of the process.
+                # Folders are created before `save` returns. Otherwise, if one cannot be created, Orbax's writers
+                # would wait for it for ten minutes and delay the end of the process.
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False, timeout_secs=TIMEOUT_SECS),
                 enable_background_delete=False,
-                # All processes see the steps that the first one sees.
+                # All processes use the list of steps that the first process reads.
                 single_host_load_and_broadcast=True,
                 read_only=keep is None,
             ),
         )
 
     def steps(self) -> list[int]:
-        """Returns the steps that have a complete checkpoint, readable or not, in rising order."""
-        return sorted(map(int, self._manager.all_steps()))  # of NumPy where they were broadcast
+        """Returns the steps that have a complete checkpoint, damaged or not, in increasing order."""
+        return sorted(map(int, self._manager.all_steps()))  # broadcast steps are NumPy integers
 
     def reload(self) -> None:
-        """Lists the folder again."""
+        """Reads the list of checkpoints again."""
         self._manager.reload()
 
     def save(self, step: int, trees: Mapping[str, Mapping[str, jax.Array]], description: Mapping[str, Any]) -> None:
-        """Starts to save a checkpoint and returns once the values are copied. Raises UnwrittenError, LateError."""
+        """Starts to save a checkpoint, and returns when the values are copied to the host.
+
+        Args:
+          step: names the checkpoint.
+          trees: {item: {path: array}}.
+          description: item that is stored as JSON.
+
+        Raises:
+          UnwrittenError: the checkpoint cannot be written.
+          LateError: another process did not write its part in time.
+        """
         items: dict[str, Any] = {name: ocp.args.StandardSave(dict(tree)) for name, tree in trees.items()}
         items[DESCRIPTION] = ocp.args.JsonSave(description)
         with _writing(self._directory):
@@ -99,54 +111,72 @@ class Store:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
-        """Returns when the save in progress is complete. Raises UnwrittenError, LateError."""
+        """Waits until the save in progress is complete.
+
+        Raises:
+          UnwrittenError: the checkpoint cannot be written.
+          LateError: another process did not write its part in time.
+        """
         with _writing(self._directory):
             self._manager.wait_until_finished()
 
     def verify(self, step: int, items: Sequence[str]) -> None:
-        """Raises DamagedError unless every file of the items has the bytes that were saved.
+        """Verifies the checksums of items.
 
-        Processes share the work, which for a large state takes as long as to read it.
+        Each process verifies a part of the files, because this takes as long as reading them.
+
+        Args:
+          step: of the checkpoint.
+          items: names of the items.
+
+        Raises:
+          DamagedError: a file of this process's part is missing or differs from what was saved.
+          InputError: a file cannot be read.
         """
         for item in items:
             verify_checksums(self._directory / str(step) / item, jax.process_index(), jax.process_count())
 
     def describe(self, step: int) -> dict[str, Any]:
-        """Returns the description of a checkpoint that is verified."""
+        """Returns the description of the checkpoint of a `step`, which must be verified before."""
         return json.loads((self._directory / str(step) / DESCRIPTION / _DESCRIPTION_NAME).read_bytes())
 
     def read(
         self, step: int, targets: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]
     ) -> dict[str, dict[str, jax.Array]]:
-        """Returns trees of a checkpoint that is verified, placed as the targets are."""
+        """Returns trees of a checkpoint, which must be verified before.
+
+        Args:
+          step: of the checkpoint.
+          targets: {item: {path: shape, dtype and sharding}} of the arrays to read.
+
+        Returns:
+          {item: {path: array}}, with the dtypes and shardings of the targets.
+        """
         items = {item: ocp.args.StandardRestore(dict(target)) for item, target in targets.items()}
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {item: restored[item] for item in targets}
 
     def close(self) -> None:
-        """Releases the threads."""
+        """Ends the threads of Orbax."""
         self._manager.close()
         logging.getLogger("absl").removeFilter(self._filter)
 
 
-class _Checksummed:
-    """Mix-in of a handler: adds checksums when the item's files are complete and not yet declared to be.
+# These handlers write checksums after all files of an item, and before Orbax marks the checkpoint as complete. Orbax
+# calls `finalize` in the first process when all processes have written their parts. It does so in its writer thread, so
+# that training does not wait.
 
-    Orbax calls `finalize` in the first process, when all have written their part and it has put these together, and
-    from the thread that writes, so the training step does not wait for it.
-    """
 
-    def finalize(self, directory: PathLike) -> None:
+class _TreeHandler(ocp.handlers.StandardCheckpointHandler):
+    def finalize(self, directory: epath.Path) -> None:
         super().finalize(directory)
         write_checksums(to_path(directory))
 
 
-class _TreeHandler(_Checksummed, ocp.handlers.StandardCheckpointHandler):
-    pass
-
-
-class _JsonHandler(_Checksummed, ocp.handlers.JsonCheckpointHandler):
-    pass
+class _JsonHandler(ocp.handlers.JsonCheckpointHandler):
+    def finalize(self, directory: epath.Path) -> None:
+        super().finalize(directory)
+        write_checksums(to_path(directory))
 
 
 def _handlers(trees: Sequence[str]) -> ocp.handlers.CheckpointHandlerRegistry:
@@ -164,7 +194,7 @@ def _handlers(trees: Sequence[str]) -> ocp.handlers.CheckpointHandlerRegistry:
 
 @contextlib.contextmanager
 def _writing(directory: AnyPath) -> Iterator[None]:
-    """Turns a failure to write into UnwrittenError or LateError; other exceptions are defects."""
+    """Turns a failure to write into UnwrittenError or LateError. Other exceptions are defects and pass unchanged."""
     try:
         yield
     except Exception as error:
@@ -175,20 +205,20 @@ def _writing(directory: AnyPath) -> Iterator[None]:
             raise UnwrittenError(reason) from error
         if is_late:
             raise LateError(
-                f"a process failed, or did not write its part within {TIMEOUT_SECS} seconds: see its messages"
+                f"another process failed, or did not write its part within {TIMEOUT_SECS} seconds; see its messages"
             ) from error
         raise
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields the exception and those that led to it."""
+    """Yields the exception and the exceptions that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _reason(error: BaseException, directory: AnyPath) -> str | None:
-    """Returns what the operating system or the bucket refused, or None. TensorStore quotes it in a ValueError."""
+    """Returns the error of the operating system or the bucket, which TensorStore quotes in a ValueError, or None."""
     if isinstance(error, OSError):
         return str(error)
     quoted = re.search(r"os_error_code='(\d+)'", str(error))
@@ -199,12 +229,19 @@ def _reason(error: BaseException, directory: AnyPath) -> str | None:
 
 
 def require_writable(directory: AnyPath) -> None:
-    """Makes the folder. Raises InputError if it cannot be made, or nothing in it."""
+    """Creates a folder, and checks that files can be created in it.
+
+    Args:
+      directory: the folder, on a disk or in a bucket.
+
+    Raises:
+      InputError: the folder cannot be created or written.
+    """
     probe = directory / f".probe-{jax.process_index()}"
     try:
         with bucket_errors(directory):
             directory.mkdir(parents=True, exist_ok=True)
-            if is_bucket(directory):  # which has no folders
+            if is_bucket(directory):  # a bucket has no folders
                 probe.write_bytes(b"")
                 probe.unlink()
             else:

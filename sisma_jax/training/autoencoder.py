@@ -1,8 +1,9 @@
-"""The autoencoder of a run: copied from given weights, or trained; then it stays in the run's folder."""
+"""The autoencoder of a run: copied from given weights or trained, and then stored in the run's folder."""
 
 import dataclasses
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,37 +29,41 @@ from sisma_jax.training import loop
 from sisma_jax.training.state import TrainState
 from sisma_jax.training.step import Metrics, build_update
 
+ModuleState = nnx.State[Any, Any]
+"""Parameters of a Flax module, by their path."""
+
 _PYRAMID_LEVELS = 3
-# Weight of the divergence from Normal(0, 1) beside the errors of pixels and pyramids.
+# Weight of the KL divergence from Normal(0, 1); pixel and pyramid differences have weight 1.
 _KL_WEIGHT = 1e-4
 _WARMUP_STEPS = 50
 _CLIP_NORM = 1.0
-# Images on which scale and shift are measured, and at most the PSNR.
+# Number of images for measuring scale and shift, and the largest number for the PSNR.
 _EXAMPLES_MEASURED = 512
-# Images that are reconstructed together unless the caller says otherwise.
+# Images per call of the jitted autoencoder, by default.
 _BATCH_SIZE = 16
 
 
 def prepare(run: RunFolder, dataset: DataSet | None = None) -> None:
-    """Puts the autoencoder that the configuration asks for into the run's folder, unless it is there.
+    """Puts the configured autoencoder into the run's folder: copies the given weights, or trains it.
 
-    Every process of a job calls this; the first one writes.
+    Does nothing if the folder already contains the autoencoder. Every process of a job must call this; the first one
+    writes.
 
     Args:
-      run: held for writing.
-      dataset: to train on; not needed with given weights.
+      run: the run, opened with `RunFolder.writing`.
+      dataset: training data; not needed if weights are given.
 
     Raises:
-      InputError: the weights do not exist, are damaged, of other sizes than configured or not those that the run began
-        with, or as `loop.run_job`.
-      Preempted: as `loop.run_job`.
+      InputError: the given weights do not exist, are damaged, have other sizes than configured, or differ from those
+        that the run started with; or training fails, as for `loop.run_job`.
+      Preempted: SIGTERM arrived during training, and a checkpoint is saved.
     """
     if run.config.autoencoder.weights:
         with together():
             if is_primary():
                 _copy(run)
     elif not from_primary(run.has_autoencoder):
-        assert dataset is not None, "an autoencoder without given weights is trained"
+        assert dataset is not None, "without given weights, the autoencoder is trained on a data set"
         autoencoder = train(run, dataset)
         with together():
             if is_primary():
@@ -75,13 +80,13 @@ def _save(autoencoder: KlAutoencoder, folder: AnyPath) -> None:
 def _copy(run: RunFolder) -> None:
     config = run.config.autoencoder
     if run.has_autoencoder() and not to_path(config.weights).exists():
-        return  # the run has what it began with
+        return  # the run has its own copy
     given = kl_weights.load(config.weights)
     sizes = given.config
     if sizes.latent_channels != config.latent_channels or sizes.downsampling != config.downsampling:
         raise InputError(
-            f"{config.weights} has latents of {sizes.latent_channels} channels, a {sizes.downsampling}th in size; set "
-            f"autoencoder.latent_channels to {sizes.latent_channels}, and give {len(sizes.block_channels)} "
+            f"{config.weights} has latents of {sizes.latent_channels} channels and downsamples by {sizes.downsampling}"
+            f"; set autoencoder.latent_channels to {sizes.latent_channels}, and give {len(sizes.block_channels)} "
             "autoencoder.block_channels."
         )
     if not run.has_autoencoder():
@@ -90,19 +95,23 @@ def _copy(run: RunFolder) -> None:
     theirs = kl_weights.fingerprint(given)
     if run.autoencoder_fingerprint != theirs:
         raise InputError(
-            f"autoencoder.weights {config.weights} is the autoencoder {theirs}, the run began with "
-            f"{run.autoencoder_fingerprint} (in {run.autoencoder_path}): a denoiser knows the latents of one alone. "
-            "Give those weights, or name another folder."
+            f"autoencoder.weights {config.weights} is the autoencoder {theirs}, but the run started with "
+            f"{run.autoencoder_fingerprint} (in {run.autoencoder_path}), and its denoiser works only with the latents "
+            "of that one. Give those weights, or name another folder."
         )
 
 
 def encoder(run: RunFolder) -> Encoder:
-    """Returns what the cache of latents needs of the run's autoencoder."""
-    autoencoder = run.autoencoder
+    """Returns the encoder of the run's KL autoencoder, for the cache of latents.
+
+    Raises:
+      InputError: the run has no weights of a KL autoencoder yet, or they are damaged.
+    """
+    autoencoder = run.kl_autoencoder
     graph, params = nnx.split(autoencoder)
 
     @jax.jit
-    def encode(params: nnx.State, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w M"]:
+    def encode(params: ModuleState, image: UInt8[Array, "B H W 3"]) -> Float[Array, "B h w M"]:
         moments = nnx.merge(graph, params).distribution(from_uint8(image))
         return jnp.concatenate(moments, axis=-1).astype(jnp.float16)
 
@@ -119,10 +128,14 @@ def encoder(run: RunFolder) -> Encoder:
 
 
 def pyramid_difference(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -> Float[Array, ""]:
-    """Returns the mean absolute difference of two images at each level of their Laplacian pyramids, summed.
+    """Returns the mean absolute difference of two images' Laplacian pyramids, summed over the levels.
 
-    Edges weigh as much as areas, as in a perceptual loss (Lap1 of Bojanowski et al., arXiv 1707.05776; with means of
-    2 x 2 pixels in place of Gaussians).
+    This loss weighs edges as much as large areas, as a perceptual loss does. It is Lap1 of Bojanowski et al.
+    (arXiv 1707.05776), with means over 2 x 2 pixels in place of Gaussian filters.
+
+    Args:
+      x: images.
+      y: images that are compared with x.
     """
     difference, total = x - y, jnp.zeros((), jnp.float32)  # the pyramid is linear
     for _ in range(_PYRAMID_LEVELS):
@@ -136,15 +149,22 @@ def pyramid_difference(x: Float[Array, "B H W C"], y: Float[Array, "B H W C"]) -
 
 
 def divergence(mean: Float[Array, "B h w C"], log_variance: Float[Array, "B h w C"]) -> Float[Array, ""]:
-    """Returns KL(Normal(mean, variance) || Normal(0, 1)) in nats, averaged over the values of the latents."""
+    """Returns KL(Normal(mean, variance) || Normal(0, 1)) in nats, averaged over all elements.
+
+    KL = (mean^2 + variance - 1 - log(variance)) / 2, as in Kingma and Welling (arXiv 1312.6114, appendix B).
+
+    Args:
+      mean: of the latents.
+      log_variance: natural logarithm of their variance.
+    """
     return 0.5 * (mean**2 + jnp.exp(log_variance) - 1 - log_variance).mean()
 
 
 def make_mesh(config: Config) -> Mesh:
-    """Returns the mesh of all devices for the autoencoder's training.
+    """Returns the device mesh for training the autoencoder.
 
     Raises:
-      InputError: it does not fit the devices, or the batch the mesh.
+      InputError: the mesh does not match the number of devices, or the batch cannot be sharded evenly over it.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.require_fit(config, mesh, config.autoencoder.batch_size, name="autoencoder.batch_size")
@@ -152,11 +172,17 @@ def make_mesh(config: Config) -> Mesh:
 
 
 def train(run: RunFolder, dataset: DataSet) -> KlAutoencoder:
-    """Returns an autoencoder trained on the data set, its latents scaled to a deviation of one.
+    """Returns an autoencoder trained on a data set, with the scale and shift that standardise its latents.
+
+    Training resumes from the newest undamaged checkpoint, if there is one. Every process of a job must call this.
+
+    Args:
+      run: the run, opened with `RunFolder.writing`.
+      dataset: training data.
 
     Raises:
-      InputError: the devices cannot share a batch, or as `loop.run_job`.
-      Preempted: as `loop.run_job`.
+      InputError: the mesh does not match the devices or the batch, or training fails, as for `loop.run_job`.
+      Preempted: SIGTERM arrived, and a checkpoint is saved.
     """
     config, settings = run.config, run.config.autoencoder
     mesh = make_mesh(config)
@@ -218,7 +244,7 @@ def _make(config: AutoencoderConfig, key: Key[Array, ""]) -> KlAutoencoder:
 
 
 def _scaled(autoencoder: KlAutoencoder, dataset: DataSet, batch_size: int) -> KlAutoencoder:
-    """Returns the autoencoder with the scale and shift that bring its latents to mean 0 and deviation 1."""
+    """Returns the autoencoder with the scale and shift that give its latents mean 0 and standard deviation 1."""
     graph, params = nnx.split(autoencoder)
     moments = jax.jit(lambda params, image: nnx.merge(graph, params).moments(from_uint8(image)))
     batches = dataset.eval_batches("train", batch_size, limit=_EXAMPLES_MEASURED)
@@ -237,10 +263,14 @@ def _scaled(autoencoder: KlAutoencoder, dataset: DataSet, batch_size: int) -> Kl
 def psnr(
     autoencoder: KlAutoencoder, dataset: DataSet, limit: int = _EXAMPLES_MEASURED, batch_size: int = _BATCH_SIZE
 ) -> float:
-    """Returns the peak signal-to-noise ratio of reconstructions in decibels: 8 bits, the mean over test images.
+    """Returns the mean peak signal-to-noise ratio of reconstructed test images in dB, for 8-bit images.
+
+    PSNR = 10 log10(255^2 / MSE) per image.
 
     Args:
-      limit: number of test images, of which a few hundred are used at most.
+      autoencoder: to measure.
+      dataset: whose test split is reconstructed.
+      limit: number of test images; at most 512 are used.
       batch_size: images per call of the jitted autoencoder.
     """
     errors = [
@@ -253,17 +283,26 @@ def psnr(
 def reconstructions(
     autoencoder: KlAutoencoder, dataset: DataSet, limit: int, batch_size: int = _BATCH_SIZE
 ) -> Iterator[tuple[UInt8[np.ndarray, "B H W 3"], UInt8[np.ndarray, "B H W 3"]]]:
-    """Yields batches of the first test images and their reconstructions."""
+    """Yields pairs of test images and their reconstructions, in batches.
+
+    Args:
+      autoencoder: encodes and decodes the images.
+      dataset: whose test split is read, from its first image on.
+      limit: number of images; the last batch may be smaller.
+      batch_size: images per call of the jitted autoencoder.
+    """
     graph, params = nnx.split(autoencoder)
     size = min(limit, batch_size)
     for batch in dataset.eval_batches("test", size, limit=limit):
         image = batch["image"]
-        # The last batch is filled up, so that one shape compiles.
+        # The last batch is padded, so that only one shape is compiled.
         decoded = _reconstruct(graph, params, np.resize(image, (size, *image.shape[1:])))
         yield image, np.asarray(decoded)[: len(image)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(graph: nnx.GraphDef, params: nnx.State, image: UInt8[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
+def _reconstruct(
+    graph: nnx.GraphDef[KlAutoencoder], params: ModuleState, image: UInt8[Array, "B H W 3"]
+) -> UInt8[Array, "B H W 3"]:
     autoencoder = nnx.merge(graph, params)
     return to_uint8(autoencoder.decode(autoencoder.encode(from_uint8(image))))

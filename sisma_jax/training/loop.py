@@ -1,4 +1,4 @@
-"""The training loop: mesh, data, state, update, restore, and then step after step."""
+"""The training loop: mesh, data, state, restore, and then one step after another."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import grain
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from tqdm import tqdm
 
 from sisma_jax.config import Config
-from sisma_jax.data.dataset import BatchSource, Share
+from sisma_jax.data.dataset import Batch, BatchSource, Share
 from sisma_jax.errors import InputError, Preempted
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.models.factory import Params, init_params
@@ -38,26 +38,32 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is trained, on what, and how often it is saved.
+    """What is trained on which data, and how often it is logged and saved.
 
     Attributes:
-      mesh: of the devices that train.
-      initialize: makes the state before the first step.
-      initial_params: in place of those that `initialize` makes; called if training starts from nothing.
-      update: of the state.
-      held_out: EMA parameters to measurements on data that no update has seen, made at every checkpoint.
-      iterator: over this process's share of the batches (`local_share`), whose arrays but "id" go to the devices.
-      batch_size: over all devices and processes.
-      best: by which measurement `keep_best` checkpoints are kept besides the newest `keep_checkpoints`.
-      max_skipped_steps: in a row, before the run stops.
-      profiled: steps that are traced.
+      mesh: of all devices.
+      initialize: returns the state before the first step; jitted.
+      update: the training step.
+      held_out: returns measurements of EMA parameters on held-out data; called at every checkpoint.
+      iterator: yields this process's share (`local_share`) of each batch. All arrays except "id" go to the devices.
+      batch_size: examples per step, over all devices and processes.
+      num_steps: step at which training ends.
+      log_every_steps: steps between two lines of metrics.
+      checkpoint_every_steps: steps between two checkpoints.
+      keep_checkpoints: number of newest checkpoints to keep.
+      max_skipped_steps: consecutive steps that may be skipped because a value is not finite; the next one stops the
+        run.
+      initial_params: returns parameters that replace those of `initialize`; called if there is no checkpoint.
+      keep_best: number of best checkpoints to keep in addition.
+      best: the measurement that ranks checkpoints.
+      profiled: steps to trace.
     """
 
     mesh: Mesh
     initialize: Callable[[], TrainState]
     update: Update
     held_out: Callable[[Params], dict[str, float]]
-    iterator: grain.DatasetIterator
+    iterator: grain.DatasetIterator[Batch]
     batch_size: int
     num_steps: int
     log_every_steps: int
@@ -71,16 +77,16 @@ class Job:
 
 
 def local_share(mesh: Mesh) -> Share:
-    """Returns which part of every batch this process reads for its devices."""
+    """Returns the part of each batch that this process loads for its devices."""
     parts = sharding.batch_shards(mesh, jax.process_index())
     return Share(tuple(parts), sharding.num_batch_shards(mesh))
 
 
 def make_mesh(config: Config) -> Mesh:
-    """Returns the mesh of all devices for the denoiser's training.
+    """Returns the device mesh for training the denoiser.
 
     Raises:
-      InputError: it does not fit the devices, or the batch the mesh.
+      InputError: the mesh does not match the number of devices, or the batch cannot be sharded evenly over it.
     """
     mesh = sharding.make_mesh(config.mesh)
     sharding.require_fit(config, mesh, config.train.batch_size, config.train.accumulate_steps)
@@ -88,18 +94,21 @@ def make_mesh(config: Config) -> Mesh:
 
 
 def train(run: RunFolder, examples: BatchSource) -> None:
-    """Trains a run's denoiser to `config.train.num_steps`, from its newest good checkpoint if it has one.
+    """Trains the denoiser of a run up to `config.train.num_steps`.
 
-    Every process of a job calls this. SIGTERM to one of them makes all save after the same step and raise `Preempted`.
+    Training resumes from the newest undamaged checkpoint, if there is one. A resumed run is bit-identical to an
+    uninterrupted one. Every process of a job must call this. On SIGTERM to any of them, all processes save a checkpoint
+    after the same step and raise `Preempted`.
 
     Args:
-      run: held for writing.
-      examples: images or, for a denoiser of latents, those of the run's autoencoder.
+      run: the run, opened with `RunFolder.writing`.
+      examples: images or, for a denoiser of latents, the latents of the run's autoencoder.
 
     Raises:
-      InputError: the mesh does not fit the devices or the batch the mesh, a checkpoint cannot be read or written, loss,
-        gradients or updates are not finite again and again, or another job has taken the folder over.
-      Preempted: see above.
+      InputError: the mesh does not match the devices or the batch, a checkpoint cannot be read or written, the loss,
+        the gradient or the update is not finite in too many consecutive steps, or another job has taken over the
+        folder.
+      Preempted: SIGTERM arrived, and a checkpoint is saved.
     """
     config, settings = run.config, run.config.train
     mesh = make_mesh(config)
@@ -130,15 +139,23 @@ def train(run: RunFolder, examples: BatchSource) -> None:
 
 
 def run_job(job: Job, folder: TrainingFolder) -> TrainState:
-    """Does a job, from the newest good checkpoint in its folder if there is one, and returns the state at its end.
+    """Runs a training job, and returns the state after its last step.
+
+    Training resumes from the newest undamaged checkpoint in the folder, if there is one. Every process must call this.
+
+    Args:
+      job: what to train.
+      folder: where to write; its lock is held.
 
     Raises:
-      InputError, Preempted: as `train`.
+      InputError: as for `train`.
+      Preempted: as for `train`.
     """
     abstract = jax.eval_shape(job.initialize)
     shardings = sharding.of_state(abstract, job.mesh)
-    kept = {"keep": job.keep_checkpoints, "best": job.best, "keep_best": job.keep_best}
-    with Checkpoints(folder.checkpoints, **kept) as checkpoints:
+    with Checkpoints(
+        folder.checkpoints, keep=job.keep_checkpoints, best=job.best, keep_best=job.keep_best
+    ) as checkpoints:
         state = _restore(checkpoints, sharding.place(abstract, shardings), job.iterator)
         first_step = None if state is None else int(state.step)
         if state is None:
@@ -158,28 +175,28 @@ def _new_state(job: Job, shardings: TrainState) -> TrainState:
     def copies(params: Params) -> tuple[Params, Params]:
         return jax.tree.map(jnp.copy, params), jax.tree.map(jnp.copy, params)
 
-    # Apart in memory, as an update donates its state.
+    # Separate buffers, because the training step donates its state.
     params, ema = jax.jit(copies, out_shardings=(shardings.params, shardings.ema))(params)
-    return state.replace(params=params, ema=ema)
+    return dataclasses.replace(state, params=params, ema=ema)
 
 
 def initial_params(config: Config) -> Params:
-    """Returns the parameters in the file that a new run begins with.
+    """Returns the parameters in the file `train.init_from`, from which a new run starts.
 
     Raises:
-      InputError: there is no such file, it is damaged, or of another model.
+      InputError: the file does not exist or is damaged, or its model differs from that of the configuration.
     """
     path = config.train.init_from
     exported = load_exported(path)
     own = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
-    forms = [flat_trees.forms(flat_trees.flatten_abstract(tree)) for tree in (exported.params, own)]
-    if lines := flat_trees.list_differences(*forms, owners=("the file", "this configuration")):
+    theirs, ours = (flat_trees.forms(flat_trees.flatten_abstract(tree)) for tree in (exported.params, own))
+    if lines := flat_trees.list_differences(theirs, ours, owners=("the file", "this configuration")):
         raise InputError(f"train.init_from {path} is of another model:{flat_trees.shorten(lines)}")
     return exported.params
 
 
-def _restore(checkpoints: Checkpoints, placed: TrainState, iterator: grain.DatasetIterator) -> TrainState | None:
-    """Returns the state of the newest good checkpoint with the iterator set to match, or None to start anew."""
+def _restore(checkpoints: Checkpoints, placed: TrainState, iterator: grain.DatasetIterator[Batch]) -> TrainState | None:
+    """Returns the state of the newest undamaged checkpoint, and sets the iterator; None if there is no checkpoint."""
     restored = checkpoints.restore(_without_ema(placed), placed.ema, iterator)
     if restored is None:
         return None
@@ -189,7 +206,8 @@ def _restore(checkpoints: Checkpoints, placed: TrainState, iterator: grain.Datas
 
 
 def _without_ema(state: TrainState) -> dict[str, Any]:
-    return {name: value for name, value in state.items() if name != "ema"}
+    names = [field.name for field in dataclasses.fields(state)]
+    return {name: getattr(state, name) for name in names if name != "ema"}
 
 
 def _run(
@@ -216,7 +234,7 @@ def _run(
             profile.before(step)
             arrays = {name: x for name, x in next(job.iterator).items() if name != "id"}
             batch = sharding.to_devices(arrays, job.mesh, job.batch_size)
-            # The mesh in context: kernels, which XLA cannot shard, shard their batch over it.
+            # XLA cannot shard kernels. They shard their batch themselves, over the mesh in context.
             with jax.set_mesh(job.mesh):
                 state, metrics = update(state, batch)
             profile.after(step, metrics)
@@ -224,7 +242,7 @@ def _run(
             is_preempted = preemption.is_due(step)
             is_checkpoint = step == job.num_steps or step % job.checkpoint_every_steps == 0
             is_log = is_checkpoint or is_preempted or step % job.log_every_steps == 0
-            # Otherwise one step late, so that the device computes while the host looks at the numbers.
+            # Between two lines, metrics are read one step late, so that the host does not wait for the devices.
             window.read(late=not is_log)
             if window.skipped_in_a_row > job.max_skipped_steps:
                 raise InputError(_divergence_message(window, checkpoints))
@@ -234,8 +252,8 @@ def _run(
             values = window.summary(job.batch_size)
             if is_checkpoint and not is_preempted:
                 values |= job.held_out(state.ema)
-            # Before the checkpoint: a run killed between the two resumes from an earlier step and writes the line
-            # again, where the other order would lose it.
+            # The line is written before the checkpoint. If the run is killed between the two, it resumes from an
+            # earlier step and writes the line again. In the other order, the line would be lost.
             writer.write(step, values)
             if is_checkpoint or is_preempted:
                 folder.require_lock()
@@ -244,22 +262,24 @@ def _run(
             _report(progress, step, job.num_steps, values)
             if is_preempted:
                 checkpoints.wait()
-                raise Preempted(f"Told to stop: step {step} is saved, and the same command resumes from there.")
+                raise Preempted(f"Stopped by SIGTERM: step {step} is saved, and the same command resumes from there.")
             window = _Window(window.skipped_in_a_row)
     return state
 
 
 class _Window:
-    """The metrics of the steps since the last report.
+    """The metrics of the steps since the last line.
 
     Attributes:
-      skipped_in_a_row: the last steps, also from before, that were skipped because a value was not finite.
-      last_step, last: number and metrics of the newest step that was read.
+      skipped_in_a_row: consecutive skipped steps up to the newest one, including steps before this window.
+      last_step: number of the newest step whose metrics were read.
+      last: its metrics.
     """
 
     def __init__(self, skipped_in_a_row: int = 0) -> None:
         self.skipped_in_a_row = skipped_in_a_row
-        self.last_step, self.last = 0, {}
+        self.last_step = 0
+        self.last: dict[str, np.ndarray] = {}
         self._start = time.monotonic()
         self._pending: collections.deque[tuple[int, Metrics]] = collections.deque()
         self._read: list[dict[str, np.ndarray]] = []
@@ -268,7 +288,7 @@ class _Window:
         self._pending.append((step, metrics))
 
     def read(self, *, late: bool) -> None:
-        """Fetches metrics from the device: all, or all but the newest step's."""
+        """Fetches the metrics of all steps from the devices, or, if `late`, of all steps but the newest."""
         while len(self._pending) > (1 if late else 0):
             self.last_step, metrics = self._pending.popleft()
             self.last = jax.device_get(metrics)
@@ -276,8 +296,8 @@ class _Window:
             self.skipped_in_a_row = int(self.last["skipped"])
 
     def summary(self, batch_size: int) -> dict[str, float]:
-        """Returns the mean of every metric over the steps that were not skipped, the number of those that were, and
-        the examples per second."""
+        """Returns the mean of each metric over the steps that were not skipped, the number of skipped steps, and the
+        examples per second."""
         counted = [values for values in self._read if not values["skipped"]]
         names = [name for name in self._read[0] if name != "skipped"] if counted else []
         means = {name: float(np.mean([values[name] for values in counted])) for name in names}
@@ -296,13 +316,13 @@ def _divergence_message(window: _Window, checkpoints: Checkpoints) -> str:
     skipped = f" The {count} updates up to it were skipped." if count > 1 else ""
     return (
         f"{cause} at step {window.last_step}; the run stops.{skipped} {kept} Lower optim.learning_rate or "
-        "optim.clip_norm, or train in float32, in another folder; or tolerate more of them in a row by "
-        "train.max_skipped_steps."
+        "optim.clip_norm, or train in float32, in another folder; or raise train.max_skipped_steps to tolerate more "
+        "consecutive skipped steps."
     )
 
 
-def _report(progress: tqdm, step: int, num_steps: int, values: dict[str, float]) -> None:
-    """Shows a summary on the progress bar, or as a line in the log where there is no terminal."""
+def _report(progress: "tqdm[NoReturn]", step: int, num_steps: int, values: dict[str, float]) -> None:
+    """Shows a summary on the progress bar, or logs it as a line if there is no terminal."""
     shown = {name: f"{values[name]:.4g}" for name in ("loss", "held_out_loss", "psnr") if name in values}
     if values["skipped_steps"]:
         shown["skipped"] = f"{values['skipped_steps']:.0f}"

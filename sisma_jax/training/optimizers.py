@@ -1,4 +1,4 @@
-"""Optimizers and their learning rate. Another optimizer is one more entry here and its name in `OptimConfig.name`."""
+"""Optimizers and learning rate schedules. A new optimizer is an entry in `_OPTIMIZERS` and a name in `OptimConfig`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,13 @@ from sisma_jax.config import Config, OptimConfig
 from sisma_jax.models.factory import Params
 from sisma_jax.parallel.sharding import has_layer_axis
 
-# Parameters of the scan that weight decay must leave alone whatever their rank: a decayed A_log changes the
-# model's memory, not its complexity.
+# Parameters that are excluded from weight decay whatever their rank. A decayed A_log, for example, would change the
+# decay rates of the scan's state rather than regularise the model.
 _UNDECAYED = ("A_log", "D", "dt_bias", "null")
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Returns the schedule: linear warm-up, then a constant rate or a cosine to zero at `decay_steps`."""
+    """Returns the learning rate schedule: linear warm-up, then a constant rate, or a cosine decay to 0."""
     optim, rate = config.optim, config.learning_rate
     if optim.decay_steps:
         after = optax.cosine_decay_schedule(rate, optim.decay_steps - optim.warmup_steps)
@@ -28,7 +28,7 @@ def learning_rate(config: Config) -> optax.Schedule:
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """Returns the optimizer of the configuration behind clipping by global norm."""
+    """Returns the configured optimizer, preceded by gradient clipping by global norm."""
     optimizer = _OPTIMIZERS[config.optim.name](config.optim, learning_rate(config))
     return optax.chain(optax.clip_by_global_norm(config.optim.clip_norm), optimizer)
 
@@ -41,7 +41,7 @@ _OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTra
 
 
 def _is_decayed(params: Params) -> Params:
-    """Returns, for each parameter, whether weight decay touches it: only matrices."""
+    """Returns for each parameter whether weight decay applies: to matrices only, except those in `_UNDECAYED`."""
 
     def is_decayed(path: tuple[Any, ...], x: Array) -> bool:
         rank = x.ndim - has_layer_axis(path)

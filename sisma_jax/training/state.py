@@ -1,10 +1,10 @@
-"""Everything that a training step changes."""
+"""The training state: everything that a training step changes."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Self
 
-import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,16 +15,18 @@ from sisma_jax.models.factory import Params, init_params
 from sisma_jax.training.optimizers import make_optimizer
 
 
-@chex.dataclass(frozen=True)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Parameters, their EMA, the optimizer's state, and where the run is.
+    """Parameters, EMA parameters, optimizer state, and the position of the run. A pytree.
 
     Attributes:
-      step: updates done, int32 scalar.
-      params, ema: nested dictionaries of float32 arrays; samples are drawn with `ema`.
-      opt_state: optax's.
-      key: the run's key; a step uses `fold_in(key, step)`, so it never changes.
-      skipped: int32 scalar, the last steps in a row that were skipped because a value was not finite.
+      step: number of completed steps, int32.
+      params: nested dictionaries of float32 arrays.
+      ema: EMA parameters, in the structure of `params`; samples are drawn with these.
+      opt_state: state of the optax optimizer.
+      key: key of the run. It never changes, because a step uses `fold_in(key, step)`.
+      skipped: number of consecutive steps up to the last one that were skipped because a value was not finite, int32.
     """
 
     step: Int[Array, ""]
@@ -38,7 +40,13 @@ class TrainState:
     def create(
         cls, init: Callable[[Key[Array, ""]], Params], optimizer: optax.GradientTransformation, seed: int
     ) -> Self:
-        """Returns the state before the first step of a training of the parameters that `init` makes."""
+        """Returns the state before the first step.
+
+        Args:
+          init: returns the initial parameters for a key.
+          optimizer: initialises `opt_state`.
+          seed: of the initial parameters and of the run's key.
+        """
         init_key, run_key = jax.random.split(jax.random.key(seed))
         params = init(init_key)
         return cls(
@@ -52,5 +60,5 @@ class TrainState:
 
 
 def init_state(config: Config) -> TrainState:
-    """Returns the denoiser's state before the first step, a function of the configuration alone."""
+    """Returns the denoiser's training state before the first step; it depends only on the configuration."""
     return TrainState.create(functools.partial(init_params, config), make_optimizer(config), config.train.seed)

@@ -1,4 +1,4 @@
-"""One update of the training state, and the loss on data that no update has seen."""
+"""The training step, and the loss on held-out data."""
 
 import functools
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key, Num
 
 from sisma_jax.config import Config
 from sisma_jax.diffusion.objectives import Batch, Examples, make_objective
@@ -18,18 +18,19 @@ from sisma_jax.training.optimizers import make_optimizer
 from sisma_jax.training.state import TrainState
 
 PyTree = Any
-Metrics = dict[str, Float[Array, ""]]
+Metrics = dict[str, Num[Array, ""]]
+"""Scalars by name."""
 
 Draw = Callable[[Batch, Key[Array, ""]], Examples]
-"""Draws what is random for a batch. Every array's first axis is the batch's."""
+"""Adds what is random, such as noise and times, to a batch. The first axis of every array is the batch axis."""
 Loss = Callable[[Params, Examples], tuple[Float[Array, ""], Metrics]]
-"""The means over the examples of the loss and of further metrics."""
+"""Returns the loss and further metrics, each averaged over the examples."""
 Update = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-"""Pure; among the metrics are loss, grad_norm and skipped."""
+"""A training step, a pure function. Its metrics include loss, grad_norm and skipped (see `TrainState.skipped`)."""
 
 
 def make_update(config: Config) -> Update:
-    """Returns the update of the denoiser."""
+    """Returns the training step of the denoiser, which is not yet compiled; see `jit_update`."""
     objective = make_objective(config)
 
     def loss(params: Params, examples: Examples) -> tuple[Float[Array, ""], Metrics]:
@@ -51,14 +52,18 @@ def build_update(
     ema_decay: float,
     accumulate_steps: int = 1,
 ) -> Update:
-    """Returns the update that lowers a loss.
+    """Returns a training step that minimises a loss.
 
-    Where the loss, the gradient or a value of the new state is not finite, parameters, EMA and optimizer state stay as
-    they are; the step counts all the same, so that the next one has other data and other noise.
+    If the loss, the gradient or a value of the new state is not finite, the step leaves the parameters, the EMA
+    parameters and the optimizer state unchanged. It still increments `step`, so the next step uses other data and
+    noise.
 
     Args:
-      ema_decay: of the EMA parameters, in a run that is long enough.
-      accumulate_steps: parts of a batch whose gradients are computed one after the other.
+      draw: adds what is random to a batch.
+      loss: of the parameters for such a batch.
+      optimizer: of the parameters.
+      ema_decay: decay of the EMA parameters. At step n, counted from 1, it is at most n / (n + 9).
+      accumulate_steps: parts of a batch whose gradients are computed in sequence and averaged.
     """
 
     def update(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -68,7 +73,7 @@ def build_update(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         step = state.step + 1
-        # The EMA's horizon grows with the run, so that a short run's EMA is not its initial parameters.
+        # The decay rises with the step, so that the EMA of a short run is not dominated by its initial parameters.
         count = step.astype(jnp.float32)
         decay = jnp.minimum(jnp.float32(ema_decay), count / (count + 9))
         ema = jax.tree.map(lambda average, x: average + (1 - decay) * (x - average), state.ema, params)
@@ -84,10 +89,10 @@ def build_update(
 
 
 def _all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Returns whether all values are finite, with one reduction for all arrays of one shape, which are placed alike.
+    """Returns whether all values are finite.
 
-    XLA computes the new state a second time within each reduction: one per array takes four times as long to compile as
-    the whole update without them.
+    There is one reduction for all arrays of the same shape, which have the same sharding. XLA recomputes the new state
+    within each reduction: with one reduction per array, the update takes four times as long to compile.
     """
     by_shape: dict[Any, list[Array]] = {}
     for path, x in jax.tree_util.tree_leaves_with_path(tree):
@@ -99,7 +104,7 @@ def _all_finite(tree: PyTree) -> Bool[Array, ""]:
 def _mean_gradient(
     loss: Loss, params: Params, examples: Examples, num_parts: int
 ) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
-    """Returns (loss, metrics) and the gradient, of the examples in so many parts of equal size."""
+    """Returns (loss, metrics) and the gradient, each averaged over equal parts that are computed in sequence."""
 
     def gradient(part: Examples) -> tuple[tuple[Float[Array, ""], Metrics], Params]:
         values, grads = jax.value_and_grad(loss, has_aux=True)(params, part)
@@ -111,7 +116,7 @@ def _mean_gradient(
     def add(total: Any, part: Examples) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, gradient(part)), None
 
-    # Rows j, j + num_parts, ... make part j: each device's rows are in every part, and none has to move.
+    # Part j consists of rows j, j + num_parts, ... Hence every part has rows of each device, and no row moves.
     parts = jax.tree.map(lambda x: x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1), examples)
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, first))
@@ -120,21 +125,25 @@ def _mean_gradient(
 
 
 def jit_update(update: Update, state: TrainState, mesh: Mesh) -> Update:
-    """Returns the compiled update, which donates its state.
+    """Returns the jitted training step, which donates its state.
 
     Args:
-      update: as `make_update` returns it.
-      state: arrays or `jax.ShapeDtypeStruct`s of its state.
-      mesh: to be in context (`jax.set_mesh`) when it is called, or lowered.
+      update: the training step, from `make_update` or `build_update`.
+      state: arrays or `jax.ShapeDtypeStruct`s of the training state, which determine the shardings.
+      mesh: of all devices. It must be in context (`jax.set_mesh`) when the step is called or lowered.
     """
     shardings = sharding.of_state(state, mesh), sharding.replicated(mesh)
     return jax.jit(update, donate_argnums=0, out_shardings=shardings)
 
 
 def make_held_out_loss(config: Config, mesh: Mesh) -> Callable[[Params, Batch, int], Float[Array, " B"]]:
-    """Returns the compiled function (params, batch, number of the batch) -> loss of each example with its mask given.
+    """Returns the jitted function (params, batch, index of the batch) -> loss per example, without mask dropout.
 
-    Times and noise follow from the number of the batch. The losses are replicated.
+    The index of the batch determines times and noise. The losses are replicated.
+
+    Args:
+      config: of the run.
+      mesh: of all devices; it must be in context when the function is called.
     """
     objective = make_objective(config)
 

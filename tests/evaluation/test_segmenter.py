@@ -177,7 +177,7 @@ def test_a_damaged_file_is_named(trained, tmp_path, damage):
     path = tmp_path / "segmenter.safetensors"
     segmenter.save(trained, path)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(InputError, match=r"segmenter\.safetensors is damaged .*; delete it to train anew"):
+    with pytest.raises(InputError, match=r"segmenter\.safetensors is damaged .*; delete it to train a new one"):
         segmenter.load(path, CELEBAMASK_HQ)
 
 
@@ -195,7 +195,7 @@ def test_a_damaged_file_is_named(trained, tmp_path, damage):
 def test_a_file_with_other_arrays_is_named(tmp_path, arrays):
     path = tmp_path / "segmenter.safetensors"
     path.write_bytes(safetensors.numpy.save(arrays))
-    with pytest.raises(InputError, match=r"segmenter\.safetensors is damaged or no segmenter"):
+    with pytest.raises(InputError, match=r"segmenter\.safetensors is damaged or not a segmenter"):
         segmenter.load(path, CELEBAMASK_HQ)
     segmenter.save(Segmenter(arrays, CELEBAMASK_HQ), path)
     with pytest.raises(InputError, match=r"segmenter\.safetensors"):
@@ -208,7 +208,9 @@ def test_a_segmenter_of_other_classes_is_refused(trained, tmp_path):
     fewer = ClassSet("Two", ("a", "b"), ((0, 0, 0), (1, 1, 1)))
     renamed = dataclasses.replace(CELEBAMASK_HQ, title="Renamed", names=CELEBAMASK_HQ.names[::-1])
     for classes in (fewer, renamed):
-        with pytest.raises(InputError, match=f"holds no segmenter of the classes of {classes.title}; delete it"):
+        with pytest.raises(
+            InputError, match=f"does not contain a segmenter of the classes of {classes.title}; delete it"
+        ):
             segmenter.load(path, classes)
 
 

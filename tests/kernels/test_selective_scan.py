@@ -304,7 +304,8 @@ def test_a_sharded_batch_stays_where_it_is(mapped, axis_type):
 
     inputs = {name: put(x, specs[name]) for name, x in case.inputs().items()}
     cotangents = tuple(put(x, by_batch) for x in case.cotangents())
-    compiled = jax.jit(results).lower(inputs, cotangents).compile()
+    with jax.set_mesh(mesh):  # the types of new arrays have explicit axes only with the mesh in context
+        compiled = jax.jit(results).lower(inputs, cotangents).compile()
     # Gradients of parameters are summed over devices; nothing else has to travel.
     assert not re.search(r"(all-gather|all-to-all|collective-permute)\(", compiled.as_text())
     computed = compiled(inputs, cotangents)

@@ -94,7 +94,7 @@ def test_a_wrong_detail_is_noticed():
         ({"dec_blocks.0.0.weight": np.zeros((32, 8, 3, 3))}, "pixel shuffle"),
         ({"final_layer.linear.weight": np.zeros((8, 8))}, "learn_sigma"),
         ({"middle_block.attn.self_attention.in_proj.weight": np.zeros((32, 16))}, "skip_gate"),
-        ({"enc_blocks.9.skip.weight": np.zeros((8, 16))}, "as often as down"),
+        ({"enc_blocks.9.skip.weight": np.zeros((8, 16))}, "encoder and a decoder of different levels"),
         ({"pos_embed": None}, "no 'pos_embed'"),
     ],
 )

@@ -69,8 +69,8 @@ def test_a_launcher_of_several_tasks_is_left_to_jax(joined, monkeypatch, tmp_pat
     [
         (DistributedOptions("localhost:1"), r"needs `num_processes` \(JAX_NUM_PROCESSES\) and `process_id`"),
         (DistributedOptions(num_processes=2, process_id=0), r"needs `coordinator` \(JAX_COORDINATOR_ADDRESS\)"),
-        (DistributedOptions("localhost", 2, 0), "`coordinator` localhost is not of the form HOST:PORT"),
-        (DistributedOptions("localhost:x", 2, 0), "`coordinator` localhost:x is not of the form HOST:PORT"),
+        (DistributedOptions("localhost", 2, 0), "`coordinator` localhost does not have the form HOST:PORT"),
+        (DistributedOptions("localhost:x", 2, 0), "`coordinator` localhost:x does not have the form HOST:PORT"),
         (DistributedOptions("localhost:1", 0, 0), "`num_processes` must be positive, got 0"),
         (DistributedOptions("localhost:1", 2, 2), r"`process_id` must be in 0..1 for 2 processes, got 2"),
     ],
@@ -83,7 +83,7 @@ def test_contradictions_are_refused(joined, options, message):
 
 def test_a_number_that_is_none_is_refused(joined, monkeypatch):
     monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
-    with pytest.raises(InputError, match="JAX_NUM_PROCESSES is 'two', want a number"):
+    with pytest.raises(InputError, match="JAX_NUM_PROCESSES is 'two', want an integer"):
         distributed.initialize(DistributedOptions("localhost:1", process_id=0))
 
 

@@ -115,8 +115,8 @@ def test_arrays_come_back_whole():
 @pytest.mark.parametrize(
     ("axes", "message"),
     [
-        ({"fsdp": 3}, "^mesh.fsdp 3 times mesh.seq 1 does not divide 8 devices"),
-        ({"fsdp": 16}, "^mesh.fsdp 16 times mesh.seq 1 does not divide 8 devices"),
+        ({"fsdp": 3}, "^mesh.fsdp 3 times mesh.seq 1 does not divide the 8 devices"),
+        ({"fsdp": 16}, "^mesh.fsdp 16 times mesh.seq 1 does not divide the 8 devices"),
         ({"data": 3, "seq": 2}, "^mesh.data 3 x mesh.fsdp 1 x mesh.seq 2 are 6 devices, but there are 8"),
     ],
 )

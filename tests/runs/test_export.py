@@ -144,7 +144,7 @@ def test_flipped_bit_is_noticed(exported):
     content = bytearray(exported.read_bytes())
     content[-100] ^= 1
     exported.write_bytes(content)
-    with pytest.raises(InputError, match="has not the bytes that were exported"):
+    with pytest.raises(InputError, match="differs from what was exported"):
         load_exported(exported)
 
 
@@ -157,7 +157,7 @@ def test_files_of_other_programs_and_versions_are_named(exported):
     for changed, message in (
         (None, "was not written by the command `export`"),
         ({"format": "pt"}, "was not written by the command `export`"),
-        (metadata | {"version": "1"}, "is a file of version 1, .* reads version 2: use the release that exported it"),
+        (metadata | {"version": "1"}, "is a file of version 1, .* reads version 2; use the release that exported it"),
         (metadata | {"version": "3"}, "is a file of version 3, .* reads version 2"),
         (metadata | {"config": "{"}, "configuration in .* is not a configuration"),
     ):

@@ -200,7 +200,7 @@ def test_a_lost_lease_is_noticed_and_not_taken_back(lease, taken):
         require()
         if taken:
             write(lease, **OTHER)
-            match = r"gs://bucket/run was taken over by process 7 on host elsewhere, .*; it writes no more"
+            match = r"gs://bucket/run was taken over by process 7 on host elsewhere, .* process no longer writes to it"
         else:  # by one that has ended since
             lease.unlink()
             match = "was taken over by another process"

@@ -101,7 +101,7 @@ def test_given_weights_are_copied_into_the_run_and_held_to(config, dataset, give
     # The copy is enough.
     assert prepare(tmp_path / "gone").autoencoder_fingerprint == fingerprint
     kl_weights.save(KlAutoencoder(dataclasses.replace(SIZES, scale=0.8), rngs=nnx.Rngs(1)), tmp_path / "other")
-    with pytest.raises(InputError, match=rf"is the autoencoder \w+, the run began with {fingerprint}"):
+    with pytest.raises(InputError, match=rf"is the autoencoder \w+, but the run started with {fingerprint}"):
         prepare(tmp_path / "other")
     with pytest.raises(InputError, match=rf"no latents of synthetic_faces by this run's autoencoder .{fingerprint}"):
         LatentDataSet.open(dataset, prepare(given).autoencoder_fingerprint)
@@ -115,7 +115,9 @@ def test_weights_of_other_sizes_are_refused(config, given, tmp_path):
 
     runs = []
     for values in ({"latent_channels": 16}, {"block_channels": (4, 4, 4)}):
-        with pytest.raises(InputError, match=r"latents of 4 channels, a 2th in size; set .*channels to 4, and give 2 "):
+        with pytest.raises(
+            InputError, match=r"latents of 4 channels and downsamples by 2; set .*channels to 4, and give 2 "
+        ):
             prepare(weights=str(given), **values)
     with pytest.raises(InputError, match=r"absent do not exist.*sd-vae-ft-mse"):
         prepare(weights=str(tmp_path / "absent"))

@@ -79,7 +79,7 @@ def test_an_update_that_is_not_finite_changes_nothing_but_the_counts(case):
         assert metrics["skipped"] == after.skipped == skipped
         assert after.step == state.step + 1
         for name in ("params", "ema", "opt_state"):
-            chex.assert_trees_all_equal(after[name], state[name])
+            chex.assert_trees_all_equal(getattr(after, name), getattr(state, name))
         state = after
 
 
@@ -100,7 +100,7 @@ def test_a_step_with_64_bit_types_is_that_of_32(config, batch):
         state, update = jax.jit(lambda: init_state(config))(), jax.jit(make_update(config))
         for _ in range(4):
             state, metrics = update(state, batch)
-        return state.replace(key=jax.random.key_data(state.key)), metrics
+        return dataclasses.replace(state, key=jax.random.key_data(state.key)), metrics
 
     expected = run()
     with jax.enable_x64(True):

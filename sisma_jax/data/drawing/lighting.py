@@ -148,7 +148,7 @@ def highlight(normal: np.ndarray, light: Light, sharpness: float) -> np.ndarray:
 
 
 def per_channel(color: np.ndarray) -> np.ndarray:
-    """Returns a colour (3,) as float32 (3, 1, 1), which broadcasts with fields (3, rows, columns)."""
+    """Returns `color`, (3,), as float32 (3, 1, 1), which broadcasts with fields (3, rows, columns)."""
     return color.astype(np.float32)[:, None, None]
 
 

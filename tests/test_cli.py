@@ -389,7 +389,7 @@ def test_a_missing_data_folder_is_refused(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--mesh.fsdp=3", "does not divide 8 devices"),
+        ("--mesh.fsdp=3", "does not divide the 8 devices"),
         ("--train.batch_size=12", "--train.batch_size 12 is not a multiple of the 8 devices"),
         ("--train.init_from=absent.safetensors", "There is no file absent.safetensors"),
     ],

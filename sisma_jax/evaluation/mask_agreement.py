@@ -207,7 +207,7 @@ def format_report(report: AgreementReport) -> str:
             for name in names
         ),
         "",
-        "A small segmenter, trained on real pairs of the same data set, has predicted the masks of the faces.",
+        "A small segmenter trained on real pairs of the same data set has predicted the masks of the faces.",
         "Compare these numbers only with each other, not with those of another run or of a published parser.",
     ]
     return "\n".join(lines) + "\n"

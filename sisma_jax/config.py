@@ -1,8 +1,8 @@
 """The schema of an experiment: one frozen dataclass per section, which checks its values when it is created.
 
 `schema.value` states a field's default, its range, and whether it may change when a run resumes. The docstring of a
-field is its text in the help of the command line. The command line overrides single values, and `config_files.py` reads and
-writes whole configurations.
+field is its text in the help of the command line. The command line overrides single values, and `config_files.py` reads
+and writes whole configurations.
 """
 
 import dataclasses

@@ -80,7 +80,8 @@ def test_names_and_shapes_of_stable_diffusions_own_size():
     params = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: KlAutoencoder(KlConfig(), rngs=nnx.Rngs(0))))[1])
     weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     # Shapes alone: no array of this size is made.
-    names = {kl_weights._name_in(weights, key): x.shape for key, x in flatten_dict(params).items()}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    names = {kl_weights._find(weights, kl_weights._name(path)): x.shape for path, x in leaves}
     assert set(names) == set(shapes)
     for name, shape in names.items():
         torch_shape = tuple(shapes[name])

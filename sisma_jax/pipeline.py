@@ -3,19 +3,23 @@
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Integer, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Key, UInt8, UInt32
 
+from sisma_jax.call_arguments import finite_number, random_keys, whole_number
 from sisma_jax.config import Config, MeshConfig, Sampling
 from sisma_jax.data import photos
-from sisma_jax.data.masks import resize_mask
+from sisma_jax.data.classes import ClassSet, as_classes
+from sisma_jax.data.location_prior import LocationPrior
+from sisma_jax.data.masks import Masks, convert_mask, read_masks, report_cropping, resize_mask
 from sisma_jax.diffusion import editing
+from sisma_jax.diffusion.editing import as_region, central_region, changed_regions
 from sisma_jax.diffusion.sampling import sample
 from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
@@ -43,6 +47,7 @@ class Pipeline:
       step: training step of the parameters.
       autoencoder: converts between images and latents.
       mesh: of the devices that sample.
+      mask_prior: where the classes lie in the training masks, if the run has recorded it.
     """
 
     def __init__(
@@ -52,6 +57,7 @@ class Pipeline:
         step: int,
         autoencoder: Autoencoder | None = None,
         mesh: Mesh | None = None,
+        mask_prior: LocationPrior | None = None,
     ):
         """Places the parameters on the devices. Most callers use `load`.
 
@@ -61,8 +67,10 @@ class Pipeline:
           step: training step of the parameters.
           autoencoder: of the run; a denoiser of pixels needs none.
           mesh: of all devices. By default, the parameters are replicated and batches are sharded.
+          mask_prior: of the run; without it, masks in another order of classes are not recognized.
         """
         self.config = config
+        self.mask_prior = mask_prior
         self.step = step
         self.autoencoder = autoencoder or IdentityAutoencoder()
         self.mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
@@ -74,10 +82,11 @@ class Pipeline:
 
     def __call__(
         self,
-        mask: Integer[np.ndarray, "H W"] | Integer[np.ndarray, "B H W"],
+        mask: Masks,
         *,
         key: Key[Array, ""] | Key[Array, " N"],
         num_samples: int = 1,
+        classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
     ) -> UInt8[np.ndarray, "N S S 3"]:
@@ -86,33 +95,37 @@ class Pipeline:
         The same key, mask and settings give the same faces, independently of the number of faces per call.
 
         Args:
-          mask: class indices, for one mask or a batch. A mask that is not square is cropped to its central square, and
-            then resized to S x S with nearest-neighbour sampling.
+          mask: one mask or several: class indices, (H, W) or (B, H, W), one-hot, class colours, a PIL image, a path, or
+            a list of these; see `sisma_jax.data.masks`. A mask that is not square is cropped to its central square,
+            and then resized to S x S with nearest-neighbour sampling.
           key: one key, or one key for each of the N faces. Face n depends on `fold_in(key, n)` or on key n. With the
             same key, another mask gives a face of a similar style.
           num_samples: faces per mask. The faces of mask i start at row i * num_samples of the result.
+          classes: classes in whose order or colours the mask is, if these are not the classes of the model: a built-in
+            name, a JSON file, or a class set.
           sampling: settings in place of the configuration's section `sample`. Its `seed` is not used, because `key`
             replaces it.
           overrides: single fields of `Sampling`, such as `steps=4, guidance=2.0`.
 
         Raises:
-          InputError: the mask has unknown class indices or another number of dimensions, the number of keys is wrong,
+          InputError: the mask has unknown class indices or another form, `key` is no key, the number of keys is wrong,
             or a setting is out of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        masks = self._resized(self._checked(mask, "mask"))
+        masks = self._resized(self._read(mask, "mask", as_classes(classes)))
         return self._run({"mask": masks}, key, num_samples, self._settings(sampling, overrides))
 
     def edit(
         self,
         image: UInt8[np.ndarray, "H W 3"],
-        mask: Integer[np.ndarray, "h w"] | Integer[np.ndarray, "B h w"],
+        mask: Masks,
         *,
         key: Key[Array, ""] | Key[Array, " N"],
-        image_mask: Integer[np.ndarray, "h w"] | None = None,
+        image_mask: Masks | None = None,
         region: Bool[np.ndarray, "h w"] | None = None,
         margin: int | None = None,
         num_samples: int = 1,
+        classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
     ) -> UInt8[np.ndarray, "N H W 3"]:
@@ -127,44 +140,39 @@ class Pipeline:
           key: as for `__call__`.
           image_mask: mask of the photograph before it was edited. The region to generate is where it differs from
             `mask`.
-          region: the region to generate, in place of `image_mask`.
+          region: the region to generate, in place of `image_mask`: where it is not zero. It has the aspect ratio of the
+            photograph, or is square, for the central square of the photograph.
           margin: width, in pixels at the model's resolution S, of the band around the region in which the face is
             blended with the photograph. None: S / 32. 0: no pixel outside of the region changes.
           num_samples: edits per mask. The edits of mask i start at row i * num_samples of the result.
+          classes: as for `__call__`, of `mask` and `image_mask`.
           sampling: as for `__call__`.
           overrides: as for `__call__`.
 
         Raises:
           InputError: the photograph is not 8-bit RGB, a mask has unknown class indices, `mask` and `image_mask` have
-            different sizes, the region is empty, not exactly one of `image_mask` and `region` is given, `margin` is
-            negative, the number of keys is wrong, or a setting is out of range.
+            different sizes, the region is empty or lies outside of the central square, not exactly one of
+            `image_mask` and `region` is given, `margin` is negative, the number of keys is wrong, or a setting is out
+            of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
         image, size = np.asarray(image), self.config.data.image_size
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
             raise InputError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
-        margin = size // 32 if margin is None else margin
-        if margin < 0:
-            raise InputError(f"margin must be non-negative, got {margin}.")
-        masks = self._checked(mask, "mask")
+        width = size // 32 if margin is None else finite_number(margin, "margin")
+        masks = self._read(mask, "mask", as_classes(classes))
         if image_mask is not None and region is None:
-            changed = self._changed(masks, image_mask)
+            changed = changed_regions(masks, self._read(image_mask, "image_mask", as_classes(classes)))
         elif region is not None and image_mask is None:
-            changed = np.asarray(region, bool)[None]
+            changed = [as_region(region)] * len(masks)
         else:
             raise InputError(
                 "give either image_mask, the mask before it was edited, or region, the region to generate."
             )
-        changed = np.broadcast_to(changed, (len(masks), *changed.shape[1:]))
-        if not changed.any(axis=(1, 2)).all():
-            raise InputError(
-                "there is nothing to generate, as the mask equals that of the photograph, or the region is empty; edit "
-                "the mask, or give another region."
-            )
         side = min(image.shape[:2])
-        squares = [photos.central_square(one) for one in changed]
-        weights = [editing.feather(editing.resize_region(one, side), margin * side / size) for one in squares]
-        reach = np.stack([editing.feather(editing.resize_region(one, size), margin) > 0 for one in squares])
+        squares = [central_region(one, image.shape[:2]) for one in changed]
+        weights = [editing.feather(editing.resize_region(one, side), width * side / size) for one in squares]
+        reach = np.stack([editing.feather(editing.resize_region(one, size), width) > 0 for one in squares])
         faces = self._run(
             {"mask": self._resized(masks)},
             key,
@@ -190,14 +198,12 @@ class Pipeline:
         image: UInt8[np.ndarray, "1 S S 3"] | None = None,
         regions: Bool[np.ndarray, "B S S"] | None = None,
     ) -> UInt8[np.ndarray, "N S S 3"]:
-        if num_samples < 1:
-            raise InputError(f"num_samples must be positive, got {num_samples}.")
+        num_samples = whole_number(num_samples, "num_samples", least=1)
         total = len(inputs["mask"]) * num_samples
-        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(total)) if key.ndim == 0 else key
-        if keys.shape != (total,):
-            raise InputError(f"key has shape {key.shape}, want one key or {total}, one per face.")
+        keys = random_keys(key, total)
         key_data = np.asarray(jax.random.key_data(keys))
-        batch_size = sharding.round_up(min(total, settings.batch_size), self.mesh)
+        # Powers of two, so that calls for different numbers of faces share few compiled programs.
+        batch_size = sharding.round_up(min(1 << (total - 1).bit_length(), settings.batch_size), self.mesh)
         faces = []
         for start in range(0, total, batch_size):
             # The last batch is padded with copies, so that only one shape is compiled. Their faces are discarded.
@@ -222,20 +228,20 @@ class Pipeline:
                 )
         return np.concatenate([np.asarray(batch) for batch in faces])[:total]
 
-    def _resized(self, masks: UInt8[np.ndarray, "B H W"]) -> UInt8[np.ndarray, "B S S"]:
+    def _resized(self, masks: Sequence[UInt8[np.ndarray, "_ _"]]) -> UInt8[np.ndarray, "B S S"]:
+        report_cropping(masks)
         return np.stack([resize_mask(mask, self.config.data.image_size) for mask in masks])
 
-    def _checked(self, mask: np.ndarray, name: str) -> UInt8[np.ndarray, "B H W"]:
-        mask = np.asarray(mask)
-        if mask.ndim not in (2, 3):
-            raise InputError(f"{name} has shape {mask.shape}, want (H, W) or (B, H, W) with class indices.")
-        return self.config.data.classes.check(mask if mask.ndim == 3 else mask[None], name)
-
-    def _changed(self, masks: UInt8[np.ndarray, "B H W"], image_mask: np.ndarray) -> Bool[np.ndarray, "B H W"]:
-        before = self._checked(image_mask, "image_mask")
-        if before.shape[1:] != masks.shape[1:]:
-            raise InputError(f"mask is {masks.shape[1:]} and image_mask {before.shape[1:]}; they must have one size.")
-        return masks != before
+    def _read(self, mask: Any, name: str, classes: ClassSet | None) -> list[UInt8[np.ndarray, "_ _"]]:
+        own = self.config.data.classes
+        masks = read_masks(mask, own if classes is None else classes, name)
+        if classes is not None and classes != own:
+            masks = [convert_mask(one, classes, own, name) for one in masks]
+        if self.mask_prior is not None:
+            for i, one in enumerate(masks):
+                label = name if len(masks) == 1 else f"{name}[{i}]"
+                self.mask_prior.check(one, own, label, is_named=classes is not None)
+        return masks
 
 
 def jit_sampler(
@@ -299,7 +305,9 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
     path = to_path(path)
     if path.suffix == EXPORT_SUFFIX:
         exported = load_exported(path)
-        return Pipeline(exported.config, exported.params, exported.step, exported.autoencoder, mesh)
+        return Pipeline(
+            exported.config, exported.params, exported.step, exported.autoencoder, mesh, exported.mask_prior
+        )
     from sisma_jax.runs.folder import RunFolder  # exported files do not need it
 
     return from_run(RunFolder.open(path), checkpoint=checkpoint, mesh=mesh)
@@ -318,4 +326,4 @@ def from_run(run: "RunFolder", *, checkpoint: "Checkpoint" = "newest", mesh: Mes
     """
     mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
     step, params = run.restore_ema(mesh, checkpoint)
-    return Pipeline(run.config, params, step, run.autoencoder, mesh)
+    return Pipeline(run.config, params, step, run.autoencoder, mesh, run.mask_prior)

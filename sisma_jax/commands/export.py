@@ -38,6 +38,6 @@ class Export:
         step, params = run.restore_ema(mesh, self.checkpoint)
         path = to_path(self.out) if self.out else run.exported(step)
         require_free([path], self.overwrite)
-        export_params(path, config, step, sharding.fetch(params, mesh), run.autoencoder)
+        export_params(path, config, step, sharding.fetch(params, mesh), run.autoencoder, run.mask_prior)
         tell(f"Parameters of step {step}: {path}")
         tell(f"Load it in Python with sisma_jax.load({str(path)!r}), or give it as `weights` to the command `sample`.")

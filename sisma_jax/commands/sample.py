@@ -17,7 +17,9 @@ from sisma_jax.commands.report import grid_scale, output_folder, require_free, t
 from sisma_jax.config import Config, Sampling
 from sisma_jax.data import masks as masks_lib
 from sisma_jax.data import photos
+from sisma_jax.data.classes import ClassSet
 from sisma_jax.data.dataset import DataSet
+from sisma_jax.data.mask_files import MaskFile, find_masks
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids
 from sisma_jax.files import AnyPath, to_path
@@ -37,7 +39,10 @@ class Sample:
     """Samples faces for your own masks, or edits a photograph, with a trained run or an exported file."""
 
     mask: str
-    """Mask file (PNG of class indices), or a folder of mask files."""
+    """Mask file, or a folder of mask files: class indices, palettes or class colours, in a lossless format."""
+    mask_classes: str = ""
+    """Classes in whose order or colours the masks are: a built-in name such as face_parsing_pytorch, or a JSON file. If
+    empty: those of the model."""
     weights: str = ""
     """File that the command `export` wrote, to use in place of a run and its configuration."""
     checkpoint: Checkpoint = "newest"
@@ -67,17 +72,22 @@ class Sample:
             or the folder for the images cannot be created.
         """
         self._check()
-        files = masks_lib.mask_files(self.mask)
-        names = _output_names(files, self.num)
         classes = config.data.classes
-        masks = [masks_lib.read_mask_file(file, classes) for file in files]
+        read = functools.partial(_read_mask, classes=ClassSet.load(self.mask_classes) if self.mask_classes else classes)
+        files = find_masks(self.mask, classes)
+        names = [[f"{file.name}_{number}.png" for number in range(self.num)] for file in files]
+        masks = [read(file, to=classes) for file in files]
+        masks_lib.report_cropping(masks)
         image = photos.read_image_file(self.image) if self.image else None
-        image_mask = masks_lib.read_mask_file(self.image_mask, classes) if self.image_mask else None
+        image_mask = read(find_masks(self.image_mask, classes)[0], to=classes) if self.image_mask else None
         region = masks_lib.decode_part(photos.read_bytes(self.region), self.region) if self.region else None
         run = None if self.weights else RunFolder.open(workdir, config)
         with output_folder(self.out, to_path("samples") if run is None else run.samples) as out:
             require_free([out / name for row in names for name in (*row, _GRID_NAME)], self.overwrite)
             trained = self._load(config, run)
+            if trained.mask_prior is not None:
+                for file, mask in zip(files, masks, strict=True):
+                    trained.mask_prior.check(mask, classes, str(file), is_named=bool(self.mask_classes))
             size = config.data.image_size
             shown_masks = np.stack([masks_lib.resize_mask(mask, size) for mask in masks])
             # The same keys for every mask, so that two edits of a mask differ only where the masks differ.
@@ -86,6 +96,7 @@ class Sample:
             if image is None:
                 faces = trained(
                     shown_masks,
+                    classes=classes,  # checked above, by the names of the files
                     key=jax.numpy.tile(keys, len(masks)),
                     num_samples=self.num,
                     sampling=self.sampling,
@@ -98,6 +109,7 @@ class Sample:
                 edit = functools.partial(
                     trained.edit,
                     image,
+                    classes=classes,
                     key=keys,
                     image_mask=image_mask,
                     margin=self.margin,
@@ -138,21 +150,12 @@ class Sample:
                 + "\n  ".join(different)
                 + "\nLeave out the options that differ."
             )
-        return Pipeline(config, exported.params, exported.step, exported.autoencoder, mesh)
+        return Pipeline(config, exported.params, exported.step, exported.autoencoder, mesh, exported.mask_prior)
 
 
-def _output_names(files: Sequence[AnyPath], num: int) -> list[list[str]]:
-    """Returns the names of the images for each mask file.
-
-    Raises:
-      InputError: images of two files would have the same name on a file system that ignores case.
-    """
-    first: dict[str, AnyPath] = {}
-    for file in files:
-        other = first.setdefault(file.stem.casefold(), file)
-        if other is not file:
-            raise InputError(f"The images for {other} and {file} would have the same names; rename one of the files.")
-    return [[f"{file.stem}_{number}.png" for number in range(num)] for file in files]
+def _read_mask(file: MaskFile, classes: ClassSet, to: ClassSet) -> np.ndarray:
+    mask = file.read(classes)
+    return mask if classes == to else masks_lib.convert_mask(mask, classes, to, str(file))
 
 
 def _guess_regions(image: np.ndarray, masks: np.ndarray, run: RunFolder) -> list[np.ndarray]:

@@ -10,14 +10,18 @@ from sisma_jax.commands.report import tell
 from sisma_jax.config import Config
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.latents import LatentDataSet
+from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.evaluation import grids
-from sisma_jax.files import AnyPath
+from sisma_jax.files import AnyPath, bucket_errors
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.runs.folder import RunFolder, TrainingFolder
 from sisma_jax.runs.metrics import read_metrics
 from sisma_jax.training import autoencoder as autoencoders
 from sisma_jax.training import loop
+
+# More masks do not change the prior noticeably. Reading them takes a few seconds.
+_PRIOR_MASKS = 2000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,16 @@ def _check(config: Config, workdir: AnyPath) -> None:
         loop.initial_params(config)
 
 
+def _record_mask_prior(run: RunFolder, dataset: DataSet) -> None:
+    """Writes where the classes lie in the training masks, by which `sample` recognizes masks in another order."""
+    if not is_primary():
+        return
+    with bucket_errors(run.mask_prior_path):
+        if run.mask_prior_path.exists():
+            return
+    LocationPrior.fit(dataset.training_masks(_PRIOR_MASKS), dataset.classes).save(run.mask_prior_path)
+
+
 def train(run: RunFolder) -> tuple[DataSet, DataSet | LatentDataSet]:
     """Prepares what training needs, trains the denoiser of a run, and plots the loss.
 
@@ -82,6 +96,7 @@ def train(run: RunFolder) -> tuple[DataSet, DataSet | LatentDataSet]:
         dataset = examples = prepare_data(run.config)
     else:
         dataset, examples = prepare_latents(run)
+    _record_mask_prior(run, dataset)
     loop.train(run, examples)
     if is_primary():
         grids.loss_curve(read_metrics(run.metrics), run.loss_curve)

@@ -85,7 +85,7 @@ class Face:
         if isinstance(self.mask, str):
             mask, source = masks.read_mask_file(self.mask, classes), self.mask
         else:
-            mask, source = paint_parts(self.mask, classes), f"the mask of {self.mask[0]} and the other parts"
+            mask, source = masks.paint_parts(self.mask, classes), f"the mask of {self.mask[0]} and the other parts"
         (height, width), (mask_height, mask_width) = image.shape[:2], mask.shape
         # The ratios are equal up to rounding by one pixel of the mask.
         if abs(height * mask_width - width * mask_height) >= max(height, width):
@@ -98,36 +98,6 @@ class Face:
         if stored_size and min(mask_height, mask_width) > stored_size:
             mask = masks.resize_mask(mask, stored_size)
         return {"image": image_bytes, "mask": photos.encode_png(mask), "id": self.id}
-
-
-def paint_parts(files: Iterable[str], classes: ClassSet) -> np.ndarray:
-    """Returns the label map, uint8 (H, W), of a face that is stored as one file per part.
-
-    Args:
-      files: paths of the form `<id>_<part>.png`, at least one. Each part covers the parts before it; the first class
-        covers the pixels of no part.
-      classes: class set whose names are the names of the parts.
-
-    Raises:
-      InputError: a file is damaged, or differs in size from the first.
-    """
-    mask = None
-    for file in files:
-        part = masks.decode_part(photos.read_bytes(file), file)
-        if mask is None:
-            mask = np.zeros(part.shape, np.uint8)
-        if part.shape != mask.shape:
-            raise InputError(
-                f"{file} has height and width {part.shape}, but the other parts of this face have {mask.shape}; all "
-                "parts of a face must have the same size."
-            )
-        mask[part] = classes.index[_part_name(file)]
-    assert mask is not None, "list_raw_folder lists no face without parts"
-    return mask
-
-
-def _part_name(file: str) -> str:
-    return Path(file).stem.split("_", 1)[-1]
 
 
 class _File(NamedTuple):

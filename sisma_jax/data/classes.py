@@ -141,6 +141,22 @@ class ClassSet:
         """
         return self._palette[mask]
 
+    def table_to(self, other: "ClassSet") -> np.ndarray | None:
+        """Returns a table, uint8 (256,), from labels of this set to those of another by the names of the classes.
+
+        Values that are no label of this set stay as they are. None if a class of this set has no namesake in the
+        other, or its ignored label has no counterpart.
+        """
+        if not set(self.names) <= set(other.names):
+            return None
+        table = np.arange(256, dtype=np.uint8)
+        table[: len(self)] = [other.index[name] for name in self.names]
+        if self.ignored is not None:
+            if other.ignored is None:
+                return None
+            table[self.ignored] = other.ignored
+        return table
+
     def is_label(self, values: np.ndarray) -> np.ndarray:
         """Returns a bool array that is True where an integer array holds a class index or the ignored label.
 
@@ -203,6 +219,21 @@ def _is_color(color: object) -> bool:
     if not isinstance(color, tuple) or len(color) != 3:
         return False
     return all(type(value) is int and 0 <= value <= 255 for value in color)
+
+
+def as_classes(classes: ClassSet | str | os.PathLike[str] | None) -> ClassSet | None:
+    """Returns the class set that a caller names, by a built-in name, a JSON file or the set itself; None for None.
+
+    Raises:
+      InputError: there is no such name or file.
+    """
+    return classes if classes is None or isinstance(classes, ClassSet) else ClassSet.load(classes)
+
+
+@functools.cache
+def known_class_sets() -> tuple[ClassSet, ...]:
+    """Returns the class sets that are known by name, in the order of these names."""
+    return tuple(ClassSet.load(file.stem) for file in sorted(_KNOWN.glob("*.json")))
 
 
 CELEBAMASK_HQ = ClassSet.load("celebamask_hq")

@@ -237,6 +237,18 @@ class DataSet(BatchSource):
         skip = {"image": tfds.decode.SkipDecoding(), "mask": tfds.decode.SkipDecoding()}
         return self._reader.as_data_source(split, decoders=skip)  # pyright: ignore[reportCallIssue]  # TFDS: decorator
 
+    def training_masks(self, limit: int) -> Iterator[np.ndarray]:
+        """Yields masks of the training split, uint8 (S, S), evenly spaced over it.
+
+        Args:
+          limit: largest number of masks.
+        """
+        records = self._records("train")
+        for index in np.linspace(0, len(records) - 1, min(limit, len(records))).astype(int).tolist():
+            record = records[index]
+            mask = masks.decode_mask(record["mask"], f"record {record['id']}", self.classes)
+            yield masks.resize_mask(mask, self.config.image_size)
+
     def _to_examples(self, records: grain.MapDataset[Record], *, flip: bool) -> grain.MapDataset[Record]:
         size = self.config.image_size
         examples = records.map(Decode(self.classes, size)).map(Resize(size))

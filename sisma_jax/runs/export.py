@@ -26,6 +26,7 @@ from flax import nnx
 
 from sisma_jax import config_files
 from sisma_jax.config import Config
+from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, on_disk, to_path, write_atomically
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
@@ -38,6 +39,7 @@ EXPORT_SUFFIX = ".safetensors"
 _FORMAT = "sisma_jax"
 _VERSION = 2
 _AUTOENCODER = "autoencoder"
+_MASK_PRIOR = "mask_prior"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Exported:
     step: int
     params: Params
     autoencoder: IdentityAutoencoder | KlAutoencoder
+    mask_prior: LocationPrior | None = None
 
 
 def export_params(
@@ -63,6 +66,7 @@ def export_params(
     step: int,
     params: Params,
     autoencoder: IdentityAutoencoder | KlAutoencoder | None = None,
+    mask_prior: LocationPrior | None = None,
 ) -> None:
     """Writes an exported file atomically. Every process of a job must call this; the first one writes.
 
@@ -72,6 +76,7 @@ def export_params(
       step: training step of the parameters.
       params: EMA parameters of the denoiser, on one device of this process.
       autoencoder: of the run; a denoiser of pixels needs none.
+      mask_prior: of the run, if it has one.
 
     Raises:
       InputError: a parameter is not finite, or the file cannot be written.
@@ -93,6 +98,9 @@ def export_params(
         if bad := flat_trees.first_not_finite(flat):
             raise InputError(f"{file} is not written: the parameter {bad} is not finite. Export another checkpoint.")
         arrays = {name: np.ascontiguousarray(array) for name, array in flat.items()}
+        if mask_prior is not None:
+            arrays[_MASK_PRIOR] = np.ascontiguousarray(mask_prior.log_probabilities)
+            metadata[_MASK_PRIOR] = str(mask_prior.usual_score)
         try:
             with bucket_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -125,17 +133,21 @@ def load_exported(path: str | PathLike[str]) -> Exported:
         abstract = abstract | {_AUTOENCODER: nnx.to_pure_dict(state)}
     elif config.autoencoder.kind == "kl":
         raise InputError(f"{path} holds a denoiser of latents without its autoencoder; export the run again.")
+    checksum = str(_crc32(arrays))
+    prior = None
+    if _MASK_PRIOR in metadata and _MASK_PRIOR in arrays:
+        prior = LocationPrior(np.asarray(arrays.pop(_MASK_PRIOR)), float(metadata[_MASK_PRIOR]))
     expected = flat_trees.forms(flat_trees.flatten_abstract(abstract))
     owners = ("the file", "its configuration")
     if different := flat_trees.list_differences(flat_trees.forms(arrays), expected, owners=owners):
         raise InputError(f"{path} holds other arrays than its configuration describes:{flat_trees.shorten(different)}")
-    if metadata.get("crc32") != str(_crc32(arrays)):
+    if metadata.get("crc32") != checksum:
         raise InputError(f"{path} differs from what was exported; copy it again.")
     if bad := flat_trees.first_not_finite(arrays):
         raise InputError(f"{path} cannot be used: the parameter {bad} is not finite. Export another checkpoint.")
     params = flat_trees.unflatten(abstract, arrays)
     autoencoder = IdentityAutoencoder() if graph is None else nnx.merge(graph, params.pop(_AUTOENCODER))
-    return Exported(config, int(metadata["step"]), params, autoencoder)
+    return Exported(config, int(metadata["step"]), params, autoencoder, prior)
 
 
 def read_config(path: str | PathLike[str]) -> Config:

@@ -10,6 +10,7 @@ RUN/
   profile/                traces of single steps
   samples/                images
   evaluations/            results of the command `evaluate`: numbered folders, whose files are named as in a run
+  mask_prior.npz          where the classes lie in the training masks; see `data/location_prior.py`
   evaluation.json, loss.png, segmenter_WIDTHxSTEPS.safetensors, plan_TOPOLOGY.json, RUN_STEP.safetensors
   lock.json               the job that writes to the folder, while it runs; see `lock.py`
 """
@@ -25,6 +26,7 @@ from jax.sharding import Mesh
 
 from sisma_jax import config_files
 from sisma_jax.config import Config
+from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, to_path, write_atomically
 from sisma_jax.models import kl_weights
@@ -101,6 +103,7 @@ class RunFolder(TrainingFolder):
         super().__init__(path, require_lock)
         self.config = config
         self.autoencoder_path = self.path / "autoencoder"
+        self.mask_prior_path = self.path / "mask_prior.npz"
         self.autoencoder_training = TrainingFolder(self.path / "autoencoder_training", require_lock)
         self.samples = self.path / "samples"
         self.reconstructions = self.samples / "reconstructions.png"
@@ -204,6 +207,16 @@ class RunFolder(TrainingFolder):
           InputError: the run has no weights of a KL autoencoder, or they are damaged.
         """
         return kl_weights.fingerprint(self.kl_autoencoder)
+
+    @functools.cached_property
+    def mask_prior(self) -> LocationPrior | None:
+        """Where the classes lie in the training masks; None if the run was trained before this was recorded.
+
+        Raises:
+          InputError: the file is damaged.
+        """
+        with bucket_errors(self.mask_prior_path):
+            return LocationPrior.load(self.mask_prior_path) if self.mask_prior_path.exists() else None
 
     def restore_ema(self, mesh: Mesh, checkpoint: Checkpoint = "newest") -> tuple[int, Params]:
         """Returns the step and the EMA parameters of a checkpoint, sharded over the mesh.

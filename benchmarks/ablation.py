@@ -12,7 +12,6 @@ import json
 import logging
 import multiprocessing
 import os
-import shutil
 import statistics
 import sys
 from pathlib import Path
@@ -25,11 +24,10 @@ import tyro
 
 from benchmarks import measure
 from sisma_jax import config_files
-from sisma_jax.commands.evaluate import load_or_train_segmenter
+from sisma_jax.commands.parser import prepare_parser
 from sisma_jax.commands.train import All
 from sisma_jax.config import Config
 from sisma_jax.data.dataset import DataSet
-from sisma_jax.files import AnyPath
 from sisma_jax.models.factory import init_params
 from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import read_metrics
@@ -84,19 +82,17 @@ def experiment(root: Path, cache_dir: Path, num_steps: int, seed: int, choices: 
     )
 
 
-def run(experiment: Config, workdir: Path, segmenter: AnyPath) -> Scores:
+def run(experiment: Config, workdir: Path) -> Scores:
     """Trains and evaluates, unless the folder already contains an evaluation, and returns the scores.
 
     Args:
       experiment: configuration of the run.
       workdir: folder of the run.
-      segmenter: file of the trained segmenter that reads masks from faces.
     """
     logging.getLogger("sisma_jax").setLevel(logging.INFO)
     folder = RunFolder(workdir, experiment)
     if not folder.evaluation.exists():
         workdir.mkdir(parents=True, exist_ok=True)
-        shutil.copy(segmenter, folder.segmenter)
         All().run(experiment, workdir)
     report = json.loads(folder.evaluation.read_text())
     rates = [values["examples_per_sec"] for values in read_metrics(folder.metrics)]
@@ -146,15 +142,17 @@ def main(
     }
     any_experiment = next(iter(plan.values()))
     workdir.mkdir(parents=True, exist_ok=True)
-    common = RunFolder(workdir, any_experiment)
-    load_or_train_segmenter(common, DataSet.prepare(any_experiment.data), out=common)
+    with RunFolder.writing(workdir / "parser", any_experiment) as common:
+        prepare_parser(common, DataSet.prepare(any_experiment.data))
+    parser = dataclasses.replace(any_experiment.parser, weights=str(common.parser_path))
+    plan = {key: dataclasses.replace(one, parser=parser) for key, one in plan.items()}
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for core in cores:
         free.put(core)
     with concurrent.futures.ProcessPoolExecutor(len(cores), context, use_one_core, (free,)) as pool:
         futures = {
-            (name, seed): pool.submit(run, one, workdir / f"{list(VARIANTS).index(name)}_{seed}", common.segmenter)
+            (name, seed): pool.submit(run, one, workdir / f"{list(VARIANTS).index(name)}_{seed}")
             for (name, seed), one in plan.items()
         }
         results = {key: future.result() for key, future in futures.items()}

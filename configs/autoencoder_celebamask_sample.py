@@ -39,5 +39,5 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, decay_steps=1_500, ema_decay=0.998),
         train=TrainConfig(num_steps=1_500, batch_size=16, log_every_steps=50, checkpoint_every_steps=250),
         sample=Sampling(steps=25, guidance=1.5),
-        evaluate=EvaluateConfig(num_samples=64, segmenter_steps=600),
+        evaluate=EvaluateConfig(num_samples=64),
     )

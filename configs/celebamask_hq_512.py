@@ -36,5 +36,5 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=1e-4, warmup_steps=1_000, ema_decay=0.9999),
         train=TrainConfig(num_steps=400_000, batch_size=64, compute_dtype="bfloat16", checkpoint_every_steps=10_000),
         sample=Sampling(steps=25, guidance=1.5, shift=SHIFT),
-        evaluate=EvaluateConfig(num_samples=2_000, segmenter_steps=10_000, segmenter_width=64),
+        evaluate=EvaluateConfig(num_samples=2_000),
     )

@@ -10,6 +10,7 @@ from sisma_jax.config import (
     FlowConfig,
     ModelConfig,
     OptimConfig,
+    ParserConfig,
     Sampling,
     TrainConfig,
 )
@@ -24,5 +25,6 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=30, decay_steps=420, ema_decay=0.99),
         train=TrainConfig(num_steps=420, batch_size=16, log_every_steps=10, checkpoint_every_steps=140),
         sample=Sampling(steps=20, guidance=1.5),
-        evaluate=EvaluateConfig(num_samples=48, segmenter_steps=300),
+        parser=ParserConfig(num_steps=600),
+        evaluate=EvaluateConfig(num_samples=48),
     )

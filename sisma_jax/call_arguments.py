@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, Key, UInt8
 
 from sisma_jax.errors import InputError
 
@@ -44,6 +44,22 @@ def finite_number(value: Any, name: str) -> float:
     if not isinstance(value, int | float | np.number) or not math.isfinite(value) or value < 0:
         raise InputError(f"{name} must be a non-negative number, got {value!r}.")
     return float(value)
+
+
+def as_photo(value: Any, name: str) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns a photograph that a caller gives.
+
+    Args:
+      value: uint8 (H, W, 3), RGB.
+      name: of the argument, for the message.
+
+    Raises:
+      InputError: the value has another dtype or shape, or no pixels.
+    """
+    photo = np.asarray(value)
+    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or photo.size == 0:
+        raise InputError(f"{name} must be uint8 (H, W, 3), got {photo.dtype} {photo.shape}.")
+    return photo
 
 
 def random_keys(key: Any, total: int) -> Key[Array, " N"]:

@@ -24,9 +24,11 @@ from sisma_jax import compile_cache, config_files
 from sisma_jax.commands.autoencoder import Autoencoder, Latents
 from sisma_jax.commands.evaluate import Evaluate
 from sisma_jax.commands.export import Export
+from sisma_jax.commands.parser import Parser
 from sisma_jax.commands.plan import Plan
 from sisma_jax.commands.prepare import Prepare
 from sisma_jax.commands.sample import Sample
+from sisma_jax.commands.segment import Segment
 from sisma_jax.commands.train import All, Train
 from sisma_jax.config import Config, Sampling
 from sisma_jax.data.classes import ClassSet
@@ -40,7 +42,7 @@ from sisma_jax.runs import export, folder
 # Disk and permission errors, which the user can fix. Any other OSError is a defect of the program.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
-_COMMANDS = (All, Prepare, Autoencoder, Latents, Train, Sample, Evaluate, Export, Plan)
+_COMMANDS = (All, Prepare, Autoencoder, Latents, Train, Parser, Segment, Sample, Evaluate, Export, Plan)
 
 
 class Command(Protocol):
@@ -134,6 +136,7 @@ def _arguments_type(sampling: Sampling) -> type[Arguments]:
     """Returns `Arguments` with all commands; the command `sample` takes its defaults from the configuration."""
     values: dict[type[Command], dict[str, Any]] = {
         Sample: {"mask": tyro.MISSING, "sampling": sampling},
+        Segment: {"image": tyro.MISSING},
         Plan: {"topology": tyro.MISSING},
     }
     commands = [

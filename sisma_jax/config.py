@@ -365,6 +365,31 @@ class Sampling(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class ParserConfig(Section):
+    """The face parser, which predicts the masks of photographs and of sampled faces, and its training."""
+
+    section: ClassVar[str] = "parser"
+
+    weights: str = value("", may_change=True)
+    """Face parser to use: parser.safetensors of another run. Empty: the run trains its own."""
+    width: int = value(32, COUNT)
+    """Channels at half the image's resolution, a multiple of 8; each of three coarser levels has twice as many."""
+    num_steps: int = value(4_000, COUNT)
+    """Training steps."""
+    batch_size: int = value(16, COUNT)
+    """Images per training step, over all devices and processes."""
+    learning_rate: float = value(2e-3, POSITIVE)
+    """Peak learning rate; AdamW, with warm-up and cosine decay."""
+    ema_decay: float = value(0.998, DECAY)
+    """Decay of the EMA parameters."""
+    checkpoint_every_steps: int = value(500, COUNT, may_change=True)
+    """Steps between two checkpoints of the face parser."""
+
+    def _check(self) -> None:
+        self._require(self.width % 8 == 0, "width", "a multiple of 8")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluateConfig(Section):
     """Measurements on held-out data."""
 
@@ -372,10 +397,6 @@ class EvaluateConfig(Section):
 
     num_samples: int = value(256, COUNT, may_change=True)
     """Number of held-out masks to sample for; at most the size of the test split."""
-    segmenter_steps: int = value(600, COUNT, may_change=True)
-    """Training steps of the segmenter that predicts masks from sampled faces."""
-    segmenter_width: int = value(32, COUNT, may_change=True)
-    """Channels of the segmenter at its finest resolution."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,6 +415,7 @@ class Config:
     mesh: MeshConfig = MeshConfig()
     train: TrainConfig = TrainConfig()
     sample: Sampling = Sampling()
+    parser: ParserConfig = ParserConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:

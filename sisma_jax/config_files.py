@@ -20,6 +20,10 @@ VERSION = 2
 differently."""
 
 
+# Values of earlier releases that nothing reads any more.
+_RETIRED = {"evaluate": ("segmenter_steps", "segmenter_width")}
+
+
 def load(path: str | os.PathLike[str]) -> Config:
     """Returns what `get_config()` of a configuration file returns.
 
@@ -63,8 +67,10 @@ def _naming_the_line(path: AnyPath) -> Iterator[None]:
     except SyntaxError as error:  # in the file itself, or in a file that it imports
         raise InputError(f"{error.filename}, line {error.lineno}: {error.msg}.") from error
     except Exception as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        raise InputError(f"{path}, line {lines[-1]}: {_reason(error)}") from error
+        frames = traceback.extract_tb(error.__traceback__)
+        lines = [frame.lineno for frame in frames if os.path.abspath(frame.filename) == os.path.abspath(path)]
+        where = f"{path}, line {lines[-1]}" if lines else str(path)
+        raise InputError(f"{where}: {_reason(error)}") from error
 
 
 def _reason(error: Exception) -> str:
@@ -119,9 +125,12 @@ def from_json(text: str, source: str) -> Config:
             f"{VERSION}; use the release that wrote it, or train again."
         )
     try:
+        for section, names in _RETIRED.items():
+            for name in names:
+                values.get(section, {}).pop(name, None)
         sections = get_type_hints(Config)
         return Config(**{key: sections[key](**value) for key, value in values.items()})
-    except (KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError) as error:
         raise InputError(f"{source} is not a configuration of this version ({error!r}).") from error
     except InputError as error:
         raise InputError(f"{source}: {error}") from error

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, UInt8, UInt32
 
-from sisma_jax.call_arguments import finite_number, random_keys, whole_number
+from sisma_jax.call_arguments import as_photo, finite_number, random_keys, whole_number
 from sisma_jax.config import Config, MeshConfig, Sampling
 from sisma_jax.data import photos
 from sisma_jax.data.classes import ClassSet, as_classes
@@ -25,9 +25,11 @@ from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
 from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.face_parser import FaceParser
 from sisma_jax.models.factory import Params, make_graph
 from sisma_jax.parallel import sharding
 from sisma_jax.runs.export import EXPORT_SUFFIX, load_exported
+from sisma_jax.segmentation import paint, segment
 
 if TYPE_CHECKING:
     from sisma_jax.runs.folder import Checkpoint, RunFolder
@@ -48,6 +50,7 @@ class Pipeline:
       autoencoder: converts between images and latents.
       mesh: of the devices that sample.
       mask_prior: where the classes lie in the training masks, if the run has recorded it.
+      parser: predicts masks of photographs, if the run has a face parser.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Pipeline:
         autoencoder: Autoencoder | None = None,
         mesh: Mesh | None = None,
         mask_prior: LocationPrior | None = None,
+        parser: FaceParser | None = None,
     ):
         """Places the parameters on the devices. Most callers use `load`.
 
@@ -68,9 +72,11 @@ class Pipeline:
           autoencoder: of the run; a denoiser of pixels needs none.
           mesh: of all devices. By default, the parameters are replicated and batches are sharded.
           mask_prior: of the run; without it, masks in another order of classes are not recognized.
+          parser: of the run; only `segment`, and `edit` without `image_mask` and `region`, need it.
         """
         self.config = config
         self.mask_prior = mask_prior
+        self.parser = parser
         self.step = step
         self.autoencoder = autoencoder or IdentityAutoencoder()
         self.mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
@@ -156,9 +162,7 @@ class Pipeline:
             of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        image, size = np.asarray(image), self.config.data.image_size
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise InputError(f"image must be uint8 (H, W, 3), got {image.dtype} {image.shape}.")
+        image, size = as_photo(image, "image"), self.config.data.image_size
         width = size // 32 if margin is None else finite_number(margin, "margin")
         masks = self._read(mask, "mask", as_classes(classes))
         if image_mask is not None and region is None:
@@ -182,6 +186,27 @@ class Pipeline:
             reach,
         )
         return np.stack([editing.composite(image, face, weights[i // num_samples]) for i, face in enumerate(faces)])
+
+    def segment(self, photo: UInt8[np.ndarray, "H W 3"], *, whole: bool = False) -> UInt8[np.ndarray, "_ _"]:
+        """Returns the mask of a photograph, as the face parser predicts it: class indices.
+
+        Faces are found first. The mask is that of the largest face, in a square that frames it as the training images
+        are framed, and fits `__call__`. If no face is found, the square is the central one.
+
+        Args:
+          photo: RGB, of any size.
+          whole: return the mask (H, W) of the whole photograph with all its faces, which fits `edit`.
+
+        Raises:
+          InputError: the photograph is not 8-bit RGB, or there is no face parser.
+        """
+        photo = as_photo(photo, "photo")
+        if self.parser is None:
+            raise InputError(
+                "there is no face parser; train one with the command `parser`, or load a run or a file that has one."
+            )
+        faces = segment(photo, self.parser, "photo")
+        return paint(faces, *photo.shape[:2]) if whole else faces[0].mask
 
     def _settings(self, given: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
         """Returns the given settings, or those of the configuration, with the overrides, which are checked here."""
@@ -238,9 +263,10 @@ class Pipeline:
         if classes is not None and classes != own:
             masks = [convert_mask(one, classes, own, name) for one in masks]
         if self.mask_prior is not None:
-            for i, one in enumerate(masks):
-                label = name if len(masks) == 1 else f"{name}[{i}]"
-                self.mask_prior.check(one, own, label, is_named=classes is not None)
+            labels = [name] if len(masks) == 1 else [f"{name}[{i}]" for i in range(len(masks))]
+            masks = [
+                self.mask_prior.check(one, own, label, named=classes) for one, label in zip(masks, labels, strict=True)
+            ]
         return masks
 
 
@@ -306,7 +332,13 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
     if path.suffix == EXPORT_SUFFIX:
         exported = load_exported(path)
         return Pipeline(
-            exported.config, exported.params, exported.step, exported.autoencoder, mesh, exported.mask_prior
+            exported.config,
+            exported.params,
+            exported.step,
+            exported.autoencoder,
+            mesh,
+            exported.mask_prior,
+            exported.parser,
         )
     from sisma_jax.runs.folder import RunFolder  # exported files do not need it
 
@@ -326,4 +358,5 @@ def from_run(run: "RunFolder", *, checkpoint: "Checkpoint" = "newest", mesh: Mes
     """
     mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
     step, params = run.restore_ema(mesh, checkpoint)
-    return Pipeline(run.config, params, step, run.autoencoder, mesh, run.mask_prior)
+    parser = run.parser if run.has_parser() else None
+    return Pipeline(run.config, params, step, run.autoencoder, mesh, run.mask_prior, parser)

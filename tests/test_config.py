@@ -148,12 +148,14 @@ def test_a_missing_file_or_function_is_named(tmp_path):
         ("import nothing_of_this_name\n", r"experiment.py, line 1: ModuleNotFoundError"),
     ],
 )
-def test_a_file_that_cannot_be_run_is_refused_by_its_line(tmp_path, text, message):
+def test_a_file_that_cannot_be_run_is_refused_by_its_line(tmp_path, monkeypatch, text, message):
     path = tmp_path / "experiment.py"
     path.write_text(text)
-    with pytest.raises(InputError, match=message) as refused:
-        config_files.load(path)
-    assert "\n" not in str(refused.value)
+    for name in (path, Path("experiment.py")):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match=message) as refused:
+            config_files.load(name)
+        assert "\n" not in str(refused.value)
 
 
 def test_the_home_is_expanded(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from sisma_jax.config import (
     FlowConfig,
     ModelConfig,
     OptimConfig,
+    ParserConfig,
     Sampling,
     TrainConfig,
 )
@@ -26,7 +27,8 @@ def tiny_config(cache_dir: Path, **train: object) -> Config:
         optim=OptimConfig(learning_rate=1e-3, ema_decay=0.9),
         train=TrainConfig(**(defaults | train)),
         sample=Sampling(steps=2, batch_size=4),
-        evaluate=EvaluateConfig(num_samples=6, segmenter_steps=2, segmenter_width=16),
+        parser=ParserConfig(width=8, num_steps=2, batch_size=8, checkpoint_every_steps=2),
+        evaluate=EvaluateConfig(num_samples=6),
     )
 
 

@@ -12,7 +12,7 @@ from sisma_jax.commands.report import GRID_ROWS, grid_scale, make_folder, output
 from sisma_jax.config import Config
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.latents import LatentDataSet
-from sisma_jax.evaluation import grids, mask_agreement, segmenter
+from sisma_jax.evaluation import grids, mask_agreement
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.files import AnyPath, write_atomically
 from sisma_jax.parallel import sharding
@@ -66,9 +66,10 @@ def evaluate(
       out: where to write the results, under the same names as in a run: `run` itself, or another folder.
 
     Raises:
-      InputError: the segmenter of the run is damaged, or the folder for the results cannot be created.
+      InputError: the face parser is damaged, or the folder for the results cannot be created.
     """
     config = run.config
+    parser = run.parser if run.has_parser() else None
     batch_size = sharding.round_up(config.sample.batch_size, trained.mesh)
     limit = config.evaluate.num_samples
     batches = list(dataset.eval_batches("test", batch_size, limit=limit))
@@ -88,7 +89,7 @@ def evaluate(
     size = config.data.image_size
     shown = shown.reshape(-1, _GRID_SAMPLES, size, size, 3)
     # Every process computes this, because otherwise the others would have to wait for the first one.
-    agreement = mask_agreement.agreement_report(faces, originals, masks, load_or_train_segmenter(run, dataset, out))
+    agreement = None if parser is None else mask_agreement.agreement_report(faces, originals, masks, parser)
     if not is_primary():
         return
     make_folder(out.samples)
@@ -99,30 +100,10 @@ def evaluate(
     grids.save_png(grid_path, grid)
     report = {"step": trained.step, "held_out_loss": loss, "mask_agreement": agreement}
     write_atomically(out.evaluation, json.dumps(report, indent=2) + "\n")
-    tell(mask_agreement.format_report(agreement))
+    if agreement is None:
+        tell("Mask agreement is not computed, as the run has no face parser; the command `parser` trains one.")
+    else:
+        tell(mask_agreement.format_report(agreement))
     tell(f"Held-out loss at step {trained.step}: {loss:.4f}")
     tell(f"Measurements: {out.evaluation}")
     tell(f"Sample grid (mask | samples | held-out original): {grid_path}")
-
-
-def load_or_train_segmenter(run: RunFolder, dataset: DataSet, out: RunFolder | None = None) -> segmenter.Segmenter:
-    """Returns the run's segmenter, which predicts masks from faces; trains one if the run has none.
-
-    Args:
-      run: the run.
-      dataset: training data.
-      out: where to save a newly trained segmenter; None: it is not saved.
-
-    Raises:
-      InputError: the saved segmenter is damaged, or has other classes.
-    """
-    if run.segmenter.exists():
-        return segmenter.load(run.segmenter, dataset.classes)
-    logger.info("Training the segmenter that predicts masks from faces.")
-    settings = run.config.evaluate
-    trained = segmenter.train(
-        dataset, steps=settings.segmenter_steps, width=settings.segmenter_width, seed=run.config.train.seed
-    )
-    if out is not None and is_primary():
-        segmenter.save(trained, out.segmenter)
-    return trained

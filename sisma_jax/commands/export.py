@@ -13,7 +13,7 @@ from sisma_jax.runs.folder import Checkpoint, RunFolder
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Writes a run's EMA parameters, configuration and autoencoder to one file, from which faces can be sampled."""
+    """Writes one file, from which faces can be sampled: EMA parameters, configuration, autoencoder and face parser."""
 
     out: str = ""
     """File to write, *.safetensors. If empty: WORKDIR/NAME_STEP.safetensors, with the name of the run's folder."""
@@ -38,6 +38,7 @@ class Export:
         step, params = run.restore_ema(mesh, self.checkpoint)
         path = to_path(self.out) if self.out else run.exported(step)
         require_free([path], self.overwrite)
-        export_params(path, config, step, sharding.fetch(params, mesh), run.autoencoder, run.mask_prior)
+        parser = run.parser if run.has_parser() else None
+        export_params(path, config, step, sharding.fetch(params, mesh), run.autoencoder, run.mask_prior, parser)
         tell(f"Parameters of step {step}: {path}")
         tell(f"Load it in Python with sisma_jax.load({str(path)!r}), or give it as `weights` to the command `sample`.")

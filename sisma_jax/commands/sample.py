@@ -12,13 +12,11 @@ import numpy as np
 import tyro
 
 from sisma_jax import config_files, pipeline
-from sisma_jax.commands.evaluate import load_or_train_segmenter
 from sisma_jax.commands.report import grid_scale, output_folder, require_free, tell
 from sisma_jax.config import Config, Sampling
 from sisma_jax.data import masks as masks_lib
 from sisma_jax.data import photos
 from sisma_jax.data.classes import ClassSet
-from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.mask_files import MaskFile, find_masks
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids
@@ -165,7 +163,7 @@ def _guess_regions(image: np.ndarray, masks: np.ndarray, run: RunFolder) -> list
         "prediction of the run's small segmenter, which is a rough guess."
     )
     small = photos.resize_image(image, run.config.data.image_size)
-    read = load_or_train_segmenter(run, DataSet.open(run.config.data)).predict(small[None])
+    read = run.parser.predict(small[None])
     # Mask and prediction differ along all outlines of the face. Regions thinner than three pixels are not edits.
     square = np.ones((3, 3), np.uint8)
     return [cv2.morphologyEx(one.astype(np.uint8), cv2.MORPH_OPEN, square) > 0 for one in masks != read]

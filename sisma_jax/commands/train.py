@@ -5,6 +5,7 @@ import dataclasses
 from sisma_jax import pipeline
 from sisma_jax.commands.autoencoder import prepare_latents
 from sisma_jax.commands.evaluate import evaluate
+from sisma_jax.commands.parser import prepare_parser
 from sisma_jax.commands.prepare import prepare_data
 from sisma_jax.commands.report import tell
 from sisma_jax.config import Config
@@ -18,7 +19,7 @@ from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.runs.folder import RunFolder, TrainingFolder
 from sisma_jax.runs.metrics import read_metrics
 from sisma_jax.training import autoencoder as autoencoders
-from sisma_jax.training import loop
+from sisma_jax.training import face_parser, loop
 
 # More masks do not change the prior noticeably. Reading them takes a few seconds.
 _PRIOR_MASKS = 2000
@@ -42,7 +43,7 @@ class Train:
 
 @dataclasses.dataclass(frozen=True)
 class All:
-    """Runs the whole experiment: prepares the data, trains, samples and evaluates; resumes the run if it exists."""
+    """Runs the whole experiment: prepares the data, trains denoiser and face parser, samples and evaluates. Resumes."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
         """Runs the command on the run in `workdir`, which is created if it does not exist.
@@ -52,8 +53,10 @@ class All:
           Preempted: SIGTERM arrived, and a checkpoint is saved.
         """
         _check(config, workdir)
+        face_parser.make_mesh(config)
         with RunFolder.writing(workdir, config) as run:
             dataset, examples = train(run)
+            prepare_parser(run, dataset)
             trained = pipeline.from_run(run, mesh=sharding.make_mesh(config.mesh))
             evaluate(run, trained, dataset, examples, out=run)
 

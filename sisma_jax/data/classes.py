@@ -133,6 +133,14 @@ class ClassSet:
         """
         return self._mirror[mask[..., ::-1]]
 
+    def exchange_sides(self, mask: np.ndarray) -> np.ndarray:
+        """Returns a mask whose mirrored classes are exchanged; every pixel stays where it is.
+
+        Args:
+          mask: uint8, of any shape.
+        """
+        return self._mirror[mask]
+
     def colorize(self, mask: np.ndarray) -> np.ndarray:
         """Returns the colour of each pixel of a mask, uint8 RGB (..., H, W, 3); the ignored label is grey.
 

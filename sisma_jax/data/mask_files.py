@@ -1,18 +1,15 @@
 """The masks that a path names: one file, the files of a folder, or the part files of faces in a folder."""
 
 import dataclasses
-import logging
 import os
 import re
 
 import numpy as np
 
 from sisma_jax.data.classes import ClassSet
+from sisma_jax.data.image_files import distinct_names, list_images
 from sisma_jax.data.masks import paint_parts, read_mask_file
-from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, to_path
-
-logger = logging.getLogger(__name__)
 
 MASK_SUFFIXES = (
     *(".png", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm", ".pbm", ".tga"),
@@ -57,18 +54,10 @@ def find_masks(path: str | os.PathLike[str], classes: ClassSet) -> list[MaskFile
       InputError: the path does not exist, or is a folder without masks.
     """
     path = to_path(path)
+    files = list_images(path, MASK_SUFFIXES, "mask")
     if not path.is_dir():
-        if not path.exists():
-            raise InputError(f"{path} does not exist; name a mask or a folder of masks.")
         return [MaskFile(path.stem, (path,))]
-    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
-    files = [entry for entry in entries if entry.suffix.lower() in MASK_SUFFIXES and not entry.is_dir()]
-    if left_out := [entry.name for entry in entries if entry not in files]:
-        shown = ", ".join(left_out[:5]) + (", ..." if len(left_out) > 5 else "")
-        logger.warning("%s: %d entries are left out, which are no mask files: %s.", path, len(left_out), shown)
-    if not files:
-        raise InputError(f"{path} holds no mask ({', '.join(MASK_SUFFIXES)}).")
-    return _of_parts(files, classes) or _distinct(files)
+    return _of_parts(files, classes) or [MaskFile(name, (file,)) for name, file in distinct_names(files).items()]
 
 
 def _of_parts(files: list[AnyPath], classes: ClassSet) -> list[MaskFile]:
@@ -83,17 +72,3 @@ def _of_parts(files: list[AnyPath], classes: ClassSet) -> list[MaskFile]:
         MaskFile(face, tuple(found[name] for name in classes.names if name in found), is_in_parts=True)
         for face, found in parts.items()
     ]
-
-
-def _distinct(files: list[AnyPath]) -> list[MaskFile]:
-    """Returns a mask per file; names that some disks would not tell apart get a number."""
-    masks: list[MaskFile] = []
-    taken: set[str] = set()
-    for file in files:
-        name, number = file.stem, 1
-        while name.casefold() in taken:
-            number += 1
-            name = f"{file.stem}-{number}"
-        taken.add(name.casefold())
-        masks.append(MaskFile(name, (file,)))
-    return masks

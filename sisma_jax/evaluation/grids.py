@@ -26,6 +26,7 @@ def sample_grid(
     *,
     classes: ClassSet,
     scale: int = 1,
+    title: str = "sample",
 ) -> np.ndarray:
     """Returns an image with one row per mask: the mask in colours, its samples, and the original photograph.
 
@@ -37,6 +38,7 @@ def sample_grid(
       samples: uint8 (n, k, H, W, 3), RGB, k samples per mask.
       originals: uint8 (n, H, W, 3), RGB; None omits this column.
       classes: classes of the masks, which give the colours.
+      title: of the samples; an s follows it if there are several per mask.
       scale: number of times that each pixel is repeated along both axes, at least 1; it enlarges small faces.
 
     Returns:
@@ -53,7 +55,7 @@ def sample_grid(
     if scale < 1:
         raise ValueError(f"scale must be a positive integer, got {scale}.")
     columns = [classes.colorize(masks), *np.swapaxes(samples, 0, 1)]
-    titles = {0: "mask", 1: "sample" if samples.shape[1] == 1 else "samples"}
+    titles = {0: "mask", 1: title if samples.shape[1] == 1 else f"{title}s"}
     if originals is not None:
         titles[len(columns)] = "original"
         columns.append(originals)

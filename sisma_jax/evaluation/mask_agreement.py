@@ -11,7 +11,7 @@ from typing import TypedDict
 import numpy as np
 
 from sisma_jax.data.classes import ClassSet
-from sisma_jax.evaluation.segmenter import Segmenter
+from sisma_jax.models.face_parser import FaceParser
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class AgreementReport(TypedDict):
     Attributes:
       num_images: number of masks.
       samples: scores of the samples against their own masks.
-      ceiling: scores of the original photographs against their masks, which are limited by the segmenter only.
+      ceiling: scores of the original photographs against their masks, which are limited by the face parser only.
       floor: scores of the samples against the masks of other faces, which any well-aligned face reaches; None for a
         single image.
     """
@@ -134,7 +134,7 @@ def agreement_report(
     samples: np.ndarray,
     originals: np.ndarray,
     masks: np.ndarray,
-    segmenter: Segmenter,
+    parser: FaceParser,
     *,
     seed: int = 0,
 ) -> AgreementReport:
@@ -144,25 +144,25 @@ def agreement_report(
       samples: uint8 (N, H, W, 3), RGB; sample i was generated from mask i.
       originals: uint8 (N, H, W, 3), RGB; the held-out photographs of the masks.
       masks: uint8 (N, H, W), class indices or the ignored label.
-      segmenter: trained on other pairs of the same data set.
+      parser: predicts the classes of the masks; trained on other pairs.
       seed: seed of the assignment of other masks to the samples, for "floor".
 
     Raises:
       ValueError: `samples`, `originals` and `masks` have different lengths, a shape is wrong, or images are not uint8.
-      InputError: a mask contains a value that is not a label of the segmenter's classes.
+      InputError: a mask contains a value that is not a label of the parser's classes.
     """
     if not len(samples) == len(originals) == len(masks):
         raise ValueError(
             "samples, originals and masks must have the same length, got "
             f"{len(samples)}, {len(originals)} and {len(masks)}."
         )
-    in_samples, in_originals = segmenter.predict(samples), segmenter.predict(originals)
+    in_samples, in_originals = parser.predict(samples), parser.predict(originals)
     others = masks[derangement(len(masks), seed)] if len(masks) > 1 else None
     return {
         "num_images": len(masks),
-        "samples": _row(in_samples, masks, segmenter.classes),
-        "ceiling": _row(in_originals, masks, segmenter.classes),
-        "floor": None if others is None else _row(in_samples, others, segmenter.classes),
+        "samples": _row(in_samples, masks, parser.classes),
+        "ceiling": _row(in_originals, masks, parser.classes),
+        "floor": None if others is None else _row(in_samples, others, parser.classes),
     }
 
 
@@ -207,7 +207,23 @@ def format_report(report: AgreementReport) -> str:
             for name in names
         ),
         "",
-        "A small segmenter trained on real pairs of the same data set has predicted the masks of the faces.",
-        "Compare these numbers only with each other, not with those of another run or of a published parser.",
+        "A face parser has predicted the masks of the faces. Compare these numbers only with those of the same parser.",
     ]
     return "\n".join(lines) + "\n"
+
+
+def format_agreement(agreement: MaskAgreement, title: str) -> str:
+    """Returns the scores as an aligned text table.
+
+    Args:
+      agreement: the scores.
+      title: of the table.
+    """
+    width = max(map(len, agreement.iou_per_class))
+    values = {"mIoU": agreement.miou, "accuracy": agreement.pixel_accuracy}
+    lines = [f"{name:{width}} {value:8.3f}" for name, value in values.items()]
+    per_class = [
+        f"{name:{width}} {'-' if math.isnan(iou) else format(iou, '.3f'):>8}"
+        for name, iou in agreement.iou_per_class.items()
+    ]
+    return "\n".join([title, *lines, "", "IoU by class", *per_class]) + "\n"

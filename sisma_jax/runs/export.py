@@ -5,15 +5,15 @@ has the safetensors format, which other programs can read. The names of the arra
 
     layers.stacked.mixer.in_proj.kernel         denoiser
     autoencoder.decoder.conv_in.kernel          KL autoencoder
+    parser.levels.block_in.conv_in.kernel       face parser
 
 All metadata are strings: format, version, step, config (JSON, including the mask classes), autoencoder (JSON of
-`KlConfig`), and crc32 (of the bytes of all arrays, sorted by name).
+`KlConfig`), mask_prior, parser (see `parser_file.py`), and crc32 (of the bytes of all arrays, sorted by name).
 """
 
 import contextlib
 import dataclasses
 import json
-import zlib
 from collections.abc import Iterator, Mapping
 from os import PathLike
 from typing import Any
@@ -30,9 +30,10 @@ from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, on_disk, to_path, write_atomically
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
+from sisma_jax.models.face_parser import FaceParser
 from sisma_jax.models.factory import Params, init_params
 from sisma_jax.parallel.agreement import is_primary, together
-from sisma_jax.runs import flat_trees
+from sisma_jax.runs import flat_trees, parser_file
 
 EXPORT_SUFFIX = ".safetensors"
 
@@ -40,6 +41,8 @@ _FORMAT = "sisma_jax"
 _VERSION = 2
 _AUTOENCODER = "autoencoder"
 _MASK_PRIOR = "mask_prior"
+_PARSER = "parser"
+_PARSER_PREFIX = f"{_PARSER}."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,8 @@ class Exported:
       step: training step of the parameters.
       params: EMA parameters of the denoiser.
       autoencoder: of the run, with its parameters.
+      mask_prior: of the run, if it has recorded one.
+      parser: the run's face parser, if it had one.
     """
 
     config: Config
@@ -58,6 +63,7 @@ class Exported:
     params: Params
     autoencoder: IdentityAutoencoder | KlAutoencoder
     mask_prior: LocationPrior | None = None
+    parser: FaceParser | None = None
 
 
 def export_params(
@@ -67,6 +73,7 @@ def export_params(
     params: Params,
     autoencoder: IdentityAutoencoder | KlAutoencoder | None = None,
     mask_prior: LocationPrior | None = None,
+    parser: FaceParser | None = None,
 ) -> None:
     """Writes an exported file atomically. Every process of a job must call this; the first one writes.
 
@@ -77,6 +84,7 @@ def export_params(
       params: EMA parameters of the denoiser, on one device of this process.
       autoencoder: of the run; a denoiser of pixels needs none.
       mask_prior: of the run, if it has one.
+      parser: of the run, if it has one.
 
     Raises:
       InputError: a parameter is not finite, or the file cannot be written.
@@ -101,10 +109,13 @@ def export_params(
         if mask_prior is not None:
             arrays[_MASK_PRIOR] = np.ascontiguousarray(mask_prior.log_probabilities)
             metadata[_MASK_PRIOR] = str(mask_prior.usual_score)
+        if parser is not None:
+            parser_arrays, metadata[_PARSER] = parser_file.pack(parser)
+            arrays |= {_PARSER_PREFIX + name: array for name, array in parser_arrays.items()}
         try:
             with bucket_errors(file):
                 file.parent.mkdir(parents=True, exist_ok=True)
-            content = safetensors.numpy.save(arrays, metadata | {"crc32": str(_crc32(arrays))})
+            content = safetensors.numpy.save(arrays, metadata | {"crc32": flat_trees.crc32(arrays)})
             write_atomically(file, content)
         except OSError as error:
             raise InputError(f"{file} cannot be written ({error}); free disk space or name another file.") from error
@@ -133,10 +144,15 @@ def load_exported(path: str | PathLike[str]) -> Exported:
         abstract = abstract | {_AUTOENCODER: nnx.to_pure_dict(state)}
     elif config.autoencoder.kind == "kl":
         raise InputError(f"{path} holds a denoiser of latents without its autoencoder; export the run again.")
-    checksum = str(_crc32(arrays))
+    checksum = flat_trees.crc32(arrays)
     prior = None
     if _MASK_PRIOR in metadata and _MASK_PRIOR in arrays:
         prior = LocationPrior(np.asarray(arrays.pop(_MASK_PRIOR)), float(metadata[_MASK_PRIOR]))
+    parser = None
+    if _PARSER in metadata:
+        names = [name for name in arrays if name.startswith(_PARSER_PREFIX)]
+        own = {name.removeprefix(_PARSER_PREFIX): np.asarray(arrays.pop(name)) for name in names}
+        parser = parser_file.unpack(own, metadata[_PARSER], str(path))
     expected = flat_trees.forms(flat_trees.flatten_abstract(abstract))
     owners = ("the file", "its configuration")
     if different := flat_trees.list_differences(flat_trees.forms(arrays), expected, owners=owners):
@@ -147,7 +163,7 @@ def load_exported(path: str | PathLike[str]) -> Exported:
         raise InputError(f"{path} cannot be used: the parameter {bad} is not finite. Export another checkpoint.")
     params = flat_trees.unflatten(abstract, arrays)
     autoencoder = IdentityAutoencoder() if graph is None else nnx.merge(graph, params.pop(_AUTOENCODER))
-    return Exported(config, int(metadata["step"]), params, autoencoder, prior)
+    return Exported(config, int(metadata["step"]), params, autoencoder, prior, parser)
 
 
 def read_config(path: str | PathLike[str]) -> Config:
@@ -192,10 +208,3 @@ def _opened(path: AnyPath) -> Iterator[Any]:
 def _with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values with tuples in place of the lists that JSON has for them."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _crc32(arrays: Mapping[str, np.ndarray | jax.Array]) -> int:
-    checksum = 0
-    for _, array in sorted(arrays.items()):
-        checksum = zlib.crc32(np.ravel(np.asarray(array)).view(np.uint8).data, checksum)
-    return checksum

@@ -1,10 +1,12 @@
 """Trees of arrays as flat dictionaries, keyed by the path of each leaf: "layers.stacked.mixer.in_proj.kernel"."""
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sisma_jax.parallel.topology import Device
 
@@ -84,6 +86,18 @@ def first_not_finite(arrays: Mapping[str, jax.Array]) -> str | None:
 @jax.jit
 def _are_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     return {path: jnp.isfinite(x).all() for path, x in arrays.items()}
+
+
+def crc32(arrays: Mapping[str, np.ndarray | jax.Array]) -> str:
+    """Returns the CRC-32 of the bytes of all arrays in the order of their names, as decimal digits.
+
+    Args:
+      arrays: {path: array}.
+    """
+    checksum = 0
+    for _, array in sorted(arrays.items()):
+        checksum = zlib.crc32(np.ravel(np.asarray(array)).view(np.uint8).data, checksum)
+    return str(checksum)
 
 
 def list_differences(

@@ -11,7 +11,9 @@ RUN/
   samples/                images
   evaluations/            results of the command `evaluate`: numbered folders, whose files are named as in a run
   mask_prior.npz          where the classes lie in the training masks; see `data/location_prior.py`
-  evaluation.json, loss.png, segmenter_WIDTHxSTEPS.safetensors, plan_TOPOLOGY.json, RUN_STEP.safetensors
+  parser.safetensors      the face parser; see `parser_file.py`
+  parser_training/        checkpoints and metrics of its training
+  evaluation.json, loss.png, plan_TOPOLOGY.json, RUN_STEP.safetensors
   lock.json               the job that writes to the folder, while it runs; see `lock.py`
 """
 
@@ -31,10 +33,11 @@ from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, is_bucket, to_path, write_atomically
 from sisma_jax.models import kl_weights
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
+from sisma_jax.models.face_parser import FaceParser
 from sisma_jax.models.factory import Params, init_params
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary, together
-from sisma_jax.runs import lock
+from sisma_jax.runs import lock, parser_file
 from sisma_jax.runs.export import EXPORT_SUFFIX
 
 Checkpoint = Literal["newest", "best"] | int
@@ -89,7 +92,8 @@ class RunFolder(TrainingFolder):
       evaluations: folder for the results of the command `evaluate`.
       evaluation: file with the measurements on held-out data.
       loss_curve: plot of the losses.
-      segmenter: weights of the segmenter that measures mask agreement.
+      parser_path: file of the face parser.
+      parser_training: folder of the face parser's training.
     """
 
     def __init__(self, path: str | os.PathLike[str], config: Config, require_lock: Callable[[], None] | None = None):
@@ -110,8 +114,8 @@ class RunFolder(TrainingFolder):
         self.evaluations = self.path / "evaluations"
         self.evaluation = self.path / "evaluation.json"
         self.loss_curve = self.path / "loss.png"
-        width, steps = config.evaluate.segmenter_width, config.evaluate.segmenter_steps
-        self.segmenter = self.path / f"segmenter_{width}x{steps}.safetensors"
+        self.parser_path = self.path / "parser.safetensors"
+        self.parser_training = TrainingFolder(self.path / "parser_training", require_lock)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], config: Config | None = None) -> Self:
@@ -217,6 +221,20 @@ class RunFolder(TrainingFolder):
         """
         with bucket_errors(self.mask_prior_path):
             return LocationPrior.load(self.mask_prior_path) if self.mask_prior_path.exists() else None
+
+    def has_parser(self) -> bool:
+        """Returns whether the configuration names a face parser, or the run has its own."""
+        with bucket_errors(self.parser_path):
+            return bool(self.config.parser.weights) or self.parser_path.exists()
+
+    @functools.cached_property
+    def parser(self) -> FaceParser:
+        """The face parser, which is read on first use: that of `parser.weights`, or the run's own.
+
+        Raises:
+          InputError: the file does not exist or is damaged, or the face parser has other classes than the run.
+        """
+        return parser_file.load(self.config.parser.weights or self.parser_path, self.config.data.classes)
 
     def restore_ema(self, mesh: Mesh, checkpoint: Checkpoint = "newest") -> tuple[int, Params]:
         """Returns the step and the EMA parameters of a checkpoint, sharded over the mesh.

@@ -9,6 +9,7 @@ from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.errors import InputError
+from tests.data import hand_drawn
 
 MASKS = [draw_face((0, i), 64)[1] for i in range(160)]
 HELD_OUT = [draw_face((1, i), 64)[1] for i in range(40)]
@@ -62,9 +63,9 @@ def test_extreme_masks_are_not_refused(prior):
 
 def test_an_unusual_mask_is_warned_of_and_a_named_one_never_refused(prior, caplog):
     lip = np.full((64, 64), CELEBAMASK_HQ.index["u_lip"], np.uint8)
-    prior.check(lip, CELEBAMASK_HQ, "mask", is_named=True)
+    prior.check(lip, CELEBAMASK_HQ, "mask", named=CELEBAMASK_HQ)
     assert "mask: its classes lie where they hardly ever do in the training masks" in caplog.text
-    prior.check(in_order_of(HELD_OUT[0], ClassSet.load("lapa")), CELEBAMASK_HQ, "mask", is_named=True)
+    prior.check(in_order_of(HELD_OUT[0], ClassSet.load("lapa")), CELEBAMASK_HQ, "mask", named=CELEBAMASK_HQ)
 
 
 def test_the_prior_comes_back_from_its_file(prior, tmp_path):
@@ -83,3 +84,27 @@ def test_ignored_pixels_do_not_count(prior):
     mask[:8] = 255
     assert np.isfinite(prior.score(mask))
     prior.check(mask, classes, "mask")
+
+
+@pytest.mark.parametrize("mask", HELD_OUT[:8])
+def test_exchanged_sides_are_noticed_and_those_of_another_tool_are_put_right(prior, mask, caplog):
+    assert not prior.has_exchanged_sides(mask, CELEBAMASK_HQ)
+    exchanged = CELEBAMASK_HQ.exchange_sides(mask)
+    lapa = ClassSet.load("lapa")
+    np.testing.assert_array_equal(prior.check(exchanged, CELEBAMASK_HQ, "mask", named=lapa), mask)
+    np.testing.assert_array_equal(prior.check(mask, CELEBAMASK_HQ, "mask", named=lapa), mask)
+    assert not caplog.text  # the exchange is told, not warned of
+    np.testing.assert_array_equal(prior.check(exchanged, CELEBAMASK_HQ, "mask"), exchanged)
+    assert "mask: its left parts lie where right ones do" in caplog.text
+
+
+def test_a_mask_without_sides_has_none_exchanged(prior):
+    skin = np.where(HELD_OUT[0] == CELEBAMASK_HQ.index["skin"], HELD_OUT[0], 0)
+    assert not prior.has_exchanged_sides(skin, CELEBAMASK_HQ)
+
+
+def test_masks_that_are_drawn_by_hand_are_not_refused(prior):
+    refused = [seed for seed in range(200) if prior.more_probable_order(hand_drawn.draw(seed), CELEBAMASK_HQ)]
+    exchanged = [seed for seed in range(200) if prior.has_exchanged_sides(hand_drawn.draw(seed), CELEBAMASK_HQ)]
+    assert not refused
+    assert not exchanged

@@ -11,7 +11,7 @@ import pytest
 from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import mask_agreement
-from sisma_jax.evaluation.segmenter import Segmenter
+from sisma_jax.models.face_parser import FaceParser, make_graph
 
 NUM_CLASSES = len(CELEBAMASK_HQ)
 
@@ -110,7 +110,10 @@ def test_a_report_of_other_classes_has_their_names():
     classes = ClassSet("Three", ("none", "a" * 40, "b"), ((0, 0, 0), (1, 1, 1), (2, 2, 2)), ignored=3)
     masks = np.arange(3, dtype=np.uint8).repeat(8).reshape(6, 2, 2)
     report = mask_agreement.agreement_report(
-        faces_with(masks), faces_with(masks), np.where(masks == 2, 3, masks), RedIsTheClass({}, classes)
+        faces_with(masks),
+        faces_with(masks),
+        np.where(masks == 2, 3, masks),
+        RedIsTheClass(make_graph(8, 3), {}, classes, 2),
     )
     assert report["samples"]["iou_per_class"] == {"none": 1.0, "a" * 40: 1.0, "b": None}
     text = mask_agreement.format_report(report)
@@ -133,14 +136,14 @@ def test_fewer_than_two_elements_have_no_derangement(size):
         mask_agreement.derangement(size, 0)
 
 
-class RedIsTheClass(Segmenter):
+class RedIsTheClass(FaceParser):
     """Reads the class from the red channel, so that what is in an image is known."""
 
     def predict(self, images):
         return images[..., 0] % NUM_CLASSES
 
 
-SEGMENTER = RedIsTheClass({}, CELEBAMASK_HQ)
+PARSER = RedIsTheClass(make_graph(8, NUM_CLASSES), {}, CELEBAMASK_HQ, 4)
 
 
 def faces_with(masks):
@@ -152,7 +155,7 @@ def test_the_report_holds_samples_between_ceiling_and_floor():
     masks = np.broadcast_to(np.arange(6, dtype=np.uint8)[:, None, None], (6, 4, 4)).copy()
     samples = faces_with(masks)
     samples[:, :1] = 18
-    report = mask_agreement.agreement_report(samples, faces_with(masks), masks, SEGMENTER, seed=3)
+    report = mask_agreement.agreement_report(samples, faces_with(masks), masks, PARSER, seed=3)
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["num_images"] == 6
     assert report["ceiling"]["miou"] == report["ceiling"]["pixel_accuracy"] == 1.0
@@ -164,7 +167,7 @@ def test_the_report_holds_samples_between_ceiling_and_floor():
 
 def test_a_single_image_has_no_floor():
     masks = np.ones((1, 4, 4), np.uint8)
-    report = mask_agreement.agreement_report(faces_with(masks), faces_with(masks), masks, SEGMENTER)
+    report = mask_agreement.agreement_report(faces_with(masks), faces_with(masks), masks, PARSER)
     assert report["floor"] is None
     assert "others' masks" not in mask_agreement.format_report(report)
 
@@ -172,14 +175,14 @@ def test_a_single_image_has_no_floor():
 def test_images_without_a_mask_are_refused():
     images = np.zeros((3, 4, 4, 3), np.uint8)
     with pytest.raises(ValueError, match="3, 3 and 2"):
-        mask_agreement.agreement_report(images, images, np.zeros((2, 4, 4), np.uint8), SEGMENTER)
+        mask_agreement.agreement_report(images, images, np.zeros((2, 4, 4), np.uint8), PARSER)
 
 
 def test_the_table_is_aligned_and_says_what_it_is_worth():
     masks = np.random.default_rng(0).integers(0, 3, (4, 8, 8)).astype(np.uint8)
-    report = mask_agreement.agreement_report(faces_with(masks), faces_with(masks), masks, SEGMENTER)
+    report = mask_agreement.agreement_report(faces_with(masks), faces_with(masks), masks, PARSER)
     text = mask_agreement.format_report(report)
-    assert "small segmenter trained on real pairs" in text
+    assert "only with those of the same parser" in text
     rows = [line for line in text.splitlines() if line.startswith(CELEBAMASK_HQ.names)]
     assert len(rows) == NUM_CLASSES
     assert len({len(row) for row in rows}) == 1

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from sisma_jax.config import AutoencoderConfig, Config, EvaluateConfig, ModelConfig, TrainConfig
+from sisma_jax.config import AutoencoderConfig, Config, ModelConfig, TrainConfig
 from sisma_jax.config_files import to_json
 from sisma_jax.errors import InputError
 from sisma_jax.models import kl_weights
@@ -176,22 +176,21 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_every_file_of_a_run_has_one_name(tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, evaluate=EvaluateConfig(segmenter_width=16, segmenter_steps=300))
-    run = RunFolder(tmp_path / "demo", config)
+    run = RunFolder(tmp_path / "demo", CONFIG)
     files = (
         *(run.checkpoints, run.metrics, run.tensorboard, run.profile, run.samples, run.evaluations, run.evaluation),
-        *(run.loss_curve, run.segmenter, run.plan("v5e:4x4"), run.exported(1200), run.autoencoder_path),
+        *(run.loss_curve, run.parser_path, run.plan("v5e:4x4"), run.exported(1200), run.autoencoder_path),
         run.autoencoder_training.checkpoints,
     )
     assert [str(file.relative_to(run.path)) for file in files] == [
         *("checkpoints", "metrics.jsonl", "tensorboard", "profile", "samples", "evaluations", "evaluation.json"),
-        *("loss.png", "segmenter_16x300.safetensors", "plan_v5e-4x4.json", "demo_0001200.safetensors", "autoencoder"),
+        *("loss.png", "parser.safetensors", "plan_v5e-4x4.json", "demo_0001200.safetensors", "autoencoder"),
         "autoencoder_training/checkpoints",
     ]
     assert not run.path.exists()
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path / "demo")
-    assert RunFolder(".", config).exported(7).name == "demo_0000007.safetensors"
+    assert RunFolder(".", CONFIG).exported(7).name == "demo_0000007.safetensors"
 
 
 def test_a_home_is_expanded(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Key, UInt8
+from jaxtyping import Array, Key
 
 from sisma_jax.errors import InputError
 
@@ -46,19 +46,19 @@ def finite_number(value: Any, name: str) -> float:
     return float(value)
 
 
-def as_photo(value: Any, name: str) -> UInt8[np.ndarray, "H W 3"]:
+def as_photo(value: Any, name: str) -> np.ndarray:
     """Returns a photograph that a caller gives.
 
     Args:
-      value: uint8 (H, W, 3), RGB.
+      value: uint8 or uint16 (H, W, 3), RGB.
       name: of the argument, for the message.
 
     Raises:
       InputError: the value has another dtype or shape, or no pixels.
     """
     photo = np.asarray(value)
-    if photo.dtype != np.uint8 or photo.ndim != 3 or photo.shape[2] != 3 or photo.size == 0:
-        raise InputError(f"{name} must be uint8 (H, W, 3), got {photo.dtype} {photo.shape}.")
+    if photo.dtype not in (np.uint8, np.uint16) or photo.ndim != 3 or photo.shape[2] != 3 or photo.size == 0:
+        raise InputError(f"{name} must be uint8 or uint16 (H, W, 3), got {photo.dtype} {photo.shape}.")
     return photo
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +15,12 @@ from jaxtyping import Array, Bool, Key, UInt8, UInt32
 
 from sisma_jax.call_arguments import as_photo, finite_number, random_keys, whole_number
 from sisma_jax.config import Config, MeshConfig, Sampling
-from sisma_jax.data import photos
+from sisma_jax.data import photos, regions
 from sisma_jax.data.classes import ClassSet, as_classes
+from sisma_jax.data.faces import Square, find_faces
 from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.data.masks import Masks, convert_mask, read_masks, report_cropping, resize_mask
-from sisma_jax.diffusion import editing
-from sisma_jax.diffusion.editing import as_region, central_region, changed_regions
+from sisma_jax.data.photo_files import to_8_bits
 from sisma_jax.diffusion.sampling import sample
 from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
@@ -34,6 +35,7 @@ from sisma_jax.segmentation import paint, segment
 if TYPE_CHECKING:
     from sisma_jax.runs.folder import Checkpoint, RunFolder
 
+logger = logging.getLogger(__name__)
 
 Autoencoder = IdentityAutoencoder | KlAutoencoder
 
@@ -123,31 +125,34 @@ class Pipeline:
 
     def edit(
         self,
-        image: UInt8[np.ndarray, "H W 3"],
+        image: np.ndarray,
         mask: Masks,
         *,
         key: Key[Array, ""] | Key[Array, " N"],
         image_mask: Masks | None = None,
         region: Bool[np.ndarray, "h w"] | None = None,
+        square: Square | None = None,
         margin: int | None = None,
         num_samples: int = 1,
         classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
-    ) -> UInt8[np.ndarray, "N H W 3"]:
-        """Returns edits of a photograph, which is generated anew where its mask was edited.
+    ) -> np.ndarray:
+        """Returns edits of a photograph, (N, H, W, 3), which is generated anew where its mask was edited.
 
-        All other pixels stay bit-identical. The edit applies to the central square of the photograph and of the masks.
-        The face is sampled at the model's resolution, and resized to the resolution of the photograph.
+        All other pixels stay bit-identical. The face is sampled at the model's resolution in a square of the
+        photograph, and resized to the resolution of the photograph.
 
         Args:
-          image: photograph, RGB, of any size.
+          image: photograph, uint8 or uint16 (H, W, 3), RGB, of any size. The edits have its dtype.
           mask: edited mask, or a batch of edited masks, as for `__call__`. Each gives an edit of the same photograph.
+            It has the aspect ratio of the photograph, or is square, for the central square of the photograph.
           key: as for `__call__`.
           image_mask: mask of the photograph before it was edited. The region to generate is where it differs from
-            `mask`.
-          region: the region to generate, in place of `image_mask`: where it is not zero. It has the aspect ratio of the
-            photograph, or is square, for the central square of the photograph.
+            `mask`. Without `image_mask` and `region`, the face parser predicts it, which is a rough guess.
+          region: the region to generate, in place of `image_mask`: where it is not zero. Its form is that of `mask`.
+          square: part of the photograph in which the model generates. None: the square that frames the face to which
+            the region belongs; if there is no such face, the central square, or the largest one around the region.
           margin: width, in pixels at the model's resolution S, of the band around the region in which the face is
             blended with the photograph. None: S / 32. 0: no pixel outside of the region changes.
           num_samples: edits per mask. The edits of mask i start at row i * num_samples of the result.
@@ -156,51 +161,72 @@ class Pipeline:
           overrides: as for `__call__`.
 
         Raises:
-          InputError: the photograph is not 8-bit RGB, a mask has unknown class indices, `mask` and `image_mask` have
-            different sizes, the region is empty or lies outside of the central square, not exactly one of
-            `image_mask` and `region` is given, `margin` is negative, the number of keys is wrong, or a setting is out
-            of range.
+          InputError: the photograph is not RGB with 8 or 16 bits, a mask has unknown class indices, `mask` and
+            `image_mask` have different sizes, the region is empty or lies outside of `square`, `image_mask` and
+            `region` are both given, or neither and there is no face parser, `margin` is negative, the number of keys is
+            wrong, or a setting is out of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
         image, size = as_photo(image, "image"), self.config.data.image_size
-        width = size // 32 if margin is None else finite_number(margin, "margin")
+        (height, width), small = image.shape[:2], to_8_bits(image)
+        band = size // 32 if margin is None else finite_number(margin, "margin")
         masks = self._read(mask, "mask", as_classes(classes))
-        if image_mask is not None and region is None:
-            changed = changed_regions(masks, self._read(image_mask, "image_mask", as_classes(classes)))
-        elif region is not None and image_mask is None:
-            changed = [as_region(region)] * len(masks)
+        if image_mask is not None and region is not None:
+            raise InputError("give either image_mask, the mask before it was edited, or region, not both.")
+        if image_mask is not None:
+            changed = regions.changed_regions(masks, self._read(image_mask, "image_mask", as_classes(classes)))
+        elif region is not None:
+            changed = [regions.as_region(region)] * len(masks)
         else:
-            raise InputError(
-                "give either image_mask, the mask before it was edited, or region, the region to generate."
-            )
-        side = min(image.shape[:2])
-        squares = [central_region(one, image.shape[:2]) for one in changed]
-        weights = [editing.feather(editing.resize_region(one, side), width * side / size) for one in squares]
-        reach = np.stack([editing.feather(editing.resize_region(one, size), width) > 0 for one in squares])
+            changed = regions.guessed_regions(masks, self._guess(small))
+        for one in changed:
+            regions.require_region(one, height, width)
+        if square is None:
+            square = regions.choose_square(changed, find_faces(small), height, width)
+        inside = [regions.crop_region(one, square, height, width) for one in changed]
+        weights = [
+            regions.feather(regions.resize_region(one, square.side), band * square.side / size) for one in inside
+        ]
+        reach = np.stack([regions.feather(regions.resize_region(one, size), band) > 0 for one in inside])
         faces = self._run(
-            {"mask": self._resized(masks)},
+            {"mask": np.stack([resize_mask(regions.crop_to(one, square, height, width), size) for one in masks])},
             key,
             num_samples,
             self._settings(sampling, overrides),
-            photos.resize_image(image, size)[None],
+            photos.resize_image(square.crop(small), size)[None],
             reach,
         )
-        return np.stack([editing.composite(image, face, weights[i // num_samples]) for i, face in enumerate(faces)])
+        return np.stack(
+            [regions.composite(image, face, weights[i // num_samples], square) for i, face in enumerate(faces)]
+        )
 
-    def segment(self, photo: UInt8[np.ndarray, "H W 3"], *, whole: bool = False) -> UInt8[np.ndarray, "_ _"]:
+    def _guess(self, photo: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
+        """Returns the predicted mask of a photograph whose mask is not given."""
+        if self.parser is None:
+            raise InputError(
+                "give image_mask, the mask before it was edited, or region, the region to generate: there is no face "
+                "parser that could predict the mask."
+            )
+        logger.warning(
+            "The photograph's own mask (image_mask) is not given. The region to generate is where the mask differs "
+            "from the prediction of the face parser, which is a rough guess."
+        )
+        return self.segment(photo, whole=True)
+
+    def segment(self, photo: np.ndarray, *, whole: bool = False) -> UInt8[np.ndarray, "_ _"]:
         """Returns the mask of a photograph, as the face parser predicts it: class indices.
 
         Faces are found first. The mask is that of the largest face, in a square that frames it as the training images
         are framed, and fits `__call__`. If no face is found, the square is the central one.
 
         Args:
-          photo: RGB, of any size.
+          photo: uint8 or uint16 (H, W, 3), RGB, of any size.
           whole: return the mask (H, W) of the whole photograph with all its faces, which fits `edit`.
 
         Raises:
-          InputError: the photograph is not 8-bit RGB, or there is no face parser.
+          InputError: the photograph is not RGB with 8 or 16 bits, or there is no face parser.
         """
-        photo = as_photo(photo, "photo")
+        photo = to_8_bits(as_photo(photo, "photo"))
         if self.parser is None:
             raise InputError(
                 "there is no face parser; train one with the command `parser`, or load a run or a file that has one."
@@ -221,7 +247,7 @@ class Pipeline:
         num_samples: int,
         settings: Sampling,
         image: UInt8[np.ndarray, "1 S S 3"] | None = None,
-        regions: Bool[np.ndarray, "B S S"] | None = None,
+        reach: Bool[np.ndarray, "B S S"] | None = None,
     ) -> UInt8[np.ndarray, "N S S 3"]:
         num_samples = whole_number(num_samples, "num_samples", least=1)
         total = len(inputs["mask"]) * num_samples
@@ -233,7 +259,7 @@ class Pipeline:
         for start in range(0, total, batch_size):
             # The last batch is padded with copies, so that only one shape is compiled. Their faces are discarded.
             rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-            given = inputs if regions is None else {**inputs, "region": regions}
+            given = inputs if reach is None else {**inputs, "region": reach}
             batch = sharding.to_devices(
                 {name: x[rows // num_samples] for name, x in given.items()}, self.mesh, batch_size
             )

@@ -22,7 +22,9 @@ from sisma_jax.data import photos
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.data.masks import read_mask_file
+from sisma_jax.data.photo_files import Photo, read_photo, save_photo
 from sisma_jax.models.factory import init_params
+from sisma_jax.runs import parser_file
 from sisma_jax.runs.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -203,9 +205,109 @@ def test_an_edit_keeps_every_pixel_beyond_the_margin(finished, edit, tmp_path, g
 
 def test_an_edit_without_the_images_mask_guesses_it(finished, edit, tmp_path, capsys):
     files, photo, _ = edit
-    command(finished, "sample", "--image", files["photo"], "--mask", files["edited"], "--out", tmp_path, "--num", 1)
+    sample = ("sample", "--image", files["photo"], "--mask", files["edited"], "--num", 1)
+    command(finished, *sample, "--out", tmp_path / "run")
     assert "a rough guess" in capsys.readouterr().err
-    assert photos.read_image_file(tmp_path / "edited_0.png").shape == photo.shape
+    assert photos.read_image_file(tmp_path / "run/edited_0.png").shape == photo.shape
+    command(finished, "export", "--out", tmp_path / "tiny.safetensors")  # has the face parser, too
+    cli.main([*map(str, (*sample, "--weights", tmp_path / "tiny.safetensors", "--out", tmp_path / "file"))])
+    assert (tmp_path / "file/edited_0.png").read_bytes() == (tmp_path / "run/edited_0.png").read_bytes()
+
+
+@pytest.mark.parametrize("place", [(0, 0), (20, 40), (0, 60)])
+def test_an_edit_may_be_anywhere_in_a_photograph(finished, tmp_path, place, capsys):
+    rng = np.random.default_rng(0)
+    photo = rng.integers(0, 256, (48, 96, 3), np.uint8)
+    top, left = place
+    region = np.zeros((48, 96), np.uint8)
+    region[top : top + 20, left : left + 24] = 255
+    for name, picture in {"photo": photo, "mask": region // 255, "region": region}.items():
+        (tmp_path / f"{name}.png").write_bytes(photos.encode_png(picture))
+    edit = ("--image", tmp_path / "photo.png", "--region", tmp_path / "region.png", "--margin", 0)
+    command(finished, "sample", "--mask", tmp_path / "mask.png", "--num", 1, *edit, "--out", tmp_path / "out")
+    assert "outside" not in capsys.readouterr().err
+    edited = photos.read_image_file(tmp_path / "out/mask_0.png")
+    np.testing.assert_array_equal(edited[region == 0], photo[region == 0])
+    assert (edited[region > 0] != photo[region > 0]).mean() > 0.5
+
+
+def test_an_edit_keeps_alpha_depth_and_profile(finished, edit, tmp_path):
+    files, photo, changed = edit
+    rng = np.random.default_rng(0)
+    deep = photo.astype(np.uint16) * 257 + rng.integers(0, 100, photo.shape, np.uint16) * (photo < 255)
+    alpha = rng.integers(0, 65536, photo.shape[:2], np.uint16)
+    before = Photo(deep, alpha, b"a colour profile")
+    save_photo(tmp_path / "deep.png", before)
+    edit = ("--image", tmp_path / "deep.png", "--region", files["region"], "--margin", 0)
+    command(finished, "sample", "--mask", files["edited"], "--num", 1, *edit, "--out", tmp_path / "out")
+    after = read_photo(tmp_path / "out/edited_0.png")
+    assert after.icc_profile == before.icc_profile
+    np.testing.assert_array_equal(after.alpha, alpha)
+    np.testing.assert_array_equal(after.pixels[~changed], deep[~changed])
+    assert (after.pixels[changed] != deep[changed]).mean() > 0.5
+    assert (after.pixels[changed] % 257 == 0).all()  # 8 bits were generated
+
+
+def test_masks_of_photographs_are_written_and_accepted(finished, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    scene = np.random.default_rng(0).integers(90, 110, (300, 400, 3), np.uint8)
+    scene[60:260, 150:350] = draw_face((0, 1), 200)[0]
+    (folder / "holiday.png").write_bytes(photos.encode_png(scene))
+    (folder / "portrait.jpg").write_bytes(photos.encode_jpeg(draw_face((0, 2), 64)[0]))
+    (folder / "notes.txt").write_text("no photograph")
+    command(finished, "segment", "--image", folder, "--out", tmp_path / "masks")
+    printed = capsys.readouterr()
+    assert "1 entries are left out, which are no photograph files: notes.txt" in printed.err
+    assert f"Masks of 2 faces: {tmp_path / 'masks'}" in printed.out
+    masks = {path.stem: path for path in (tmp_path / "masks").iterdir()}
+    assert sorted(masks) == ["grid", "holiday", "holiday_photo", "portrait"]
+    square, whole, portrait = (
+        read_mask_file(masks[n], CELEBAMASK_HQ) for n in ("holiday", "holiday_photo", "portrait")
+    )
+    assert square.shape[0] == square.shape[1] < 300
+    assert whole.shape == (300, 400)
+    assert portrait.shape == (64, 64)
+    pipeline = sisma_jax.load(finished[1])
+    np.testing.assert_array_equal(pipeline.segment(scene), square)
+    np.testing.assert_array_equal(pipeline.segment(scene, whole=True), whole)
+    assert pipeline(square, key=jax.random.key(0), classes="celebamask_hq").shape == (1, 16, 16, 3)
+    edited = np.where(whole > 0, (whole + 1) % 19, 0).astype(np.uint8)
+    (tmp_path / "edited.png").write_bytes(photos.encode_png(edited))
+    edit = ("--image", folder / "holiday.png", "--image_mask", masks["holiday_photo"], "--num", 1)
+    named = ("--mask_classes", "celebamask_hq")  # an untrained parser's masks have the classes anywhere
+    command(finished, "sample", "--mask", tmp_path / "edited.png", *edit, *named, "--out", tmp_path / "edit")
+    assert photos.read_image_file(tmp_path / "edit/edited_0.png").shape == scene.shape
+    assert "exists already" in refused(capsys, finished, "segment", "--image", folder, "--out", tmp_path / "masks")
+
+
+def test_photographs_that_cannot_be_segmented_are_refused(capsys, finished, tmp_path, mask_file):
+    missing = refused(capsys, finished, "segment", "--image", tmp_path / "absent.jpg")
+    assert "absent.jpg does not exist; name a photograph or a folder of photographs" in missing
+    (tmp_path / "text.jpg").write_text("text")
+    assert "text.jpg cannot be" in refused(capsys, finished, "segment", "--image", tmp_path / "text.jpg")
+    run = tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    (run / "parser.safetensors").unlink()
+    no_parser = refused(capsys, finished, "segment", "--image", mask_file, workdir=run)
+    assert "has no face parser; the command `parser` trains one" in no_parser
+    with pytest.raises(sisma_jax.InputError, match="there is no face parser; train one"):
+        sisma_jax.load(run).segment(np.zeros((8, 8, 3), np.uint8))
+    weights = ("--parser.weights", finished[1] / "parser.safetensors", "--out", tmp_path / "out")
+    command(finished, "segment", "--image", mask_file, *weights, workdir=run)
+
+
+def test_a_run_without_a_face_parser_is_evaluated_without_agreement(capsys, finished, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    (run / "parser.safetensors").unlink()
+    command(finished, "evaluate", "--out", tmp_path / "out", workdir=run)
+    assert "Mask agreement is not computed, as the run has no face parser" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/evaluation.json").read_text())["mask_agreement"] is None
+    command(finished, "parser", workdir=run)
+    assert "Face parser, held-out images" in capsys.readouterr().out
+    trained, before = (parser_file.load(folder / "parser.safetensors", CELEBAMASK_HQ) for folder in (run, finished[1]))
+    jax.tree.map(np.testing.assert_array_equal, trained.params, before.params)
 
 
 def test_an_edit_of_a_picture_that_is_not_square(finished):
@@ -234,7 +336,7 @@ def test_edits_that_cannot_be_made_are_refused(capsys, finished, edit):
     pipeline, mask = sisma_jax.load(finished[1]), np.zeros((8, 8), int)
     with pytest.raises(sisma_jax.InputError, match="image_mask \\(4, 4\\); they must have one size"):
         pipeline.edit(np.zeros((8, 8, 3), np.uint8), mask, key=jax.random.key(0), image_mask=mask[:4, :4])
-    with pytest.raises(sisma_jax.InputError, match="image must be uint8"):
+    with pytest.raises(sisma_jax.InputError, match="image must be uint8 or uint16"):
         pipeline.edit(np.zeros((8, 8, 3)), mask, key=jax.random.key(0), image_mask=mask)
     with pytest.raises(sisma_jax.InputError, match="give one key, or 2 keys, one for each face"):
         pipeline(np.stack([mask] * 2), key=jax.random.split(jax.random.key(0), 3))

@@ -2,11 +2,8 @@
 
 import dataclasses
 import functools
-import logging
-from collections.abc import Sequence
 from typing import Annotated
 
-import cv2
 import jax
 import numpy as np
 import tyro
@@ -18,6 +15,7 @@ from sisma_jax.data import masks as masks_lib
 from sisma_jax.data import photos
 from sisma_jax.data.classes import ClassSet
 from sisma_jax.data.mask_files import MaskFile, find_masks
+from sisma_jax.data.photo_files import Photo, read_photo, save_photo, to_8_bits
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids
 from sisma_jax.files import AnyPath, to_path
@@ -26,8 +24,6 @@ from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.pipeline import Pipeline
 from sisma_jax.runs.export import load_exported
 from sisma_jax.runs.folder import Checkpoint, RunFolder
-
-logger = logging.getLogger(__name__)
 
 _GRID_NAME = "grid.png"
 
@@ -48,7 +44,7 @@ class Sample:
     image: str = ""
     """Photograph to edit. It is generated anew where its mask was edited; all other pixels stay unchanged."""
     image_mask: str = ""
-    """Mask of the photograph before it was edited. Without image_mask and region, the run's segmenter predicts it."""
+    """Mask of the photograph before it was edited. Without image_mask and region, the face parser predicts it."""
     region: str = ""
     """Image that is black outside of the region to generate, to use in place of image_mask."""
     margin: int | None = None
@@ -71,27 +67,29 @@ class Sample:
         """
         self._check()
         classes = config.data.classes
-        read = functools.partial(_read_mask, classes=ClassSet.load(self.mask_classes) if self.mask_classes else classes)
+        named = ClassSet.load(self.mask_classes) if self.mask_classes else None
+        read = functools.partial(_read_mask, classes=named or classes)
         files = find_masks(self.mask, classes)
         names = [[f"{file.name}_{number}.png" for number in range(self.num)] for file in files]
         masks = [read(file, to=classes) for file in files]
         masks_lib.report_cropping(masks)
-        image = photos.read_image_file(self.image) if self.image else None
+        photo = read_photo(self.image) if self.image else None
         image_mask = read(find_masks(self.image_mask, classes)[0], to=classes) if self.image_mask else None
         region = masks_lib.decode_part(photos.read_bytes(self.region), self.region) if self.region else None
         run = None if self.weights else RunFolder.open(workdir, config)
         with output_folder(self.out, to_path("samples") if run is None else run.samples) as out:
             require_free([out / name for row in names for name in (*row, _GRID_NAME)], self.overwrite)
             trained = self._load(config, run)
-            if trained.mask_prior is not None:
-                for file, mask in zip(files, masks, strict=True):
-                    trained.mask_prior.check(mask, classes, str(file), is_named=bool(self.mask_classes))
+            if (prior := trained.mask_prior) is not None:
+                masks = [
+                    prior.check(mask, classes, str(file), named=named) for file, mask in zip(files, masks, strict=True)
+                ]
             size = config.data.image_size
             shown_masks = np.stack([masks_lib.resize_mask(mask, size) for mask in masks])
             # The same keys for every mask, so that two edits of a mask differ only where the masks differ.
             key = jax.random.key(self.sampling.seed)
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, np.arange(self.num))
-            if image is None:
+            if photo is None:
                 faces = trained(
                     shown_masks,
                     classes=classes,  # checked above, by the names of the files
@@ -101,27 +99,25 @@ class Sample:
                 ).reshape(len(masks), self.num, size, size, 3)
                 originals = None
             else:
-                regions: Sequence[np.ndarray | None] = [region] * len(masks)
-                if run is not None and image_mask is None and region is None:
-                    regions = _guess_regions(image, shown_masks, run)
                 edit = functools.partial(
                     trained.edit,
-                    image,
+                    photo.pixels,
                     classes=classes,
                     key=keys,
                     image_mask=image_mask,
+                    region=region,
                     margin=self.margin,
                     num_samples=self.num,
                     sampling=self.sampling,
                 )
-                faces = [edit(mask, region=region) for mask, region in zip(masks, regions, strict=True)]
-                originals = np.stack([photos.resize_image(image, size)] * len(masks))
+                faces = [edit(mask) for mask in masks]
+                originals = np.stack([photos.resize_image(to_8_bits(photo.pixels), size)] * len(masks))
             if not is_primary():
                 return
             for row, images in zip(names, faces, strict=True):
                 for name, face in zip(row, images, strict=True):
-                    grids.save_png(out / name, face)
-            shown = np.stack([[photos.resize_image(face, size) for face in row] for row in faces])
+                    save_photo(out / name, Photo(face) if photo is None else dataclasses.replace(photo, pixels=face))
+            shown = np.stack([[photos.resize_image(to_8_bits(face), size) for face in row] for row in faces])
             grid = grids.sample_grid(shown_masks, shown, originals, classes=classes, scale=grid_scale(size))
             grids.save_png(out / _GRID_NAME, grid)
             tell(f"Faces: {len(masks) * self.num} in {out}, side by side in {out / _GRID_NAME}")
@@ -132,10 +128,6 @@ class Sample:
         is_named = bool(self.image_mask or self.region)
         if not self.image and is_named:
             raise InputError("`image_mask` and `region` apply only to an edit; name the photograph with `image`.")
-        if self.image and self.weights and not is_named:
-            raise InputError(
-                "An edit with `weights` needs `image_mask` or `region`, as the file contains no segmenter."
-            )
 
     def _load(self, config: Config, run: RunFolder | None) -> Pipeline:
         mesh = sharding.make_mesh(config.mesh)
@@ -148,22 +140,17 @@ class Sample:
                 + "\n  ".join(different)
                 + "\nLeave out the options that differ."
             )
-        return Pipeline(config, exported.params, exported.step, exported.autoencoder, mesh, exported.mask_prior)
+        return Pipeline(
+            config,
+            exported.params,
+            exported.step,
+            exported.autoencoder,
+            mesh,
+            exported.mask_prior,
+            exported.parser,
+        )
 
 
 def _read_mask(file: MaskFile, classes: ClassSet, to: ClassSet) -> np.ndarray:
     mask = file.read(classes)
     return mask if classes == to else masks_lib.convert_mask(mask, classes, to, str(file))
-
-
-def _guess_regions(image: np.ndarray, masks: np.ndarray, run: RunFolder) -> list[np.ndarray]:
-    """Returns for each edited mask (n, S, S) where it differs from the run segmenter's prediction for the image."""
-    logger.warning(
-        "The image's own mask (image_mask) is not given. The region to generate is where the mask differs from the "
-        "prediction of the run's small segmenter, which is a rough guess."
-    )
-    small = photos.resize_image(image, run.config.data.image_size)
-    read = run.parser.predict(small[None])
-    # Mask and prediction differ along all outlines of the face. Regions thinner than three pixels are not edits.
-    square = np.ones((3, 3), np.uint8)
-    return [cv2.morphologyEx(one.astype(np.uint8), cv2.MORPH_OPEN, square) > 0 for one in masks != read]

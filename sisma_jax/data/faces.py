@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import TypeVar
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -22,8 +22,6 @@ _FRAMED = 0.75
 _LARGEST, _SMALLEST, _LEAST_BOX = 1024, 256, 36
 _SCALE_STEP, _NEIGHBORS = 1.1, 5
 
-ArrayT = TypeVar("ArrayT", bound=np.ndarray)
-
 
 @dataclasses.dataclass(frozen=True)
 class Square:
@@ -39,13 +37,9 @@ class Square:
     left: int
     side: int
 
-    def crop(self, array: ArrayT) -> ArrayT:
+    def crop(self, array: np.ndarray) -> np.ndarray:
         """Returns a view of the square part of an array (H, W, ...)."""
         return array[self.top : self.top + self.side, self.left : self.left + self.side]
-
-    def scaled(self, factor: float) -> "Square":
-        """Returns the square in an image of `factor` times as many pixels per side."""
-        return Square(round(self.top * factor), round(self.left * factor), max(1, round(self.side * factor)))
 
 
 def central_square(height: int, width: int) -> Square:
@@ -112,4 +106,5 @@ def find_faces(photo: UInt8[np.ndarray, "H W 3"]) -> list[Square]:
 
 @functools.cache
 def _detector() -> cv2.CascadeClassifier:
-    return cv2.CascadeClassifier(cv2.data.haarcascades + "haarcascade_frontalface_alt.xml")
+    folder = Path(cv2.__file__).parent / "data"
+    return cv2.CascadeClassifier(str(folder / "haarcascade_frontalface_alt.xml"))

@@ -33,7 +33,7 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"} | _ONE_CHANNEL_16_BI
 # Tag 259 of TIFF: none, CCITT, LZW, deflate (two numbers), PackBits, LZMA, Zstandard.
 _TIFF_LOSSLESS = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
 _TIFF_COMPRESSION, _TIFF_BITS = 259, 258
-_ORIENTATION = 274
+ORIENTATION = 274
 
 # Where a PNG's header, its first chunk, has the bit depth.
 _PNG_DEPTH = 24
@@ -55,8 +55,8 @@ class Raster:
 
     def upright(self, orientation: int) -> "Raster":
         """Returns the raster turned as an EXIF orientation, 1 to 8, says."""
-        transparent = None if self.transparent is None else _upright(self.transparent, orientation)
-        return Raster(_upright(self.samples, orientation), self.palette, transparent)
+        transparent = None if self.transparent is None else upright(self.transparent, orientation)
+        return Raster(upright(self.samples, orientation), self.palette, transparent)
 
 
 def decode_raster(data: bytes, source: str) -> Raster:
@@ -75,7 +75,7 @@ def decode_raster(data: bytes, source: str) -> Raster:
         with Image.open(io.BytesIO(data)) as image:
             _require_readable(image, data, source)
             raster = _decode(image, data, source)
-            orientation = image.getexif().get(_ORIENTATION, 1)
+            orientation = image.getexif().get(ORIENTATION, 1)
     except InputError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
@@ -198,7 +198,7 @@ def _transparent(alpha: np.ndarray) -> np.ndarray | None:
     return None if alpha.all() else alpha == 0
 
 
-def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
+def upright(array: np.ndarray, orientation: int) -> np.ndarray:
     """Returns an array (H, W, ...) as EXIF tag 274 says that it is to be shown."""
     turned = {
         2: lambda x: x[:, ::-1],
@@ -230,5 +230,5 @@ def raster_of(image: Image.Image, source: str) -> Raster:
     if getattr(image, "n_frames", 1) > 1:
         raise InputError(f"{source} has several pages or frames; give the one that you mean.")
     raster = _from_pillow(image, bits=8)
-    orientation = image.getexif().get(_ORIENTATION, 1)
+    orientation = image.getexif().get(ORIENTATION, 1)
     return raster.upright(orientation)

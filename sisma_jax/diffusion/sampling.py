@@ -72,10 +72,10 @@ def sample(
       RGB images.
 
     Raises:
-      ValueError: `image` is given without `region`.
+      ValueError: `image` is given without `region`, or `region` without `image`.
     """
-    if image is not None and region is None:
-        raise ValueError("region is missing: image needs the pixels to generate.")
+    if (image is None) != (region is None):
+        raise ValueError("image and region go together: the photograph, and its pixels to generate.")
     # Python numbers would be float64 under jax_enable_x64.
     shift, low, high, rescale, guidance = (
         jnp.asarray(getattr(settings, name), jnp.float32) for name in (*_TRACED, "guidance")

@@ -145,14 +145,14 @@ class FaceParser:
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] != images.shape[2]:
             raise ValueError(f"images must be uint8 (N, H, H, 3), got {images.dtype} {images.shape}.")
-        size = images.shape[1] if size is None else size
-        masks = np.empty((len(images), size, size), np.uint8)
+        side: int = images.shape[1] if size is None else size
+        masks = np.empty((len(images), side, side), np.uint8)
         batch_size = max(1, min(batch_size, len(images)))
         for start in range(0, len(images), batch_size):
             chunk = np.stack([resize_image(image, self.image_size) for image in images[start : start + batch_size]])
             filled = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]), np.uint8)])
             logits = np.asarray(_logits(self.graph, self.params, filled))[: len(chunk)]
-            masks[start : start + len(chunk)] = [_labels(one, size) for one in logits]
+            masks[start : start + len(chunk)] = [_labels(one, side) for one in logits]
         return masks
 
 

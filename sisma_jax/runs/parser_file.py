@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -107,4 +108,9 @@ def unpack(arrays: Mapping[str, np.ndarray], description: str, source: str) -> F
         raise InputError(f"{source} does not hold a face parser of this release:{flat_trees.shorten(lines)}")
     if bad := next((name for name, array in arrays.items() if not np.isfinite(array).all()), None):
         raise InputError(f"{source} cannot be used: the parameter {bad} of the face parser is not finite.")
-    return FaceParser(make_graph(width, len(classes)), flat_trees.unflatten(shapes, arrays), classes, image_size)
+    return FaceParser(
+        make_graph(width, len(classes)),
+        flat_trees.unflatten(shapes, {name: jnp.asarray(array) for name, array in arrays.items()}),
+        classes,
+        image_size,
+    )

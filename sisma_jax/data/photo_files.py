@@ -1,0 +1,109 @@
+"""Photographs as files: reads and writes the pixels at their own bit depth, with what else the file carries."""
+
+import dataclasses
+import io
+import os
+import struct
+import zlib
+
+import cv2
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from sisma_jax.data.photos import PNG_START, decode_by_opencv, decode_image, not_an_image, read_bytes, require_complete
+from sisma_jax.data.rasters import ORIENTATION, upright
+from sisma_jax.errors import InputError
+from sisma_jax.files import write_atomically
+
+_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP"}
+_DEEP = {np.dtype(np.uint8): 1, np.dtype(np.uint16): 257}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Photo:
+    """A photograph, upright.
+
+    Attributes:
+      pixels: RGB (H, W, 3), uint8, or uint16 if the file has 16 bits per sample.
+      alpha: (H, W), opacity in the dtype of `pixels`; None if the file has none.
+      icc_profile: the colour profile of the file; None if it has none.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    icc_profile: bytes | None = None
+
+
+def to_8_bits(pixels: np.ndarray) -> UInt8[np.ndarray, "H W 3"]:
+    """Returns the pixels of a photograph with 8 bits per sample.
+
+    Args:
+      pixels: uint8 or uint16 (H, W, 3), RGB.
+    """
+    return pixels if pixels.dtype == np.uint8 else np.round(pixels / 257).astype(np.uint8)
+
+
+def read_photo(path: str | os.PathLike[str]) -> Photo:
+    """Returns the photograph in a file.
+
+    Args:
+      path: of a JPEG, PNG, WebP, TIFF or BMP file, on the disk or in a bucket.
+
+    Raises:
+      InputError: the file cannot be read; it is damaged; or it has another format, several pages or frames, or a colour
+        mode that is neither grey nor RGB, with 8 or 16 bits.
+    """
+    data, source = read_bytes(path), os.fspath(path)
+    require_complete(data, source)
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            _require_readable(image, source)
+            orientation, profile = image.getexif().get(ORIENTATION, 1), image.info.get("icc_profile")
+            is_jpeg = image.format in ("JPEG", "MPO")
+    except InputError:
+        raise
+    except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
+        raise not_an_image(source, error) from error
+    if is_jpeg:
+        return Photo(decode_image(data, source), None, profile)
+    stored = decode_by_opencv(data, source, cv2.IMREAD_UNCHANGED)
+    if stored.dtype not in _DEEP:
+        raise InputError(f"{source} has samples of type {stored.dtype}; save it with 8 or 16 bits per sample.")
+    stored = upright(stored, orientation)
+    if stored.ndim == 2:
+        return Photo(np.repeat(stored[..., None], 3, axis=-1), None, profile)
+    alpha = np.ascontiguousarray(stored[..., 3]) if stored.shape[-1] == 4 else None
+    return Photo(np.ascontiguousarray(stored[..., 2::-1]), alpha, profile)
+
+
+def _require_readable(image: Image.Image, source: str) -> None:
+    if image.format not in _FORMATS:
+        raise InputError(f"{source} is a file of the format {image.format}; save the photograph as PNG or JPEG.")
+    if (frames := getattr(image, "n_frames", 1)) > 1 and image.format != "MPO":  # whose others are previews
+        raise InputError(f"{source} has {frames} pages or frames; save the one that you mean.")
+    if image.mode in ("CMYK", "YCCK", "LAB", "HSV", "F"):
+        raise InputError(f"{source} has the colour mode {image.mode}; convert it to RGB.")
+
+
+def encode_photo(photo: Photo) -> bytes:
+    """Returns the bytes of a PNG file with all that a photograph carries; it is lossless."""
+    bgr = photo.pixels[..., ::-1]
+    stored = bgr if photo.alpha is None else np.concatenate([bgr, photo.alpha[..., None]], axis=-1)
+    _, encoded = cv2.imencode(".png", stored)
+    data = encoded.tobytes()
+    if photo.icc_profile is None:
+        return data
+    content = b"ICC profile\0\0" + zlib.compress(photo.icc_profile)
+    chunk = struct.pack(">I", len(content)) + b"iCCP" + content + struct.pack(">I", zlib.crc32(b"iCCP" + content))
+    start = len(PNG_START) + 25  # behind the header, which is the first chunk
+    return data[:start] + chunk + data[start:]
+
+
+def save_photo(path: str | os.PathLike[str], photo: Photo) -> None:
+    """Writes a photograph as a PNG file, atomically.
+
+    Raises:
+      OSError: the file cannot be written.
+    """
+    write_atomically(path, encode_photo(photo))

@@ -1,0 +1,237 @@
+"""The region of an edit: where masks differ, the square in which the model generates it, and the blended result."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+from sisma_jax.data.faces import Square, central_square, square_around
+from sisma_jax.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def as_region(region: Any) -> Bool[np.ndarray, "H W"]:
+    """Returns a region that a caller gives as a bool array: True where it is not zero.
+
+    Args:
+      region: (H, W), of numbers or booleans.
+
+    Raises:
+      InputError: the region has another number of dimensions, no pixels, or values that are not finite.
+    """
+    array = np.asarray(region)
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
+        raise InputError(f"region must be an array (H, W), got {array.dtype} {array.shape}.")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise InputError("region has values that are not finite; give True where the image is to be generated.")
+    return array != 0
+
+
+def changed_regions(
+    masks: Sequence[UInt8[np.ndarray, "_ _"]], before: Sequence[UInt8[np.ndarray, "_ _"]]
+) -> list[Bool[np.ndarray, "_ _"]]:
+    """Returns where each edited mask differs from the mask before it was edited.
+
+    Args:
+      masks: class indices.
+      before: one mask for all of them, or one for each.
+
+    Raises:
+      InputError: the numbers of masks or their sizes do not correspond.
+    """
+    if len(before) not in (1, len(masks)):
+        raise InputError(f"image_mask has {len(before)} masks for {len(masks)} edited ones; give one, or one for each.")
+    pairs = list(zip(masks, list(before) * (len(masks) // len(before)), strict=True))
+    for mask, old in pairs:
+        if mask.shape != old.shape:
+            raise InputError(f"mask is {mask.shape} and image_mask {old.shape}; they must have one size.")
+    return [mask != old for mask, old in pairs]
+
+
+def guessed_regions(
+    masks: Sequence[UInt8[np.ndarray, "_ _"]], predicted: UInt8[np.ndarray, "H W"]
+) -> list[Bool[np.ndarray, "_ _"]]:
+    """Returns where each edited mask differs from the predicted mask of a photograph, apart from thin differences.
+
+    Args:
+      masks: class indices, of the whole photograph, or square ones of its central square.
+      predicted: mask of the whole photograph.
+    """
+    height, width = predicted.shape
+    regions = []
+    for mask in masks:
+        before = predicted if is_whole(mask, height, width) else central_square(height, width).crop(predicted)
+        before = cv2.resize(before, mask.shape[::-1], interpolation=cv2.INTER_NEAREST_EXACT)
+        # Mask and prediction differ along all outlines of the face.
+        kernel = np.ones((max(3, min(mask.shape) // 40),) * 2, np.uint8)
+        regions.append(cv2.morphologyEx((mask != before).astype(np.uint8), cv2.MORPH_OPEN, kernel) > 0)
+    return regions
+
+
+def is_whole(array: np.ndarray, height: int, width: int) -> bool:
+    """Returns whether a mask or region has the aspect ratio of a photograph, up to rounding by one pixel.
+
+    Args:
+      array: (h, w).
+      height: of the photograph, in pixels.
+      width: of the photograph, in pixels.
+    """
+    rows, columns = array.shape
+    return abs(rows * width - columns * height) < max(rows, columns, height, width)
+
+
+def require_region(region: Bool[np.ndarray, "h w"], height: int, width: int) -> None:
+    """Checks that a region of a photograph can be used.
+
+    Args:
+      region: in the aspect ratio of the photograph, or square for its central square.
+      height: of the photograph, in pixels.
+      width: of the photograph, in pixels.
+
+    Raises:
+      InputError: the region is empty, or has another aspect ratio.
+    """
+    rows, columns = region.shape
+    if rows != columns and not is_whole(region, height, width):
+        raise InputError(
+            f"region is {columns}x{rows} pixels and the photograph {width}x{height}; give a region with the aspect "
+            "ratio of the photograph, or a square one for its central square."
+        )
+    if not region.any():
+        raise InputError(
+            "there is nothing to generate, as the mask equals that of the photograph, or the region is empty; edit the "
+            "mask, or give another region."
+        )
+
+
+def choose_square(
+    regions: Sequence[Bool[np.ndarray, "_ _"]], faces: Sequence[Square], height: int, width: int
+) -> Square:
+    """Returns the square of a photograph in which the model generates regions.
+
+    It is that of the face that holds most of the regions, if this is more than half of them; else the central square,
+    if it holds them all; else the largest square around them.
+
+    Args:
+      regions: of the photograph, in its aspect ratio, or square ones for its central square.
+      faces: squares around the faces in the photograph.
+      height: of the photograph, in pixels.
+      width: of the photograph, in pixels.
+    """
+    central = central_square(height, width)
+    whole = [region for region in regions if is_whole(region, height, width)]
+    if len(whole) < len(regions):
+        return central
+    shares = [min(_share_inside(region, square, width) for region in whole) for square in faces]
+    if shares and max(shares) > 0.5:
+        return faces[int(np.argmax(shares))]
+    if all(_share_inside(region, central, width) == 1 for region in whole):
+        return central
+    pixels = [(np.argwhere(region), width / region.shape[1]) for region in whole]
+    first = np.min([found.min(axis=0) * factor for found, factor in pixels], axis=0)
+    last = np.max([(found.max(axis=0) + 1) * factor for found, factor in pixels], axis=0)
+    down, across = (first + last) / 2
+    return square_around(across, down, min(height, width), height, width)
+
+
+def crop_to(array: np.ndarray, square: Square, height: int, width: int) -> np.ndarray:
+    """Returns the part of a mask or region that lies in a square of a photograph, at its own resolution.
+
+    Args:
+      array: (h, w), in the aspect ratio of the photograph, or square, for its central square.
+      square: of the photograph; for a square array of a photograph that is not square, the central one.
+      height: of the photograph, in pixels.
+      width: of the photograph, in pixels.
+    """
+    return _scaled(square, array, width).crop(array) if is_whole(array, height, width) else array
+
+
+def crop_region(region: Bool[np.ndarray, "h w"], square: Square, height: int, width: int) -> Bool[np.ndarray, "s s"]:
+    """Returns the part of a region that lies in a square of a photograph; logs what it leaves out.
+
+    Args:
+      region: as for `crop_to`.
+      square: as for `crop_to`.
+      height: of the photograph, in pixels.
+      width: of the photograph, in pixels.
+
+    Raises:
+      InputError: the whole region lies outside of the square.
+    """
+    inside = crop_to(region, square, height, width)
+    share = 1 - inside.sum() / region.sum()
+    if share == 1:
+        raise InputError(
+            f"region lies outside of {square}, which is all that this edit generates; give another square."
+        )
+    if share > 0:
+        logger.warning("%.0f %% of the region lie outside of the generated square and stay as they are.", 100 * share)
+    return inside
+
+
+def _scaled(square: Square, array: np.ndarray, width: int) -> Square:
+    """Returns a square of a photograph of this width in the pixels of a mask of it."""
+    rows, columns = array.shape
+    factor = columns / width
+    return square_around(
+        (square.left + square.side / 2) * factor,
+        (square.top + square.side / 2) * factor,
+        square.side * factor,
+        rows,
+        columns,
+    )
+
+
+def _share_inside(region: Bool[np.ndarray, "h w"], square: Square, width: int) -> float:
+    return float(_scaled(square, region, width).crop(region).sum() / region.sum())
+
+
+def resize_region(region: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray, "S S"]:
+    """Returns a square region at another resolution; a pixel that overlaps the region belongs to it.
+
+    Args:
+      region: square, H = W.
+      size: height and width of the result, in pixels.
+    """
+    smaller = size < region.shape[0]
+    interpolation = cv2.INTER_AREA if smaller else cv2.INTER_NEAREST_EXACT
+    return cv2.resize(region.astype(np.float32), (size, size), interpolation=interpolation) > 0
+
+
+def feather(region: Bool[np.ndarray, "H W"], margin: float | int) -> Float[np.ndarray, "H W"]:
+    """Returns float32 weights that are 1 in the region and fall linearly to 0 at distances above the margin.
+
+    Args:
+      region: contains at least one pixel.
+      margin: in pixels; 0 gives 1 in the region and 0 elsewhere.
+    """
+    distance = cv2.distanceTransform((~region).astype(np.uint8), cv2.DIST_L2, cv2.DIST_MASK_PRECISE)
+    return np.clip(1 - distance / (margin + 1), 0, 1).astype(np.float32)
+
+
+def composite(
+    photo: np.ndarray, generated: UInt8[np.ndarray, "S S 3"], weight: Float[np.ndarray, "P P"], square: Square
+) -> np.ndarray:
+    """Returns the photograph, blended with a generated image in a square of side P.
+
+    Pixels with weight 0 are bit-identical to those of the photograph, at its bit depth.
+
+    Args:
+      photo: uint8 or uint16 (H, W, 3), RGB.
+      generated: RGB, resized to the square.
+      weight: weight of the generated image in the square, in [0, 1].
+      square: where the generated image lies.
+    """
+    if len(generated) != square.side:
+        interpolation = cv2.INTER_AREA if len(generated) > square.side else cv2.INTER_CUBIC
+        generated = cv2.resize(generated, (square.side, square.side), interpolation=interpolation)
+    factor = np.iinfo(photo.dtype).max // 255  # 257 for 16 bits: 255 becomes 65535
+    result = photo.copy()
+    part = square.crop(result)
+    mixed = weight[..., None] * (generated * np.float32(factor)) + (1 - weight[..., None]) * part
+    part[...] = np.where(weight[..., None] > 0, np.round(mixed), part).astype(photo.dtype)
+    return result

@@ -371,7 +371,8 @@ class ParserConfig(Section):
     section: ClassVar[str] = "parser"
 
     weights: str = value("", may_change=True)
-    """Face parser to use: parser.safetensors of another run. Empty: the run trains its own."""
+    """Face parser to use: parser.safetensors of another run, or 79999_iter.pth of face-parsing.PyTorch.
+    Empty: the run trains its own."""
     width: int = value(32, COUNT)
     """Channels at half the image's resolution, a multiple of 8; each of three coarser levels has twice as many."""
     num_steps: int = value(4_000, COUNT)

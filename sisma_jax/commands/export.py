@@ -39,6 +39,9 @@ class Export:
         path = to_path(self.out) if self.out else run.exported(step)
         require_free([path], self.overwrite)
         parser = run.parser if run.has_parser() else None
+        if parser is not None and not parser.is_own:
+            tell(f"The file does not contain the face parser of parser.weights, {config.parser.weights}.")
+            parser = None
         export_params(path, config, step, sharding.fetch(params, mesh), run.autoencoder, run.mask_prior, parser)
         tell(f"Parameters of step {step}: {path}")
         tell(f"Load it in Python with sisma_jax.load({str(path)!r}), or give it as `weights` to the command `sample`.")

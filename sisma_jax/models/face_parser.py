@@ -41,6 +41,9 @@ class _ResidualBlock(nnx.Module):
         self.norm_out = nnx.GroupNorm(channels, _GROUPS, param_dtype=jnp.float32, rngs=rngs)
         self.conv_out = conv(kernel_init=nnx.initializers.zeros)
 
+    def coarsest(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return self(x)
+
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         y = self.conv_in(jax.nn.silu(self.norm_in(x)))
         return x + self.conv_out(jax.nn.silu(self.norm_out(y)))
@@ -49,13 +52,17 @@ class _ResidualBlock(nnx.Module):
 class _Level(nnx.Module):
     """One level of the U: a block, the coarser levels, and a block that merges the results of both."""
 
-    def __init__(self, channels: int, coarser: nnx.Module, *, rngs: nnx.Rngs):
+    def __init__(self, channels: int, coarser: "_Level | _ResidualBlock", *, rngs: nnx.Rngs):
         linear = functools.partial(nnx.Linear, param_dtype=jnp.float32, rngs=rngs)
         self.block_in = _ResidualBlock(channels, rngs=rngs)
         self.down = linear(4 * channels, 2 * channels)
         self.coarser = coarser
         self.up = linear(2 * channels, 4 * channels)
         self.block_out = _ResidualBlock(channels, rngs=rngs)
+
+    def coarsest(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
+        """Returns the output of the coarsest level."""
+        return self.coarser.coarsest(self.down(space_to_depth(self.block_in(x), 2)))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         x = self.block_in(x)
@@ -75,7 +82,7 @@ class FaceUNet(nnx.Module):
 
     def __init__(self, width: int, num_classes: int, *, rngs: nnx.Rngs):
         self.stem = nnx.Conv(_PATCH_SIZE**2 * 3, width, (3, 3), param_dtype=jnp.float32, rngs=rngs)
-        levels = _ResidualBlock(width * 2**_NUM_HALVINGS, rngs=rngs)
+        levels: _Level | _ResidualBlock = _ResidualBlock(width * 2**_NUM_HALVINGS, rngs=rngs)
         for halving in reversed(range(_NUM_HALVINGS)):
             levels = _Level(width * 2**halving, levels, rngs=rngs)
         self.levels = levels
@@ -90,9 +97,21 @@ class FaceUNet(nnx.Module):
             and the logits are cropped.
         """
         _, height, width, _ = image.shape
-        padded = jnp.pad(image, ((0, 0), (0, -height % _STRIDE), (0, -width % _STRIDE), (0, 0)), mode="edge")
-        x = self.levels(self.stem(space_to_depth(padded, _PATCH_SIZE)))
+        x = self.levels(self._patches(image))
         return depth_to_space(self.head(jax.nn.silu(self.norm(x))), _PATCH_SIZE)[:, :height, :width]
+
+    def features(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B D"]:
+        """Returns the mean over all positions of the coarsest level, which describes a face as a whole.
+
+        Args:
+          image: as for `__call__`; D is 8 times the width.
+        """
+        return self.levels.coarsest(self._patches(image)).mean(axis=(1, 2))
+
+    def _patches(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w C"]:
+        _, height, width, _ = image.shape
+        padded = jnp.pad(image, ((0, 0), (0, -height % _STRIDE), (0, -width % _STRIDE), (0, 0)), mode="edge")
+        return self.stem(space_to_depth(padded, _PATCH_SIZE))
 
 
 def make_graph(width: int, num_classes: int) -> nnx.GraphDef[FaceUNet]:
@@ -120,12 +139,14 @@ class FaceParser:
       params: parameters of the network, nested dictionaries of float32 arrays.
       classes: the classes that it predicts.
       image_size: side in pixels of the images for which it was trained. Other images are resized.
+      is_own: whether the network is a `FaceUNet`, which files of the project can hold.
     """
 
     graph: nnx.GraphDef[Any]
     params: Params
     classes: ClassSet
     image_size: int
+    is_own: bool = True
 
     def predict(
         self, images: np.ndarray, *, size: int | None = None, batch_size: int = 32

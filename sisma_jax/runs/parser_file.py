@@ -1,4 +1,4 @@
-"""Face parsers as files: safetensors with the parameters, the classes and the image size.
+"""Face parsers as files: safetensors with the parameters, the classes and the image size. Also reads public weights.
 
 All metadata are strings: format, version, parser (JSON of the classes and the image size), and crc32 (of the bytes of
 all arrays, sorted by name).
@@ -15,12 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from flax import nnx
 
 from sisma_jax.data.classes import ClassSet
 from sisma_jax.errors import InputError
 from sisma_jax.files import on_disk, to_path, write_atomically
+from sisma_jax.models import bisenet
 from sisma_jax.models.face_parser import FaceParser, init_params, make_graph
 from sisma_jax.runs import flat_trees
+from sisma_jax.torch_files import TORCH_SUFFIXES, read_state_dict
 
 _FORMAT = "sisma_jax face parser"
 _VERSION = "1"
@@ -31,7 +34,7 @@ def save(parser: FaceParser, path: str | os.PathLike[str]) -> None:
     """Writes a face parser as one file, atomically.
 
     Args:
-      parser: with a `FaceUNet` as its network.
+      parser: one of the project's own, with a `FaceUNet` as its network.
       path: of the file, on the disk or in a bucket.
 
     Raises:
@@ -46,17 +49,21 @@ def save(parser: FaceParser, path: str | os.PathLike[str]) -> None:
 
 
 def load(path: str | os.PathLike[str], classes: ClassSet) -> FaceParser:
-    """Returns the face parser that `save` wrote.
+    """Returns the face parser that `save` wrote, or face-parsing.PyTorch (BiSeNet) with its public weights.
 
     Args:
-      path: of the file, on the disk or in a bucket.
-      classes: that it must predict.
+      path: of the file, on the disk or in a bucket; *.pth are weights of PyTorch.
+      classes: that it must predict. The classes of face-parsing.PyTorch may have any order.
 
     Raises:
       InputError: the file does not exist, is damaged, was written by another program or version, or holds a face parser
         of other classes.
     """
     path = to_path(path)
+    if path.suffix in TORCH_SUFFIXES:
+        network = bisenet.from_weights(read_state_dict(path), classes, str(path))
+        graph, params = nnx.split(network)
+        return FaceParser(graph, nnx.to_pure_dict(params), classes, bisenet.IMAGE_SIZE, is_own=False)
     try:
         with on_disk(path) as file, safetensors.safe_open(file, framework="numpy") as content:
             metadata = content.metadata() or {}

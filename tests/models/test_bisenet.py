@@ -1,0 +1,71 @@
+"""Public weights give the logits of the original program, in the order of classes that is asked for."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
+from sisma_jax.errors import InputError
+from sisma_jax.models import bisenet
+from sisma_jax.models.autoencoder import from_uint8
+from sisma_jax.runs import parser_file
+from tests.models.random_weights import random_weights
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "bisenet.npz")
+
+
+@pytest.fixture(scope="module")
+def weights():
+    shapes = {name: tuple(shape) for name, shape in json.loads(str(GOLDEN["shapes"])).items()}
+    return random_weights(shapes)
+
+
+@pytest.mark.parametrize("classes", [bisenet.CLASSES, CELEBAMASK_HQ], ids=lambda classes: classes.title)
+def test_logits_are_those_of_the_original(weights, classes):
+    network = bisenet.from_weights(weights, classes, "FILE")
+    logits = network(from_uint8(jnp.asarray(GOLDEN["image"])))[:, ::4, ::4]
+    expected = GOLDEN["logits"][..., [bisenet.CLASSES.index[name] for name in classes.names]]
+    # float32 in another order of additions
+    np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weights: weights.pop("cp.arm16.bn_atten.bias"), r"FILE has no cp\.arm16\.bn_atten\.bias, .*79999_iter"),
+        (lambda weights: weights.clear(), r"FILE has no cp\.resnet\.conv1\.weight"),
+        (lambda weights: weights["ffm.conv1.weight"].fill(np.nan), r"ffm\.conv1\.weight is not finite"),
+        (
+            lambda weights: weights.update({"conv_out.conv_out.weight": np.zeros((11, 256, 1, 1), np.float32)}),
+            "FILE predicts 11 classes; wanted are 19",
+        ),
+        (
+            lambda weights: weights.update({"ffm.conv1.weight": np.zeros((64, 32, 1, 1), np.float32)}),
+            "FILE has weights of other shapes",
+        ),
+    ],
+)
+def test_other_weights_are_refused_by_name(weights, change, message):
+    changed = {name: array.copy() for name, array in weights.items()}
+    change(changed)
+    with pytest.raises(InputError, match=message):
+        bisenet.from_weights(changed, CELEBAMASK_HQ, "FILE")
+
+
+def test_other_classes_are_refused(weights):
+    with pytest.raises(InputError, match=r"FILE predicts the classes of .*, and those of LaPa.* are not the same"):
+        bisenet.from_weights(weights, ClassSet.load("lapa"), "FILE")
+
+
+def test_a_parser_with_public_weights_predicts_masks(weights, monkeypatch, tmp_path):
+    monkeypatch.setattr(parser_file, "read_state_dict", lambda _: weights)
+    monkeypatch.setattr(bisenet, "IMAGE_SIZE", 64)
+    parser = parser_file.load(tmp_path / "79999_iter.pth", CELEBAMASK_HQ)
+    image = GOLDEN["image"][:, :64, :64]
+    masks = parser.predict(image)
+    network = bisenet.from_weights(weights, CELEBAMASK_HQ, "FILE")
+    np.testing.assert_array_equal(masks, network(from_uint8(jnp.asarray(image))).argmax(-1))
+    assert not parser.is_own

@@ -183,6 +183,7 @@ class Pipeline:
             regions.require_region(one, height, width)
         if square is None:
             square = regions.choose_square(changed, find_faces(small), height, width)
+        regions.require_square(square, height, width)
         inside = [regions.crop_region(one, square, height, width) for one in changed]
         weights = [
             regions.feather(regions.resize_region(one, square.side), band * square.side / size) for one in inside

@@ -108,6 +108,22 @@ def require_region(region: Bool[np.ndarray, "h w"], height: int, width: int) -> 
         )
 
 
+def require_square(square: Square, height: int, width: int) -> None:
+    """Checks that a square lies inside of a photograph.
+
+    Args:
+      square: that a caller gives.
+      height: of the photograph, in pixels.
+      width: of the photograph, in pixels.
+
+    Raises:
+      InputError: the square has no pixels, or reaches out of the photograph.
+    """
+    ends = square.top + square.side, square.left + square.side
+    if square.side < 1 or min(square.top, square.left) < 0 or ends[0] > height or ends[1] > width:
+        raise InputError(f"square {square} does not lie inside of the photograph, which has {width}x{height} pixels.")
+
+
 def choose_square(
     regions: Sequence[Bool[np.ndarray, "_ _"]], faces: Sequence[Square], height: int, width: int
 ) -> Square:

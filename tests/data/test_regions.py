@@ -150,3 +150,10 @@ def test_masks_of_different_sizes_are_not_compared():
         regions.changed_regions([mask], [np.zeros((5, 4), np.uint8)])
     with pytest.raises(InputError, match="image_mask has 2 masks for 3 edited ones"):
         regions.changed_regions([mask] * 3, [mask] * 2)
+
+
+@pytest.mark.parametrize("square", [Square(-1, 0, 4), Square(0, 0, 0), Square(30, 0, 11), Square(0, 70, 11)])
+def test_a_square_outside_of_the_photograph_is_refused(square):
+    with pytest.raises(InputError, match="does not lie inside of the photograph, which has 80x40 pixels"):
+        regions.require_square(square, HEIGHT, WIDTH)
+    regions.require_square(CENTRAL, HEIGHT, WIDTH)

@@ -100,3 +100,12 @@ def test_x64_does_not_change_it():
     with jax.enable_x64(True):
         jax.tree.map(np.testing.assert_array_equal, make_parser().params, parser.params)
         np.testing.assert_array_equal(dataclasses.replace(parser).predict(images), masks)
+
+
+def test_the_mask_of_a_mirror_image_is_the_flipped_mask():
+    parser, images = make_parser(), photos(3)
+    params = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), parser.params)
+    parser = dataclasses.replace(parser, params=params)
+    flipped = parser.predict(np.ascontiguousarray(images[:, :, ::-1]))
+    same = flipped == CELEBAMASK_HQ.flip(parser.predict(images))
+    assert same.mean() > 0.999  # rounding decides between equal logits

@@ -100,7 +100,7 @@ def test_the_loss_is_that_of_a_float64_sum():
     logits = rng.normal(size=(2, 3, 4, 5))
     mask = rng.integers(0, 5, (2, 3, 4)).astype(np.uint8)
     frequencies = rng.dirichlet(np.ones(5))
-    adjusted = logits - 0.25 * np.log(frequencies)
+    adjusted = logits - 0.5 * np.log(frequencies)
     log_probabilities = adjusted - np.log(np.exp(adjusted).sum(axis=-1, keepdims=True))
     weights = frequencies[mask] ** -0.5
     picked = np.take_along_axis(log_probabilities, mask[..., None].astype(int), axis=-1)[..., 0]

@@ -31,9 +31,9 @@ def frechet_interval(
     how the distance would vary with other images, as many as these; it does not contain the distance of infinitely many
     images.
 
-    A resample decomposes the drawn features of each set, about 0.63 N of its N images, in O(N D^2), and then a matrix of
-    at most D x D. If a set has fewer images than dimensions, its factor is the features themselves, which costs
-    nothing. With 2048 dimensions and thousands of images this takes seconds per resample on a CPU, or tens of them.
+    A resample takes a QR decomposition of the drawn features of each set, O(N D^2), and the singular values of a matrix
+    of at most D x D. A set with fewer images than dimensions needs no decomposition. With 2048 dimensions and thousands
+    of images, expect seconds or tens of seconds per resample on a CPU.
 
     Args:
       first: real numbers (N, D), features of at least 2 images.

@@ -186,9 +186,9 @@ class FaceParser:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(
-    graph: nnx.GraphDef[Any], params: Params, mirror: UInt8[np.ndarray, " K"], image: UInt8[np.ndarray, "B S S 3"]
+    graph: nnx.GraphDef[Any], params: Params, mirror: UInt8[Array, " K"], image: UInt8[Array, "B S S 3"]
 ) -> Float[Array, "B S S K"]:
-    network, x = nnx.merge(graph, params), from_uint8(jnp.asarray(image))
+    network, x = nnx.merge(graph, params), from_uint8(image)
     mirrored = network(x[:, :, ::-1])[:, :, ::-1]
     return (network(x) + mirrored[..., mirror]) / 2
 

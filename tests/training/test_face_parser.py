@@ -58,7 +58,7 @@ def test_the_network_learns_a_batch_of_faces():
     for _ in range(150):
         params, opt_state = update(params, opt_state)
     predicted = FaceParser(graph, params, CELEBAMASK_HQ, 32).predict(np.stack([face[0] for face in faces]))
-    assert np.mean(predicted == mask) > 0.95
+    assert np.mean(predicted == mask) > 0.9
 
 
 def test_a_resumed_training_is_bit_identical_to_an_uninterrupted_one(config, dataset, tmp_path, monkeypatch):

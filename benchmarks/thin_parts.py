@@ -23,9 +23,9 @@ from flax import nnx
 
 from benchmarks import measure
 from sisma_jax.config import preset
-from sisma_jax.data import celebamask_hq
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.masks import decode_mask, resize_mask
+from sisma_jax.data.raw_folder import list_raw_folder
 from sisma_jax.models.mask_encoder import MaskEncoder
 from sisma_jax.models.patches import depth_to_space, space_to_depth
 
@@ -119,7 +119,7 @@ def main(root: Path, num_fit: int = 200, num_test: int = 100, size: int = 256, j
       size: side of the masks in pixels; a multiple of 8.
       json: file for the numbers.
     """
-    faces = celebamask_hq.list_raw_folder(root, CELEBAMASK_HQ).faces[: num_fit + num_test]
+    faces = list_raw_folder(root, CELEBAMASK_HQ).faces[: num_fit + num_test]
     masks = [decode_mask(_encoded_mask(face.read(CELEBAMASK_HQ)), str(face.id), CELEBAMASK_HQ) for face in faces]
     own_size = masks[0].shape[0]
     masks = np.stack([resize_mask(mask, size) for mask in masks])

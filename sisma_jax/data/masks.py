@@ -32,7 +32,7 @@ from PIL import Image
 
 from sisma_jax.data.classes import ClassSet
 from sisma_jax.data.color_codes import ColorReading, read_colors
-from sisma_jax.data.photos import PNG_START, central_square, decode_by_opencv, read_bytes, require_complete
+from sisma_jax.data.photos import PNG_START, central_square, decode_by_opencv, read_bytes, require_readable
 from sisma_jax.data.rasters import Raster, decode_raster, raster_of
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath
@@ -50,20 +50,22 @@ _PNG_QUALIFIERS = (b"tRNS", b"eXIf", b"exif", b"acTL")
 _COLORS_WITHOUT_DOUBT = 4
 
 
-def decode_mask(data: bytes, source: str, classes: ClassSet) -> np.ndarray:
+def decode_mask(data: bytes, source: str, classes: ClassSet, *, stored_size: int | None = None) -> np.ndarray:
     """Decodes a mask file to uint8 class indices, (H, W).
 
     Args:
       data: the bytes of a file in any form of the table above.
       source: where the bytes come from, for the message.
       classes: that the mask's labels belong to.
+      stored_size: for a raw file of a data set, the side to which a grey PNG of 8 bits is reduced, or 0; see
+        `require_readable`.
 
     Raises:
-      InputError: the bytes are empty, truncated, no image, or in a form that is not read; or the image holds values or
-        colours that are no label.
+      InputError: the bytes are empty, truncated, no image, too large, or in a form that is not read; or the image holds
+        values or colours that are no label.
     """
     if _is_plain_png(data, _GREY_8_BIT):  # what prepared shards hold
-        require_complete(data, source)
+        require_readable(data, source, stored_size)
         return classes.check(decode_by_opencv(data, source, cv2.IMREAD_GRAYSCALE), source)
     return _labels(decode_raster(data, source), source, classes)
 
@@ -176,13 +178,18 @@ def _8_bit(samples: np.ndarray, source: str) -> np.ndarray:
     raise InputError(f"{source} has colours of 16 bits, which are no class colours; save them with 8 bits.")
 
 
-def read_mask_file(path: str | os.PathLike[str], classes: ClassSet) -> np.ndarray:
+def read_mask_file(path: str | os.PathLike[str], classes: ClassSet, *, stored_size: int | None = None) -> np.ndarray:
     """Returns a mask file as uint8 class indices, (H, W), decoded by `decode_mask`.
+
+    Args:
+      path: of the file.
+      classes: that the mask's labels belong to.
+      stored_size: as for `decode_mask`.
 
     Raises:
       InputError: the file cannot be read, or is not a mask of these classes.
     """
-    return decode_mask(read_bytes(path), os.fspath(path), classes)
+    return decode_mask(read_bytes(path), os.fspath(path), classes, stored_size=stored_size)
 
 
 def read_masks(value: Any, classes: ClassSet, name: str = "mask") -> list[np.ndarray]:
@@ -295,10 +302,10 @@ def decode_part(data: bytes, source: str) -> np.ndarray:
       source: where the bytes come from, for the message.
 
     Raises:
-      InputError: the bytes are empty, truncated, no image, or a lossy one.
+      InputError: the bytes are empty, truncated, no image, a lossy one, or one that is too large.
     """
     if _is_plain_png(data, _GREY_8_BIT, _RGB_8_BIT):
-        require_complete(data, source)
+        require_readable(data, source)
         image = decode_by_opencv(data, source, cv2.IMREAD_ANYCOLOR)
         return image.astype(bool) if image.ndim == 2 else np.asarray(image.any(axis=-1))
     raster = decode_raster(data, source)

@@ -11,11 +11,18 @@ import os
 import cv2
 import numpy as np
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import bucket_errors, to_path
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+
+# Photographs and masks of more pixels are refused; 13,377 x 13,377 are read. Above this number Pillow, which decodes
+# some of the files, takes an image for a decompression bomb.
+MAX_PIXELS = 178_956_970
+# What OpenCV decodes. It limits only files that are reduced at once, when a data set is prepared.
+_OPENCV_PIXELS = 2**30
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _PNG_END = b"IEND"
@@ -44,6 +51,47 @@ def require_complete(data: bytes, source: str) -> None:
     cut_png = data.startswith(PNG_START) and _PNG_END not in data
     if cut_jpeg or cut_png:
         raise InputError(f"{source} is truncated after {len(data)} bytes; copy or download it again.")
+
+
+def require_readable(data: bytes, source: str, stored_size: int | None = None) -> tuple[int, int] | None:
+    """Checks that the bytes of an image file are not truncated, and that its header states a size that is read.
+
+    Args:
+      data: contents of the file.
+      source: where the bytes come from, for the error message.
+      stored_size: for a raw file of a data set, the side in pixels to which its preparation reduces images; 0 if it
+        keeps them as they are. None for any other file.
+
+    Returns:
+      Width and height in pixels by the header; None if Pillow cannot read it, so that the decoder has to decide.
+
+    Raises:
+      InputError: `data` is empty or truncated, or the image has more than MAX_PIXELS pixels; if `stored_size` reduces
+        it, more than OpenCV decodes.
+    """
+    require_complete(data, source)
+    limit = _OPENCV_PIXELS if stored_size else MAX_PIXELS
+    fix = "shrink it, or give data.stored_size, to which images are reduced" if stored_size == 0 else "shrink it"
+    try:
+        size = _size(data)
+    except Image.DecompressionBombError as error:  # of other formats than JPEG and PNG
+        raise InputError(f"{source} has more than {MAX_PIXELS:,} pixels, the limit; shrink it.") from error
+    if size is not None and size[0] * size[1] > limit:
+        raise InputError(f"{source} is {size[0]}x{size[1]} pixels, and the limit is {limit:,} pixels; {fix}.")
+    return size
+
+
+def _size(data: bytes) -> tuple[int, int] | None:
+    if data.startswith(PNG_START):
+        return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
+    try:
+        # Unlike `Image.open`, the class of a format has no limit of its own, so an error can state the size.
+        with JpegImageFile(io.BytesIO(data)) if data.startswith(_JPEG_START) else Image.open(io.BytesIO(data)) as image:
+            return image.size
+    except Image.DecompressionBombError:
+        raise
+    except Exception:  # Pillow's readers raise whatever a damaged file makes them
+        return None
 
 
 def not_an_image(source: str, detail: object = "") -> InputError:
@@ -77,7 +125,9 @@ def decode_by_opencv(data: bytes, source: str, flags: int) -> np.ndarray:
     return image
 
 
-def decode_image(data: bytes, source: str, *, size_needed: int | None = None) -> np.ndarray:
+def decode_image(
+    data: bytes, source: str, *, size_needed: int | None = None, stored_size: int | None = None
+) -> np.ndarray:
     """Returns an image as uint8 RGB, (H, W, 3), rotated according to its EXIF orientation.
 
     Args:
@@ -86,23 +136,16 @@ def decode_image(data: bytes, source: str, *, size_needed: int | None = None) ->
       size_needed: resolution to which the caller resizes the image. A JPEG whose shorter side is at least four times as
         large is decoded at half size, which takes 0.4 times as long. The resized image then differs by at most a few
         grey levels. None decodes at full size.
+      stored_size: for a raw file of a data set, the side to which it is reduced, or 0; see `require_readable`.
 
     Raises:
-      InputError: `data` is empty, truncated, or not an image.
+      InputError: `data` is empty, truncated, not an image, or too large, as for `require_readable`.
     """
-    require_complete(data, source)
+    size = require_readable(data, source, stored_size)
     flags = cv2.IMREAD_COLOR
-    if size_needed is not None and data.startswith(_JPEG_START) and _shorter_side(data, source) >= 4 * size_needed:
+    if size_needed is not None and data.startswith(_JPEG_START) and size is not None and min(size) >= 4 * size_needed:
         flags = cv2.IMREAD_REDUCED_COLOR_2
     return cv2.cvtColor(decode_by_opencv(data, source, flags), cv2.COLOR_BGR2RGB)
-
-
-def _shorter_side(data: bytes, source: str) -> int:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return min(image.size)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise not_an_image(source, error) from error
 
 
 def encode_png(array: np.ndarray) -> bytes:
@@ -170,6 +213,6 @@ def read_image_file(path: str | os.PathLike[str]) -> np.ndarray:
     """Returns an image file as uint8 RGB, (H, W, 3), rotated according to its EXIF orientation.
 
     Raises:
-      InputError: the file cannot be read, or is empty, truncated, or not an image.
+      InputError: the file cannot be read, or is empty, truncated, not an image, or of more than MAX_PIXELS pixels.
     """
     return decode_image(read_bytes(path), os.fspath(path))

@@ -15,7 +15,7 @@ from PIL import Image
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
-from sisma_jax.data.photos import PNG_START, decode_by_opencv, not_an_image, require_complete
+from sisma_jax.data.photos import PNG_START, decode_by_opencv, not_an_image, require_readable
 from sisma_jax.errors import InputError
 
 # By Pillow's names. Lossy formats are refused by name, and so is all that is not listed here.
@@ -67,10 +67,10 @@ def decode_raster(data: bytes, source: str) -> Raster:
       source: where the bytes come from, for the message.
 
     Raises:
-      InputError: the bytes are empty, truncated or no image; or the image is lossy, has several pages or frames, or has
-        a format or colour mode that holds no labels.
+      InputError: the bytes are empty, truncated or no image; or the image is too large, as for `require_readable`, is
+        lossy, has several pages or frames, or has a format or colour mode that holds no labels.
     """
-    require_complete(data, source)
+    require_readable(data, source)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _require_readable(image, data, source)

@@ -47,6 +47,16 @@ def raw_png(samples: np.ndarray, depth: int, color_type: int, **chunks: bytes) -
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
+def png_that_declares(width: int, height: int, color_type: int = 0) -> bytes:
+    """A PNG file of a few bytes whose header states any size, as a decompression bomb has it."""
+    channels = {0: 1, 2: 3, 3: 1}[color_type]
+    data = raw_png(
+        np.zeros((1, 1, channels), np.uint8), 8, color_type, **({"PLTE": bytes(6)} if color_type == 3 else {})
+    )
+    header = b"IHDR" + struct.pack(">II", width, height) + data[24:29]
+    return data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+
+
 def exif(orientation: int) -> bytes:
     """An EXIF block that holds nothing but an orientation."""
     return b"MM\0*\0\0\0\x08\0\x01" + struct.pack(">HHIHH", 274, 3, 1, orientation, 0) + b"\0\0\0\0"

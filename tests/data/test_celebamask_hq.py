@@ -166,11 +166,11 @@ def test_image_without_mask_and_mask_without_image_are_named(tmp_path):
     write_label_maps(root, range(12))
     for id in range(3, 10):
         (root / "labels" / f"{id:05d}.png").unlink()
-    with pytest.raises(InputError, match=r"no mask for these ids .* 7 \(3, 4, 5, 6, 7, ...\)"):
+    with pytest.raises(InputError, match=r"no mask for these files .* 7 \(3.jpg, 4.jpg, 5.jpg, 6.jpg, 7.jpg, ...\)"):
         celebamask_hq.recipe(config(tmp_path))
     for id in range(3, 11):
         (root / "images" / f"{id}.jpg").unlink()
-    with pytest.raises(InputError, match=r"no image for these ids .* 1 \(10\)"):
+    with pytest.raises(InputError, match=r"no image for these files .* 1 \(00010.png\)"):
         celebamask_hq.recipe(config(tmp_path))
 
 
@@ -178,16 +178,16 @@ def test_face_without_any_part_is_named(tmp_path):
     write_official(tmp_path / "raw", range(3))
     for part in ("skin", "nose", "hair"):
         part_file(tmp_path / "raw", 1, part).unlink()
-    with pytest.raises(InputError, match=r"no mask for these ids .* 1 \(1\)"):
+    with pytest.raises(InputError, match=r"no mask for these files .* 1 \(1.jpg\)"):
         celebamask_hq.recipe(config(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("folder", "name", "message"),
     [
-        ("images", "face.jpg", "face.jpg is not named by its id"),
-        ("images", "0001.png", "have the same id"),
-        ("labels", "1.png", "have the same id"),
+        ("images", "face.jpg", r"no mask for these files .* 1 \(face.jpg\)"),
+        ("images", "0001.png", "are of the same face; keep one"),
+        ("labels", "1.png", "are of the same face; keep one"),
     ],
 )
 def test_stray_files_are_named(tmp_path, folder, name, message):
@@ -275,7 +275,7 @@ def test_damaged_and_missing_files_are_named_together_and_skipped_if_so_wished(t
     (root / "CelebA-HQ-img" / "10.jpg").write_bytes(b"")
     for part in ("skin", "nose", "hair"):
         part_file(root, 0, part).unlink()
-    with pytest.raises(InputError, match=r"no mask for these ids .* 1 \(0\). data.skip_damaged"):
+    with pytest.raises(InputError, match=r"no mask for these files .* 1 \(0.jpg\). data.skip_damaged"):
         DataSet.prepare(data)
     skipping = config(tmp_path, num_test=4, skip_damaged=True)
     DataSet.prepare(skipping)
@@ -285,10 +285,10 @@ def test_damaged_and_missing_files_are_named_together_and_skipped_if_so_wished(t
     assert "5 examples are left out" in caplog.text
     named = (DataSet.open(skipping).path / shards.SKIPPED_NAME).read_text()
     for reason in (
-        "no mask for id 0",
+        "no mask for 0.jpg",
         "3.jpg is trunc",
         "00005_hair.png is trunc",
-        "no image for id 9",
+        "no image for 00009_skin.png",
         "10.jpg is empty",
     ):
         assert reason in named

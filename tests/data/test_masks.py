@@ -5,7 +5,7 @@ from PIL import Image
 from sisma_jax.data import masks, photos
 from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.errors import InputError
-from tests.data.encoded import png
+from tests.data.encoded import png, png_that_declares
 from tests.data.raw_layout import random_image, random_mask
 
 
@@ -101,3 +101,14 @@ def test_missing_file_and_folder_are_refused_by_name(tmp_path):
         masks.read_mask_file(tmp_path / "absent.png", CELEBAMASK_HQ)
     with pytest.raises(InputError, match=f"{tmp_path} cannot be read: Is a directory"):
         masks.read_mask_file(tmp_path, CELEBAMASK_HQ)
+
+
+@pytest.mark.parametrize("color_type", [0, 2, 3])
+def test_a_mask_of_too_many_pixels_is_refused_by_its_header(color_type):
+    data = png_that_declares(13_500, 13_500, color_type)
+    with pytest.raises(
+        InputError, match=r"^huge.png is 13500x13500 pixels, and the limit is 178,956,970 pixels; shrink"
+    ):
+        masks.decode_mask(data, "huge.png", CELEBAMASK_HQ)
+    with pytest.raises(InputError, match=r"huge.png is 13500x13500 pixels"):
+        masks.decode_part(data, "huge.png")

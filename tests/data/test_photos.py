@@ -1,3 +1,5 @@
+import io
+
 import cv2
 import numpy as np
 import pytest
@@ -5,7 +7,7 @@ from PIL import Image
 
 from sisma_jax.data import photos
 from sisma_jax.errors import InputError
-from tests.data.encoded import jpeg, png
+from tests.data.encoded import jpeg, png, png_that_declares
 from tests.data.raw_layout import random_image
 
 
@@ -80,3 +82,34 @@ def test_missing_file_and_folder_are_refused_by_name(tmp_path):
         photos.read_image_file(tmp_path / "absent.png")
     with pytest.raises(InputError, match=f"{tmp_path} cannot be read: Is a directory"):
         photos.read_image_file(tmp_path)
+
+
+def test_photograph_of_too_many_pixels_is_refused_by_its_header():
+    data = png_that_declares(13_500, 13_500, color_type=2)
+    message = r"^huge.png is 13500x13500 pixels, and the limit is 178,956,970 pixels; shrink it\.$"
+    for size_needed in (None, 64):
+        with pytest.raises(InputError, match=message):
+            photos.decode_image(data, "huge.png", size_needed=size_needed)
+    with pytest.raises(InputError, match=r"shrink it, or give data.stored_size"):
+        photos.decode_image(data, "huge.png", stored_size=0)
+    with pytest.raises(InputError, match=r"is 40000x30000 pixels, and the limit is 1,073,741,824 pixels; shrink it\.$"):
+        photos.decode_image(png_that_declares(40_000, 30_000, color_type=2), "huge.png", stored_size=256)
+
+
+def test_the_limit_is_one_of_pixels_in_every_format(monkeypatch):
+    image = gradient(16)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "BMP")
+    for data in (jpeg(image), png(Image.fromarray(image)), buffer.getvalue()):
+        monkeypatch.setattr(photos, "MAX_PIXELS", 16 * 16)
+        assert photos.decode_image(data, "x", size_needed=4).shape[:2] in ((16, 16), (8, 8))
+        monkeypatch.setattr(photos, "MAX_PIXELS", 16 * 16 - 1)
+        with pytest.raises(InputError, match="x is 16x16 pixels, and the limit is 255 pixels"):
+            photos.decode_image(data, "x", size_needed=4)
+        assert photos.decode_image(data, "x", stored_size=8).shape == (16, 16, 3)
+
+
+def test_a_bomb_in_another_format_than_jpeg_and_png_is_refused():
+    header = b"P6 14000 14000 255\n"
+    with pytest.raises(InputError, match="huge.ppm has more than 178,956,970 pixels"):
+        photos.decode_image(header + bytes(100), "huge.ppm")

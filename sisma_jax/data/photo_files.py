@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
-from sisma_jax.data.photos import PNG_START, decode_by_opencv, decode_image, not_an_image, read_bytes, require_complete
+from sisma_jax.data.photos import PNG_START, decode_by_opencv, decode_image, not_an_image, read_bytes, require_readable
 from sisma_jax.data.rasters import ORIENTATION, upright
 from sisma_jax.errors import InputError
 from sisma_jax.files import write_atomically
@@ -55,7 +55,7 @@ def read_photo(path: str | os.PathLike[str]) -> Photo:
         mode that is neither grey nor RGB, with 8 or 16 bits.
     """
     data, source = read_bytes(path), os.fspath(path)
-    require_complete(data, source)
+    require_readable(data, source)
     try:
         with Image.open(io.BytesIO(data)) as image:
             _require_readable(image, source)

@@ -309,7 +309,13 @@ def decode_part(data: bytes, source: str) -> np.ndarray:
         image = decode_by_opencv(data, source, cv2.IMREAD_ANYCOLOR)
         return image.astype(bool) if image.ndim == 2 else np.asarray(image.any(axis=-1))
     raster = decode_raster(data, source)
-    samples = raster.samples if raster.palette is None else raster.palette[raster.samples]
+    samples = raster.samples
+    if raster.palette is not None:
+        if (highest := int(samples.max())) >= len(raster.palette):
+            raise InputError(
+                f"{source} is damaged: it has color {highest} of a palette of {len(raster.palette)} colors."
+            )
+        samples = raster.palette[samples]
     part = samples.astype(bool) if samples.ndim == 2 else np.asarray(samples.any(axis=-1))
     return part if raster.transparent is None else part & ~raster.transparent
 

@@ -54,7 +54,19 @@ def read_photo(path: str | os.PathLike[str]) -> Photo:
       InputError: the file cannot be read; it is damaged; or it has another format, several pages or frames, or a colour
         mode that is neither grey nor RGB, with 8 or 16 bits.
     """
-    data, source = read_bytes(path), os.fspath(path)
+    return decode_photo(read_bytes(path), os.fspath(path))
+
+
+def decode_photo(data: bytes, source: str) -> Photo:
+    """Returns the photograph in the bytes of a file.
+
+    Args:
+      data: the bytes.
+      source: where they come from, for the error message.
+
+    Raises:
+      InputError: as for `read_photo`.
+    """
     require_readable(data, source)
     try:
         with Image.open(io.BytesIO(data)) as image:

@@ -51,6 +51,19 @@ def require_complete(data: bytes, source: str) -> None:
     cut_png = data.startswith(PNG_START) and _PNG_END not in data
     if cut_jpeg or cut_png:
         raise InputError(f"{source} is truncated after {len(data)} bytes; copy or download it again.")
+    if data.startswith(PNG_START) and not _has_whole_chunks(data):  # OpenCV would allocate what a chunk claims to hold
+        raise not_an_image(source, "a chunk exceeds the file")
+
+
+def _has_whole_chunks(png: bytes) -> bool:
+    """Whether all chunks of a PNG file, up to its end marker, lie inside of the file."""
+    position = len(PNG_START)
+    while position + 12 <= len(png):
+        name, length = png[position + 4 : position + 8], int.from_bytes(png[position : position + 4], "big")
+        position += 12 + length
+        if name == _PNG_END:
+            return position <= len(png)
+    return False
 
 
 def require_readable(data: bytes, source: str, stored_size: int | None = None) -> tuple[int, int] | None:

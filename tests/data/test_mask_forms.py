@@ -47,6 +47,11 @@ def test_the_face_of_these_tests_has_thin_and_wide_classes():
     assert {"skin", "hair", "l_eye", "r_brow", "u_lip"} <= {CELEBAMASK_HQ.names[label] for label in np.unique(FACE)}
 
 
+def test_a_part_whose_palette_lacks_a_color_is_refused():
+    with pytest.raises(InputError, match=r"part\.png is damaged: it has color 9 of a palette of 4 colors"):
+        decode_part(raw_png(np.full((4, 4), 9), 8, 3, PLTE=bytes(12)), "part.png")
+
+
 # Label maps.
 
 

@@ -113,3 +113,12 @@ def test_a_bomb_in_another_format_than_jpeg_and_png_is_refused():
     header = b"P6 14000 14000 255\n"
     with pytest.raises(InputError, match=r"huge\.ppm has more than 178,956,970 pixels"):
         photos.decode_image(header + bytes(100), "huge.ppm")
+
+
+@pytest.mark.parametrize("name", [b"IDAT", b"IEND"])
+def test_a_chunk_that_claims_more_than_the_file_has_is_refused_at_once(name):
+    data = bytearray(photos.encode_png(np.zeros((4, 4), np.uint8)))
+    at = data.find(name) - 4
+    data[at : at + 4] = b"\xd0\0\0\0"  # 3.5 GB, which OpenCV would allocate
+    with pytest.raises(InputError, match=r"a\.png cannot be decoded \(a chunk exceeds the file\)"):
+        photos.decode_image(bytes(data), "a.png")

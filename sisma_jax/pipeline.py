@@ -185,12 +185,10 @@ class Pipeline:
             square = regions.choose_square(changed, find_faces(small), height, width)
         regions.require_square(square, height, width)
         inside = [regions.crop_region(one, square, height, width) for one in changed]
-        weights = [
-            regions.feather(regions.resize_region(one, square.side), band * square.side / size) for one in inside
-        ]
+        weights = [regions.feather(one, band * square.side / size) for one in inside]
         reach = np.stack([regions.feather(regions.resize_region(one, size), band) > 0 for one in inside])
         faces = self._run(
-            {"mask": np.stack([resize_mask(regions.crop_to(one, square, height, width), size) for one in masks])},
+            {"mask": np.stack([regions.sample_mask(one, square, height, width, size) for one in masks])},
             key,
             num_samples,
             self._settings(sampling, overrides),

@@ -120,16 +120,19 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """
     data = read_bytes(path)
     try:
-        content = _read_zip(data) if data.startswith(b"PK") else _read_legacy(data)
-        if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-            content = content["state_dict"]
-        if not isinstance(content, Mapping) or not content:
-            raise ValueError(f"it contains a {type(content).__name__}, and not a state dict")
-        if not all(isinstance(name, str) and isinstance(value, _Tensor) for name, value in content.items()):
-            raise ValueError("it contains more than named tensors; save the state dict alone")
-        return {str(name): tensor.array() for name, tensor in content.items()}
+        return _state_dict(_read_zip(data) if data.startswith(b"PK") else _read_legacy(data))
     except Exception as error:  # unpicklers and archives raise whatever a damaged file makes them
         raise InputError(f"{os.fspath(path)} cannot be read as weights of PyTorch: {error}.") from error
+
+
+def _state_dict(content: Any) -> dict[str, np.ndarray]:
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"it contains a {type(content).__name__}, and not a state dict")
+    if not all(isinstance(name, str) and isinstance(value, _Tensor) for name, value in content.items()):
+        raise ValueError("it contains more than named tensors; save the state dict alone")
+    return {str(name): tensor.array() for name, tensor in content.items()}
 
 
 def _read_zip(data: bytes) -> Any:

@@ -73,6 +73,8 @@ def test_the_whole_job_leaves_all_that_it_promises(finished):
     assert report["step"] == 4
     assert np.isfinite(report["held_out_loss"])
     assert {"samples", "ceiling", "floor"} <= set(report["mask_agreement"])
+    assert report["distances"]["num_samples"] == report["distances"]["num_references"] == 6
+    assert report["memorization"]["num_training_images"] == 24
     # 6 held-out masks, each with 4 samples and its original.
     grid = cv2.imread(str(folder / "samples/grid_0000004.png"))
     assert grid.shape[0] >= 6 * 128
@@ -236,7 +238,7 @@ def test_an_edit_keeps_alpha_depth_and_profile(finished, edit, tmp_path):
     rng = np.random.default_rng(0)
     deep = photo.astype(np.uint16) * 257 + rng.integers(0, 100, photo.shape, np.uint16) * (photo < 255)
     alpha = rng.integers(0, 65536, photo.shape[:2], np.uint16)
-    before = Photo(deep, alpha, b"a colour profile")
+    before = Photo(deep, alpha, b"sixteen bytes, 16RGB and more")
     save_photo(tmp_path / "deep.png", before)
     edit = ("--image", tmp_path / "deep.png", "--region", files["region"], "--margin", 0)
     command(finished, "sample", "--mask", files["edited"], "--num", 1, *edit, "--out", tmp_path / "out")
@@ -283,7 +285,7 @@ def test_masks_of_photographs_are_written_and_accepted(finished, tmp_path, capsy
 
 def test_photographs_that_cannot_be_segmented_are_refused(capsys, finished, tmp_path, mask_file):
     missing = refused(capsys, finished, "segment", "--image", tmp_path / "absent.jpg")
-    assert "absent.jpg does not exist; name a photograph or a folder of photographs" in missing
+    assert "absent.jpg does not exist; name a file or a folder of photographs" in missing
     (tmp_path / "text.jpg").write_text("text")
     assert "text.jpg cannot be" in refused(capsys, finished, "segment", "--image", tmp_path / "text.jpg")
     run = tmp_path / "run"
@@ -704,3 +706,24 @@ def test_x64_changes_neither_parameters_nor_faces(finished, mask_file, tmp_path)
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) <= 1  # rounding in another order
+
+
+def test_two_folders_of_images_are_compared(finished, tmp_path, capsys):
+    for name, first in (("samples", 0), ("references", 100)):
+        (tmp_path / name).mkdir()
+        for seed in range(first, first + 8):
+            (tmp_path / name / f"{seed}.png").write_bytes(photos.encode_png(draw_face((0, seed), 16 + seed % 2)[0]))
+    folders = ("--samples", tmp_path / "samples", "--references", tmp_path / "references")
+    command(finished, "evaluate", *folders, "--out", tmp_path / "out")
+    assert "8 samples and 8 real images, by the features of the network parser" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out/evaluation.json").read_text())
+    score = report["distances"]["scores"]["fd_parser"]
+    assert 0 < score["low"] <= score["value"] <= score["high"]
+    assert report["images"]["samples"]["folder"] == str(tmp_path / "samples")
+    assert "exists already" in refused(capsys, finished, "evaluate", *folders, "--out", tmp_path / "out")
+    assert "Give both --samples and --references" in refused(capsys, finished, "evaluate", *folders[:2])
+    # No run is needed where the file of a face parser is named.
+    weights = ("--parser.weights", finished[1] / "parser.safetensors", "--out", tmp_path / "again")
+    command(finished, "evaluate", *folders, *weights, workdir=tmp_path / "no_run")
+    again = json.loads((tmp_path / "again/evaluation.json").read_text())
+    assert again["distances"] == report["distances"]

@@ -8,13 +8,17 @@ import jax
 import numpy as np
 
 from sisma_jax import pipeline
-from sisma_jax.commands.report import GRID_ROWS, grid_scale, make_folder, output_folder, tell
+from sisma_jax.commands.report import GRID_ROWS, grid_scale, make_folder, output_folder, require_free, tell
+from sisma_jax.commands.segment import load_parser
 from sisma_jax.config import Config
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.latents import LatentDataSet
+from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids, mask_agreement
+from sisma_jax.evaluation.features import ArrayImages, FolderImages, SplitImages, extract, parser_network
 from sisma_jax.evaluation.held_out_loss import held_out_loss
-from sisma_jax.files import AnyPath, write_atomically
+from sisma_jax.evaluation.set_distances import LEAST_IMAGES, format_distances, memorization, set_distances
+from sisma_jax.files import AnyPath, to_path, write_atomically
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.pipeline import Pipeline
@@ -24,16 +28,27 @@ from sisma_jax.training.step import make_held_out_loss
 logger = logging.getLogger(__name__)
 
 _GRID_SAMPLES = 4
+_REPORT_NAME = "evaluation.json"
+
+
+# Training images in which samples are searched for.
+_MOST_TRAINING_IMAGES = 5000
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Samples faces for held-out masks, and measures held-out loss and mask agreement."""
+    """Samples faces for held-out masks and measures them, or compares two folders of images."""
 
+    samples: str = ""
+    """Folder of images to compare with `references`, in place of a run."""
+    references: str = ""
+    """Folder of real images."""
     checkpoint: Checkpoint = "newest"
     """Checkpoint to evaluate: the newest, the best (lowest held-out loss), or the one of a step."""
+    weights: str = ""
+    """File that the command `export` wrote, whose face parser compares the folders."""
     out: str = ""
-    """Folder for the results. If empty: WORKDIR/evaluations/NUMBER."""
+    """Folder for the results. If empty: WORKDIR/evaluations/NUMBER, or evaluations/NUMBER for folders."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
         """Runs the command on the run in `workdir`.
@@ -42,6 +57,9 @@ class Evaluate:
           InputError: the run, its checkpoint, its autoencoder or its data cannot be read, or the folder for the results
             cannot be written.
         """
+        if self.samples or self.references:
+            self._compare_folders(config, workdir)
+            return
         run = RunFolder.open(workdir, config)
         with output_folder(self.out, run.evaluations) as out:
             trained = pipeline.from_run(run, checkpoint=self.checkpoint, mesh=sharding.make_mesh(config.mesh))
@@ -49,6 +67,30 @@ class Evaluate:
             if config.autoencoder.kind != "identity":
                 examples = LatentDataSet.open(dataset, run.autoencoder_fingerprint)
             evaluate(run, trained, dataset, examples, out=RunFolder(out, config))
+
+    def _compare_folders(self, config: Config, workdir: AnyPath) -> None:
+        if not (self.samples and self.references):
+            raise InputError("Give both `samples` and `references`, folders of images.")
+        sets = [FolderImages.open(folder) for folder in (self.samples, self.references)]
+        parser = load_parser(config, workdir, self.weights)
+        if not parser.is_own:
+            raise InputError(f"parser.weights {config.parser.weights} is not a face parser of this project; name one.")
+        with output_folder(self.out, to_path("evaluations")) as out:
+            require_free([out / _REPORT_NAME], overwrite=False)
+            if not is_primary():
+                return
+            network = parser_network(parser)
+            samples, references = (extract(network, images, out / "features") for images in sets)
+            distances = set_distances(network, samples, references, seed=config.sample.seed)
+            names = ("samples", "references")
+            files = {
+                key: {"folder": images.name, "hash": images.fingerprint}
+                for key, images in zip(names, sets, strict=True)
+            }
+            report = {"images": files, "distances": distances}
+            write_atomically(out / _REPORT_NAME, json.dumps(report, indent=2) + "\n")
+            tell(format_distances(distances))
+            tell(f"Measurements: {out / _REPORT_NAME}")
 
 
 def evaluate(
@@ -90,6 +132,14 @@ def evaluate(
     shown = shown.reshape(-1, _GRID_SAMPLES, size, size, 3)
     # Every process computes this, because otherwise the others would have to wait for the first one.
     agreement = None if parser is None else mask_agreement.agreement_report(faces, originals, masks, parser)
+    distances = memorized = None
+    if parser is not None and parser.is_own and len(masks) > LEAST_IMAGES:
+        network = parser_network(parser)
+        count = min(dataset.counts["train"], _MOST_TRAINING_IMAGES)
+        sets = ArrayImages(faces, "samples"), ArrayImages(originals, "originals"), SplitImages(dataset, "train", count)
+        of_samples, of_originals, of_training = (extract(network, images) for images in sets)
+        distances = set_distances(network, of_samples, of_originals, seed=config.sample.seed)
+        memorized = memorization(of_samples, of_originals, of_training, seed=config.sample.seed)
     if not is_primary():
         return
     make_folder(out.samples)
@@ -98,12 +148,20 @@ def evaluate(
         masks[:GRID_ROWS], shown, originals[:GRID_ROWS], classes=dataset.classes, scale=grid_scale(size)
     )
     grids.save_png(grid_path, grid)
-    report = {"step": trained.step, "held_out_loss": loss, "mask_agreement": agreement}
+    report = {
+        "step": trained.step,
+        "held_out_loss": loss,
+        "mask_agreement": agreement,
+        "distances": distances,
+        "memorization": memorized,
+    }
     write_atomically(out.evaluation, json.dumps(report, indent=2) + "\n")
     if agreement is None:
         tell("Mask agreement is not computed, as the run has no face parser; the command `parser` trains one.")
     else:
         tell(mask_agreement.format_report(agreement))
+    if distances is not None:
+        tell(format_distances(distances, memorized))
     tell(f"Held-out loss at step {trained.step}: {loss:.4f}")
     tell(f"Measurements: {out.evaluation}")
     tell(f"Sample grid (mask | samples | held-out original): {grid_path}")

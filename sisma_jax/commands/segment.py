@@ -49,7 +49,7 @@ class Segment:
           InputError: a photograph or the face parser cannot be read, an output file exists, or the folder for the masks
             cannot be created.
         """
-        parser = self._load(config, workdir)
+        parser = load_parser(config, workdir, self.weights)
         files = distinct_names(list_images(to_path(self.image), PHOTO_SUFFIXES, "photograph"))
         with output_folder(self.out, to_path("masks")) as out:
             require_free([out / _GRID_NAME, *(out / f"{name}.png" for name in files)], self.overwrite)
@@ -72,18 +72,29 @@ class Segment:
             grids.save_png(out / _GRID_NAME, grid)
             tell(f"Masks of {len(rows)} faces: {out}, side by side with the photographs in {out / _GRID_NAME}")
 
-    def _load(self, config: Config, workdir: AnyPath) -> FaceParser:
-        if config.parser.weights:
-            return parser_file.load(config.parser.weights, config.data.classes)
-        if self.weights:
-            parser = load_exported(self.weights).parser
-            if parser is None:
-                raise InputError(f"{self.weights} holds no face parser; train one (`parser`) and export the run again.")
-            return parser
-        run = RunFolder.open(workdir, config)
-        if not run.has_parser():
-            raise InputError(f"{workdir} has no face parser; the command `parser` trains one.")
-        return run.parser
+
+def load_parser(config: Config, workdir: AnyPath, weights: str) -> FaceParser:
+    """Returns the face parser that `parser.weights` names, that of an exported file, or that of a run.
+
+    Args:
+      config: of the run; its `parser.weights` takes precedence.
+      workdir: folder of the run.
+      weights: exported file to use in place of the run; "" for none.
+
+    Raises:
+      InputError: there is no face parser, or it is damaged.
+    """
+    if config.parser.weights:
+        return parser_file.load(config.parser.weights, config.data.classes)
+    if weights:
+        parser = load_exported(weights).parser
+        if parser is None:
+            raise InputError(f"{weights} holds no face parser; train one (`parser`) and export the run again.")
+        return parser
+    run = RunFolder.open(workdir, config)
+    if not run.has_parser():
+        raise InputError(f"{workdir} has no face parser; the command `parser` trains one.")
+    return run.parser
 
 
 def _cells(photo: np.ndarray, face: FaceMask) -> tuple[np.ndarray, np.ndarray]:

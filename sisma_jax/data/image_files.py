@@ -26,7 +26,7 @@ def list_images(path: AnyPath, suffixes: tuple[str, ...], kind: str) -> list[Any
     """
     if not path.is_dir():
         if not path.exists():
-            raise InputError(f"{path} does not exist; name a {kind} or a folder of {kind}s.")
+            raise InputError(f"{path} does not exist; name a file or a folder of {kind}s.")
         return [path]
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     files = [entry for entry in entries if entry.suffix.lower() in suffixes and not entry.is_dir()]

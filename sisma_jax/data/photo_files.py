@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import logging
 import os
 import struct
 import zlib
@@ -10,14 +11,16 @@ import cv2
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from sisma_jax.data.photos import PNG_START, decode_by_opencv, decode_image, not_an_image, read_bytes, require_readable
-from sisma_jax.data.rasters import ORIENTATION, upright
+from sisma_jax.data.rasters import ORIENTATION, PNG_DEPTH, TIFF_BITS, upright
 from sisma_jax.errors import InputError
 from sisma_jax.files import write_atomically
 
 _FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP"}
-_DEEP = {np.dtype(np.uint8): 1, np.dtype(np.uint16): 257}
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,22 +74,52 @@ def decode_photo(data: bytes, source: str) -> Photo:
     try:
         with Image.open(io.BytesIO(data)) as image:
             _require_readable(image, source)
-            orientation, profile = image.getexif().get(ORIENTATION, 1), image.info.get("icc_profile")
-            is_jpeg = image.format in ("JPEG", "MPO")
+            orientation, profile = image.getexif().get(ORIENTATION, 1), _profile(image, source)
+            if image.format in ("JPEG", "MPO"):
+                return Photo(decode_image(data, source), None, profile)
+            pixels = _with_16_bits(image, data, source) if _is_deep(image, data) else _with_8_bits(image)
+            if image.format == "TIFF":  # both decoders turn a TIFF themselves, and no other format
+                orientation = 1
     except InputError:
         raise
     except Exception as error:  # Pillow's readers raise whatever a damaged file makes them
         raise not_an_image(source, error) from error
-    if is_jpeg:
-        return Photo(decode_image(data, source), None, profile)
+    pixels = upright(pixels, orientation)
+    alpha = np.ascontiguousarray(pixels[..., 3]) if pixels.shape[-1] == 4 else None
+    return Photo(np.ascontiguousarray(pixels[..., :3]), alpha, profile)
+
+
+def _is_deep(image: Image.Image, data: bytes) -> bool:
+    """Whether the file has 16 bits per sample."""
+    if isinstance(image, TiffImageFile):
+        return 16 in np.atleast_1d(image.tag_v2.get(TIFF_BITS, 1)).tolist()
+    return image.format == "PNG" and data[PNG_DEPTH] == 16
+
+
+def _with_8_bits(image: Image.Image) -> UInt8[np.ndarray, "H W _"]:
+    has_alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+    return np.asarray(image.convert("RGBA" if has_alpha else "RGB"))
+
+
+def _with_16_bits(image: Image.Image, data: bytes, source: str) -> np.ndarray:
+    """Returns the pixels of a PNG or TIFF file, RGB or RGBA; Pillow would reduce them to 8 bits."""
+    if "transparency" in image.info:
+        raise InputError(f"{source} marks one colour of 16 bits as transparent; save it with an alpha channel.")
     stored = decode_by_opencv(data, source, cv2.IMREAD_UNCHANGED)
-    if stored.dtype not in _DEEP:
+    if stored.dtype != np.uint16:
         raise InputError(f"{source} has samples of type {stored.dtype}; save it with 8 or 16 bits per sample.")
-    stored = upright(stored, orientation)
     if stored.ndim == 2:
-        return Photo(np.repeat(stored[..., None], 3, axis=-1), None, profile)
-    alpha = np.ascontiguousarray(stored[..., 3]) if stored.shape[-1] == 4 else None
-    return Photo(np.ascontiguousarray(stored[..., 2::-1]), alpha, profile)
+        return np.repeat(stored[..., None], 3, axis=-1)
+    return np.concatenate([stored[..., 2::-1], stored[..., 3:]], axis=-1)
+
+
+def _profile(image: Image.Image, source: str) -> bytes | None:
+    """Returns the colour profile of a file, if it is one of RGB colours, as what is written is RGB."""
+    profile = image.info.get("icc_profile")
+    if profile and profile[16:20] != b"RGB ":
+        logger.warning("%s: its colour profile is not one of RGB colours, and is left out.", source)
+        return None
+    return profile or None
 
 
 def _require_readable(image: Image.Image, source: str) -> None:

@@ -32,11 +32,11 @@ _MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX"} | _ONE_CHANNEL_16_BI
 
 # Tag 259 of TIFF: none, CCITT, LZW, deflate (two numbers), PackBits, LZMA, Zstandard.
 _TIFF_LOSSLESS = {1, 2, 3, 4, 5, 8, 32773, 32946, 34925, 50000}
-_TIFF_COMPRESSION, _TIFF_BITS = 259, 258
+_TIFF_COMPRESSION, TIFF_BITS = 259, 258
 ORIENTATION = 274
 
 # Where a PNG's header, its first chunk, has the bit depth.
-_PNG_DEPTH = 24
+PNG_DEPTH = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,9 +151,9 @@ def _from_pillow(image: Image.Image, bits: int) -> Raster:
 def _bits(image: Image.Image, data: bytes) -> int:
     """Bits per sample as the file stores them, where that may differ from what Pillow returns; else 8."""
     if data.startswith(PNG_START):
-        return data[_PNG_DEPTH] if image.mode != "P" else 8
+        return data[PNG_DEPTH] if image.mode != "P" else 8
     if isinstance(image, TiffImageFile):
-        return max(image.tag_v2.get(_TIFF_BITS, (1,)))
+        return max(image.tag_v2.get(TIFF_BITS, (1,)))
     if image.format == "PPM" and image.mode == "RGB":
         return 16 if _ppm_maximum(data) > 255 else 8
     return 8
@@ -199,7 +199,12 @@ def _transparent(alpha: np.ndarray) -> np.ndarray | None:
 
 
 def upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Returns an array (H, W, ...) as EXIF tag 274 says that it is to be shown."""
+    """Returns an image as it is to be shown.
+
+    Args:
+      array: (H, W, ...).
+      orientation: value of EXIF tag 274, 1 to 8; any other value changes nothing.
+    """
     turned = {
         2: lambda x: x[:, ::-1],
         3: lambda x: x[::-1, ::-1],

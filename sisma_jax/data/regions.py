@@ -154,32 +154,45 @@ def choose_square(
     return square_around(across, down, min(height, width), height, width)
 
 
-def crop_to(array: np.ndarray, square: Square, height: int, width: int) -> np.ndarray:
-    """Returns the part of a mask or region that lies in a square of a photograph, at its own resolution.
+def sample_mask(
+    mask: UInt8[np.ndarray, "h w"], square: Square, height: int, width: int, size: int
+) -> UInt8[np.ndarray, "S S"]:
+    """Returns the part of a mask that lies in a square of a photograph, by nearest-neighbour sampling.
 
     Args:
-      array: (h, w), in the aspect ratio of the photograph, or square, for its central square.
-      square: of the photograph; for a square array of a photograph that is not square, the central one.
+      mask: in the aspect ratio of the photograph, or square, for its central square.
+      square: of the photograph; for a square mask of a photograph that is not square, the central one.
       height: of the photograph, in pixels.
       width: of the photograph, in pixels.
+      size: height and width S of the result.
     """
-    return _scaled(square, array, width).crop(array) if is_whole(array, height, width) else array
+    steps = (np.arange(size) + 0.5) / size
+    if is_whole(mask, height, width):
+        down, across = (square.top + square.side * steps) / height, (square.left + square.side * steps) / width
+    else:
+        down = across = steps
+    rows, columns = ((place * length).astype(int) for place, length in zip((down, across), mask.shape, strict=True))
+    return mask[np.minimum(rows, mask.shape[0] - 1)][:, np.minimum(columns, mask.shape[1] - 1)]
 
 
-def crop_region(region: Bool[np.ndarray, "h w"], square: Square, height: int, width: int) -> Bool[np.ndarray, "s s"]:
-    """Returns the part of a region that lies in a square of a photograph; logs what it leaves out.
+def crop_region(region: Bool[np.ndarray, "h w"], square: Square, height: int, width: int) -> Bool[np.ndarray, "P P"]:
+    """Returns the part of a region in a square of a photograph, at its resolution; logs what it leaves out.
 
     Args:
-      region: as for `crop_to`.
-      square: as for `crop_to`.
+      region: in the aspect ratio of the photograph, or square, for its central square. A pixel of the photograph that
+        overlaps the region belongs to it.
+      square: of side P; for a square region of a photograph that is not square, the central one.
       height: of the photograph, in pixels.
       width: of the photograph, in pixels.
 
     Raises:
       InputError: the whole region lies outside of the square.
     """
-    inside = crop_to(region, square, height, width)
-    share = 1 - inside.sum() / region.sum()
+    if not is_whole(region, height, width):
+        return resize_region(region, square.side)
+    at_photo = _resize(region, height, width)
+    inside = square.crop(at_photo)
+    share = 1 - inside.sum() / at_photo.sum()
     if share == 1:
         raise InputError(
             f"region lies outside of {square}, which is all that this edit generates; give another square."
@@ -213,9 +226,13 @@ def resize_region(region: Bool[np.ndarray, "H W"], size: int) -> Bool[np.ndarray
       region: square, H = W.
       size: height and width of the result, in pixels.
     """
-    smaller = size < region.shape[0]
+    return _resize(region, size, size)
+
+
+def _resize(region: Bool[np.ndarray, "H W"], height: int, width: int) -> Bool[np.ndarray, "h w"]:
+    smaller = height < region.shape[0] or width < region.shape[1]
     interpolation = cv2.INTER_AREA if smaller else cv2.INTER_NEAREST_EXACT
-    return cv2.resize(region.astype(np.float32), (size, size), interpolation=interpolation) > 0
+    return cv2.resize(region.astype(np.float32), (width, height), interpolation=interpolation) > 0
 
 
 def feather(region: Bool[np.ndarray, "H W"], margin: float | int) -> Float[np.ndarray, "H W"]:

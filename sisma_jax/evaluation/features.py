@@ -15,7 +15,7 @@ import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -82,6 +82,7 @@ def _parser_features(graph: nnx.GraphDef[Any], params: Params, image: UInt8[Arra
     return nnx.merge(graph, params).features(from_uint8(image))
 
 
+@runtime_checkable
 class ImageSet(Protocol):
     """Images in a fixed order."""
 
@@ -109,10 +110,12 @@ class FolderImages:
     Attributes:
       files: paths of the images.
       folder: that they are in.
+      fingerprint: a hash of the names and the contents of the files.
     """
 
     files: tuple[AnyPath, ...]
     folder: AnyPath
+    fingerprint: str
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "FolderImages":
@@ -124,20 +127,15 @@ class FolderImages:
         path = to_path(folder)
         if path.is_file():
             raise InputError(f"{path} is a file; name a folder of images.")
-        return cls(tuple(list_images(path, PHOTO_SUFFIXES, "image")), path)
+        files, hashed = tuple(list_images(path, PHOTO_SUFFIXES, "image")), hashlib.sha256()
+        for file in files:
+            hashed.update(file.name.encode() + b"\0" + hashlib.sha256(read_bytes(file)).digest())
+        return cls(files, path, hashed.hexdigest()[:16])
 
     @property
     def name(self) -> str:
         """The folder."""
         return str(self.folder)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        """A hash of the names and the contents of the files."""
-        hashed = hashlib.sha256()
-        for file in self.files:
-            hashed.update(file.name.encode() + b"\0" + hashlib.sha256(read_bytes(file)).digest())
-        return hashed.hexdigest()[:16]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -182,6 +180,31 @@ class SplitImages:
         """Yields the images from `start` to before `stop`, uint8 (S, S, 3), RGB."""
         for batch in self.dataset.eval_batches(self.split, _BATCH_SIZE, start=start, limit=stop - start):
             yield from batch["image"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayImages:
+    """Images in memory.
+
+    Attributes:
+      array: uint8 (N, H, W, 3), RGB.
+      name: what messages call the set.
+    """
+
+    array: UInt8[np.ndarray, "N H W 3"]
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all pixels."""
+        return hashlib.sha256(np.ascontiguousarray(self.array).data).hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def images(self, start: int, stop: int) -> Iterator[np.ndarray]:
+        """Yields the images from `start` to before `stop`, uint8 (H, W, 3), RGB."""
+        return iter(self.array[start:stop])
 
 
 def extract(network: FeatureNetwork, images: ImageSet, cache: AnyPath | None = None) -> Float[np.ndarray, "N D"]:

@@ -58,10 +58,25 @@ def precision_recall(real: np.ndarray, generated: np.ndarray, k: int = 3) -> Pre
       ValueError: the shapes are wrong, or `k` is less than 1.
       InputError: a set has at most `k` images, or a value is not finite.
     """
+    precision, recall = precision_recall_per_image(real, generated, k)
+    return PrecisionRecall(float(precision.mean()), float(recall.mean()))
+
+
+def precision_recall_per_image(real: np.ndarray, generated: np.ndarray, k: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the terms whose means are precision and recall: float64 (M,) per generated, and (N,) per real image.
+
+    Args:
+      real: as `precision_recall`.
+      generated: as `precision_recall`.
+      k: as `precision_recall`.
+
+    Raises:
+      ValueError, InputError: as `precision_recall`.
+    """
     real, generated = _checked(real, generated, k)
     around_real, _ = _memberships(real, _squared_radii(real, k), generated)
     around_generated, _ = _memberships(generated, _squared_radii(generated, k), real)
-    return PrecisionRecall(float(np.mean(around_real > 0)), float(np.mean(around_generated > 0)))
+    return (around_real > 0).astype(np.float64), (around_generated > 0).astype(np.float64)
 
 
 def density_coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> DensityCoverage:
@@ -78,9 +93,24 @@ def density_coverage(real: np.ndarray, generated: np.ndarray, k: int = 5) -> Den
       ValueError: the shapes are wrong, or `k` is less than 1.
       InputError: a set has at most `k` images, or a value is not finite.
     """
+    density, coverage = density_coverage_per_image(real, generated, k)
+    return DensityCoverage(float(density.mean()), float(coverage.mean()))
+
+
+def density_coverage_per_image(real: np.ndarray, generated: np.ndarray, k: int = 5) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the terms whose means are density and coverage: float64 (M,) per generated, and (N,) per real image.
+
+    Args:
+      real: as `density_coverage`.
+      generated: as `density_coverage`.
+      k: as `density_coverage`.
+
+    Raises:
+      ValueError, InputError: as `density_coverage`.
+    """
     real, generated = _checked(real, generated, k)
     counts, is_covered = _memberships(real, _squared_radii(real, k), generated)
-    return DensityCoverage(float(np.mean(counts)) / k, float(np.mean(is_covered)))
+    return counts / k, is_covered.astype(np.float64)
 
 
 def _checked(real: np.ndarray, generated: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

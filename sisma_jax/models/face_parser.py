@@ -115,7 +115,12 @@ class FaceUNet(nnx.Module):
 
 
 def make_graph(width: int, num_classes: int) -> nnx.GraphDef[FaceUNet]:
-    """Returns the graph definition of a `FaceUNet`; the arguments are those of its constructor."""
+    """Returns the graph definition of a `FaceUNet`.
+
+    Args:
+      width: as for `FaceUNet`.
+      num_classes: as for `FaceUNet`.
+    """
     return nnx.split(nnx.eval_shape(lambda: FaceUNet(width, num_classes, rngs=nnx.Rngs(0))))[0]
 
 

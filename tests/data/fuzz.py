@@ -55,7 +55,7 @@ def seeds() -> dict[str, bytes]:
         "exif.png": raw_png(MASK, 8, 0, eXIf=exif(6)),
         "rgba.png": encode(rgba, "PNG"),
         "photo.jpg": jpeg(PHOTO, quality=90),
-        "photo_exif.jpg": jpeg(PHOTO, exif=exif(8)),
+        "photo_exif.jpg": jpeg(PHOTO, exif=b"Exif\0\0" + exif(8)),
         "photo_progressive.jpg": jpeg(PHOTO, progressive=True),
         "photo_cmyk.jpg": encode(Image.fromarray(PHOTO).convert("CMYK"), "JPEG"),
         "photo.webp": encode(PHOTO, "WEBP"),

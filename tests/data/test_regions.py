@@ -108,13 +108,39 @@ def test_one_square_holds_the_regions_of_all_masks():
     assert regions.choose_square(both, [], HEIGHT, WIDTH) == Square(0, 0, 40)
 
 
-def test_masks_and_regions_are_cut_to_the_square_at_their_own_resolution(caplog):
+def test_a_mask_is_sampled_in_the_square(caplog):
     mask = np.arange(4 * 8).reshape(4, 8).astype(np.uint8)
-    np.testing.assert_array_equal(regions.crop_to(mask, CENTRAL, HEIGHT, WIDTH), mask[:, 2:6])
-    np.testing.assert_array_equal(regions.crop_to(mask, Square(10, 50, 20), HEIGHT, WIDTH), mask[1:3, 5:7])
-    np.testing.assert_array_equal(regions.crop_to(mask[:, 2:6], CENTRAL, HEIGHT, WIDTH), mask[:, 2:6])
+    for size in (4, 8):
+        repeated = mask[:, 2:6].repeat(size // 4, axis=0).repeat(size // 4, axis=1)
+        np.testing.assert_array_equal(regions.sample_mask(mask, CENTRAL, HEIGHT, WIDTH, size), repeated)
+        np.testing.assert_array_equal(regions.sample_mask(mask[:, 2:6], CENTRAL, HEIGHT, WIDTH, size), repeated)
+    np.testing.assert_array_equal(regions.sample_mask(mask, Square(10, 50, 20), HEIGHT, WIDTH, 2), mask[1:3, 5:7])
+
+
+@hypothesis.given(
+    st.integers(0, 30), st.integers(0, 70), st.integers(1, 10), st.sampled_from([(40, 80), (10, 20), (80, 160)])
+)
+def test_what_is_cut_of_a_region_lies_where_it_lies_in_the_photograph(top, left, side, shape):
+    region = np.random.default_rng(top).random(shape) < 0.5
+    region[:] |= ~region.any()
+    square = Square(top, left, side)
+    factor = shape[0] / HEIGHT
+    wanted = np.zeros((side, side), bool)  # any pixel of the region that the photograph's pixel overlaps
+    for i in range(side):
+        for j in range(side):
+            first, last = (int((top + i) * factor), int((left + j) * factor)), max(1, int(factor))
+            wanted[i, j] = region[first[0] : first[0] + last, first[1] : first[1] + last].any()
+    if wanted.any():
+        np.testing.assert_array_equal(regions.crop_region(region, square, HEIGHT, WIDTH), wanted)
+
+
+def test_what_lies_outside_of_the_square_is_said(caplog):
     region = box(0, 3, 4, 5, (4, 8))
-    np.testing.assert_array_equal(regions.crop_region(region, CENTRAL, HEIGHT, WIDTH), region[:, 2:6])
+    np.testing.assert_array_equal(
+        regions.crop_region(region, CENTRAL, HEIGHT, WIDTH), region[:, 2:6].repeat(10, axis=0).repeat(10, axis=1)
+    )
+    square = regions.crop_region(region[:, 2:6], CENTRAL, HEIGHT, WIDTH)
+    np.testing.assert_array_equal(square, region[:, 2:6].repeat(10, axis=0).repeat(10, axis=1))
     assert not caplog.text
     region[:, :2] = True
     regions.crop_region(region, CENTRAL, HEIGHT, WIDTH)

@@ -1,0 +1,154 @@
+"""How far a set of samples is from a set of real images, by the features of one network."""
+
+import math
+from typing import TypedDict
+
+import numpy as np
+
+from sisma_jax.errors import InputError
+from sisma_jax.evaluation.features import FeatureNetwork
+from sisma_jax.evaluation.frechet_interval import frechet_interval
+from sisma_jax.evaluation.intervals import Interval, mean_interval
+from sisma_jax.evaluation.kernel_distance import kernel_distance
+from sisma_jax.evaluation.manifold import density_coverage_per_image, precision_recall_per_image
+from sisma_jax.evaluation.neighbours import nearest_neighbours
+
+_SUBSET_SIZE = 1000
+LEAST_IMAGES = 5
+"""Each set needs more images than this: the number of neighbours that density and coverage use."""
+
+
+class Score(TypedDict):
+    """A metric with its bootstrap interval, in a form that JSON can represent."""
+
+    value: float
+    low: float
+    high: float
+    level: float
+
+
+class SetDistances(TypedDict):
+    """The result of `set_distances`.
+
+    Attributes:
+      network: name of the network; the Fréchet distance is fd_NAME.
+      checksum: of its weights.
+      resize: how images are brought to its resolution.
+      num_samples: number of samples.
+      num_references: number of real images.
+      scores: by name: fd_NAME, precision, recall, density and coverage.
+      kernel_distance: mean and standard deviation of the kernel distance (KID) over subsets; all images are one subset
+        if there are fewer than 1000.
+    """
+
+    network: str
+    checksum: str
+    resize: str
+    num_samples: int
+    num_references: int
+    scores: dict[str, Score]
+    kernel_distance: dict[str, float]
+
+
+class Memorization(TypedDict):
+    """The result of `memorization`.
+
+    Attributes:
+      samples: mean distance of a sample to its nearest training image.
+      held_out: the same of held-out real images.
+      ratio: samples / held_out. Well below 1, the model repeats training images.
+      num_training_images: number of training images that were searched.
+    """
+
+    samples: Score
+    held_out: Score
+    ratio: float
+    num_training_images: int
+
+
+def set_distances(
+    network: FeatureNetwork, samples: np.ndarray, references: np.ndarray, *, seed: int = 0
+) -> SetDistances:
+    """Returns the distances between the features of samples and those of real images.
+
+    Args:
+      network: that computed the features.
+      samples: float32 (N, D).
+      references: float32 (M, D).
+      seed: of the resamples and subsets.
+
+    Raises:
+      InputError: there are too few images.
+    """
+    least = min(len(samples), len(references))
+    if least <= LEAST_IMAGES:
+        raise InputError(
+            f"{len(samples)} samples and {len(references)} references are too few to compare; give more than "
+            f"{LEAST_IMAGES} of each."
+        )
+    terms = {}
+    terms["precision"], terms["recall"] = precision_recall_per_image(references, samples)
+    terms["density"], terms["coverage"] = density_coverage_per_image(references, samples, LEAST_IMAGES)
+    kernel = kernel_distance(
+        samples, references, subset_size=_SUBSET_SIZE if least >= _SUBSET_SIZE else None, seed=seed
+    )
+    scores = {f"fd_{network.name}": as_score(frechet_interval(samples, references, seed=seed))}
+    return {
+        "network": network.name,
+        "checksum": network.checksum,
+        "resize": network.resize,
+        "num_samples": len(samples),
+        "num_references": len(references),
+        "scores": scores | {name: as_score(mean_interval(values, seed=seed)) for name, values in terms.items()},
+        "kernel_distance": {"mean": kernel.mean, "std": kernel.std},
+    }
+
+
+def memorization(samples: np.ndarray, held_out: np.ndarray, training: np.ndarray, *, seed: int = 0) -> Memorization:
+    """Returns how near samples are to training images, compared with held-out real images.
+
+    Args:
+      samples: features of samples, float32 (N, D).
+      held_out: features of real images that were not trained on, float32 (M, D).
+      training: features of training images, float32 (T, D).
+      seed: of the resamples.
+
+    Raises:
+      InputError: there are too few images.
+    """
+    near, far = (nearest_neighbours(features, training, 1).distances[:, 0] for features in (samples, held_out))
+    mean = float(far.mean())
+    return {
+        "samples": as_score(mean_interval(near, seed=seed)),
+        "held_out": as_score(mean_interval(far, seed=seed)),
+        "ratio": float(near.mean()) / mean if mean else math.inf,
+        "num_training_images": len(training),
+    }
+
+
+def as_score(interval: Interval) -> Score:
+    """Returns an interval in the form that JSON can represent."""
+    return {"value": interval.value, "low": interval.low, "high": interval.high, "level": interval.level}
+
+
+def format_distances(distances: SetDistances, memorized: Memorization | None = None) -> str:
+    """Returns the distances as an aligned text table with intervals.
+
+    Args:
+      distances: as `set_distances` returns them.
+      memorized: as `memorization` returns it.
+    """
+    rows = dict(distances["scores"])
+    if memorized is not None:
+        rows |= {"nearest training image": memorized["samples"], "the same, held out": memorized["held_out"]}
+    width = max(map(len, rows))
+    title = (
+        f"{distances['num_samples']} samples and {distances['num_references']} real images, by the features of the "
+        f"network {distances['network']}"
+    )
+    lines = [
+        f"{name:{width}} {row['value']:9.4f}   [{row['low']:.4f}, {row['high']:.4f}]" for name, row in rows.items()
+    ]
+    kernel = distances["kernel_distance"]
+    lines.insert(1, f"{'kernel distance (KID)':{width}} {kernel['mean']:9.4f}   \u00b1 {kernel['std']:.4f}")
+    return "\n".join([title, f"{'':{width}} {'value':>9}   95 % interval", *lines]) + "\n"

@@ -1,6 +1,6 @@
 """The demo: drawn faces at 64 px, in pixel space, with a model that trains on two CPU cores.
 
-Cost: about six minutes on 2 CPU cores, of which training takes half. Run: python run.py --config configs/demo.py
+Cost: about ten minutes on 2 CPU cores, of which training the denoiser takes half. Run: python run.py --config configs/demo.py
 """
 
 from sisma_jax.config import (

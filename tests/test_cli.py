@@ -378,8 +378,6 @@ def test_an_exported_file_paints_what_the_run_paints(finished, mask_file, tmp_pa
     assert names[0].read_bytes() == names[1].read_bytes()
     assert not (tmp_path / "absent").exists()
     assert "must end in .safetensors" in refused(capsys, finished, "export", "--out", tmp_path / "model.bin")
-    edit = (*sample, "--image", mask_file, "--weights", file)
-    assert "needs --image_mask or --region" in refused(capsys, finished, *edit)
 
 
 def test_a_checkpoint_is_named_by_its_step_or_as_the_best(finished, mask_file, tmp_path, capsys):

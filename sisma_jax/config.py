@@ -23,11 +23,11 @@ class DataConfig(Section):
     section: ClassVar[str] = "data"
 
     name: Literal["synthetic_faces", "celebamask_hq"] = "synthetic_faces"
-    """Data set: drawn faces, which need no download, or CelebAMask-HQ."""
+    """Data set: drawn faces, which need no download; or CelebAMask-HQ, or any folder with images/ and labels/."""
     classes: ClassSet = CELEBAMASK_HQ
     """Semantic classes of the masks: a built-in name, or a JSON file with names and colours."""
     root: str = value("", may_change=True)
-    """Folder of the raw download (celebamask_hq only). It need not exist where the shards are already prepared."""
+    """Folder of the raw files (celebamask_hq only). It need not exist where the shards are already prepared."""
     cache_dir: str = value("data", may_change=True)
     """Folder of the prepared array_record shards, or a copy of it in a bucket, gs://BUCKET/..."""
     stored_size: int = value(0, NON_NEGATIVE)
@@ -61,7 +61,7 @@ class DataConfig(Section):
         if self.name == "celebamask_hq" and not self.root:
             raise InputError(
                 "data.root is empty; give the folder of the CelebAMask-HQ download, which contains CelebA-HQ-img/ and "
-                "CelebAMask-HQ-mask-anno/ (or images/ and labels/)."
+                "CelebAMask-HQ-mask-anno/, or a folder with images/ and labels/."
             )
 
 

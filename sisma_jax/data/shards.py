@@ -201,7 +201,7 @@ def check_skipped(path: AnyPath, skip_damaged: bool) -> None:
     """
     with bucket_errors(path):
         file = path / SKIPPED_NAME
-        skipped = file.read_text().splitlines() if file.exists() else []
+        skipped = os.fsdecode(file.read_bytes()).splitlines() if file.exists() else []
     if skipped and not skip_damaged:
         raise InputError(_damage(skipped))
     if skipped:
@@ -282,8 +282,8 @@ def _damage(reasons: Sequence[str]) -> str:
     shown = "\n  ".join(reasons[:_REASONS_SHOWN])
     more = ""
     if len(reasons) > _REASONS_SHOWN:
-        with tempfile.NamedTemporaryFile("w", prefix="damaged-", suffix=".txt", delete=False) as file:
-            file.write("\n".join(reasons) + "\n")
+        with tempfile.NamedTemporaryFile(prefix="damaged-", suffix=".txt", delete=False) as file:
+            file.write(os.fsencode("\n".join(reasons) + "\n"))
         more = f"\n  and {len(reasons) - _REASONS_SHOWN} more: all are listed in {file.name}"
     return (
         f"{len(reasons)} examples are damaged or incomplete:\n  {shown}{more}\n"
@@ -296,7 +296,7 @@ def _finish(recipe: ShardRecipe, folder: Path, outcomes: Mapping[str, _Outcome],
     if recipe.finish:
         recipe.finish(folder)
     if skipped:
-        write_atomically(folder / SKIPPED_NAME, "\n".join(skipped) + "\n")
+        write_atomically(folder / SKIPPED_NAME, os.fsencode("\n".join(skipped) + "\n"))
     splits = []
     for split, jobs in recipe.jobs.items():
         of_split = [outcomes[_shard_name(recipe, split, i)] for i in range(len(jobs))]

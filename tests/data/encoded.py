@@ -48,7 +48,13 @@ def raw_png(samples: np.ndarray, depth: int, color_type: int, **chunks: bytes) -
 
 
 def png_that_declares(width: int, height: int, color_type: int = 0) -> bytes:
-    """A PNG file of a few bytes whose header states any size, as a decompression bomb has it."""
+    """A PNG file of a few bytes whose header states any size, as a decompression bomb's does.
+
+    Args:
+      width: in pixels.
+      height: in pixels.
+      color_type: 0 grey, 2 RGB, 3 palette; 8 bits.
+    """
     channels = {0: 1, 2: 3, 3: 1}[color_type]
     data = raw_png(
         np.zeros((1, 1, channels), np.uint8), 8, color_type, **({"PLTE": bytes(6)} if color_type == 3 else {})

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import cv2
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 from sisma_jax.config import DataConfig
-from sisma_jax.data import celebamask_hq, masks, photos
+from sisma_jax.data import celebamask_hq, masks, photos, shards
 from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.raw_folder import list_raw_folder
@@ -38,9 +37,12 @@ def config(tmp_path: Path, **fields) -> DataConfig:
 def write_named(root: Path, names, classes: ClassSet = CELEBAMASK_HQ, size: int = 16) -> dict[str, np.ndarray]:
     """Writes images/<name>.jpg and labels/<name>.png, and returns the masks by name."""
     label_maps = {name: random_mask(seed, size, classes) for seed, name in enumerate(names)}
+    for folder in ("images", "labels"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
     for seed, (name, mask) in enumerate(label_maps.items()):
-        write_png(root / "images" / f"{name}.jpg", random_image(seed, size))
-        write_png(root / "labels" / f"{name}.png", mask)
+        # OpenCV does not write to names that are no UTF-8.
+        (root / "images" / f"{name}.jpg").write_bytes(photos.encode_jpeg(random_image(seed, size)))
+        (root / "labels" / f"{name}.png").write_bytes(photos.encode_png(mask))
     return label_maps
 
 
@@ -125,24 +127,36 @@ def test_a_name_with_two_suffixes_is_refused(tmp_path):
 def test_a_name_that_is_no_utf8_is_read(tmp_path):
     name = os.fsdecode(b"Ren\xe9e")
     data = config(tmp_path, num_test=1)
-    write_named(Path(data.root), ["a", "b"])
-    for folder, suffix in (("images", ".jpg"), ("labels", ".png")):
-        shutil.copy(tmp_path / "raw" / folder / f"a{suffix}", tmp_path / "raw" / folder / f"{name}{suffix}")
+    write_named(Path(data.root), ["a", "b", name])
     rows = (DataSet.prepare(data).path / celebamask_hq.IDS_FILE).read_bytes()
     assert rows == b"0\timages/Ren\xe9e.jpg\n1\timages/a.jpg\n2\timages/b.jpg\n"
 
 
-def test_errors_name_the_file_of_a_face(tmp_path):
-    root = tmp_path / "raw"
-    write_named(root, LAPA_NAMES)
+@pytest.mark.parametrize("name", ["218823411_0", os.fsdecode(b"Ren\xe9e")])
+def test_errors_name_the_file_of_a_face(tmp_path, name):
+    data = config(tmp_path, num_test=4)
+    root = Path(data.root)
+    write_named(root, [*LAPA_NAMES, "a", "b", name])
+    (root / "labels" / f"{name}.png").write_bytes(photos.encode_png(np.full((16, 16), 23, np.uint8)))
+    with pytest.raises(InputError, match=r"1 examples are damaged or incomplete:\n .*: label 23 is outside") as refused:
+        DataSet.prepare(data)
+    assert f"labels/{name}.png: label 23" in str(refused.value)
     (root / "labels/10009865324_1.png").unlink()
-    with pytest.raises(InputError, match=r"labels has no mask for these files of .*images: 1 \(10009865324_1\.jpg\)"):
-        DataSet.prepare(config(tmp_path))
-    write_png(root / "labels/10009865324_0.png", np.full((16, 16), 23, np.uint8))
-    (root / "images/10009865324_1.jpg").unlink()
-    with pytest.raises(InputError, match=r"10009865324_0\.png: label 23 is outside"):
-        DataSet.prepare(config(tmp_path))
-    assert DataSet.prepare(config(tmp_path, skip_damaged=True)).counts == {"train": 1, "test": 2}
+    with pytest.raises(InputError, match=r"labels has no mask for these files of .*images: 1 \(10009865324_1.jpg\)"):
+        DataSet.prepare(data)
+    write_png(root / "labels/10009865324_1.png", random_mask(0, 16))
+    (root / "images/9990331_12.jpg").unlink()
+    with pytest.raises(InputError, match=r"images has no image for these files of .*labels: 1 \(9990331_12.png\)"):
+        DataSet.prepare(data)
+    skipping = DataSet.prepare(config(tmp_path, num_test=4, skip_damaged=True))
+    skipped = os.fsdecode((skipping.path / shards.SKIPPED_NAME).read_bytes())
+    assert f"labels/{name}.png: label 23" in skipped
+    assert "images has no image for 9990331_12.png." in skipped
+    # The ids of the others are those that they have in the complete folder.
+    in_order = sorted({*LAPA_NAMES, "a", "b", name})
+    left = [in_order.index(stem) for stem in in_order if stem not in (name, "9990331_12")]
+    batches = [batch for split in ("train", "test") for batch in skipping.eval_batches(split, 8)]
+    assert np.concatenate([batch["id"] for batch in batches]).tolist() == left
 
 
 def test_a_split_by_celeba_needs_names_that_are_its_ids(tmp_path):

@@ -1,6 +1,7 @@
 """The demo: drawn faces at 64 px, in pixel space, with a model that trains on two CPU cores.
 
-Cost: about ten minutes on 2 CPU cores, of which training the denoiser takes half. Run: python run.py --config configs/demo.py
+Cost: about ten minutes on 2 CPU cores, half of them for training the denoiser. Run:
+    python run.py --config configs/demo.py
 """
 
 from sisma_jax.config import (

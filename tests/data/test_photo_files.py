@@ -102,7 +102,9 @@ def test_a_photograph_is_upright(tmp_path, orientation):
         np.testing.assert_array_equal(to_8_bits(photo.pixels), expected, err_msg=name)
         assert (photo.pixels.dtype == np.uint16) == name.startswith("deep")
     smooth = np.kron(PIXELS, np.ones((8, 8, 1), np.uint8))
-    lying = read(tmp_path, jpeg(smooth, quality=100, subsampling=0, exif=b"Exif\0\0" + exif(orientation)), "photo.jpg").pixels
+    lying = read(
+        tmp_path, jpeg(smooth, quality=100, subsampling=0, exif=b"Exif\0\0" + exif(orientation)), "photo.jpg"
+    ).pixels
     assert np.abs(lying.astype(int) - turned(smooth, orientation)).max() <= 3  # JPEG
 
 

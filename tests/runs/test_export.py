@@ -14,11 +14,15 @@ import safetensors.numpy
 from flax import nnx
 
 from sisma_jax import config_files
+from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.errors import InputError
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
+from sisma_jax.models.face_parser import FaceParser, make_graph
+from sisma_jax.models.face_parser import init_params as parser_params
 from sisma_jax.models.factory import init_params
 from sisma_jax.pipeline import Pipeline
-from sisma_jax.runs.export import _crc32, export_params, load_exported, read_config
+from sisma_jax.runs import flat_trees
+from sisma_jax.runs.export import export_params, load_exported, read_config
 from tests.bucket import make_bucket
 from tests.runs.checkpoint_cases import assert_same
 from tests.tiny import tiny_config, tiny_latent_config
@@ -108,7 +112,7 @@ def test_parameters_that_are_not_finite_are_neither_exported_nor_loaded(config, 
     assert not (tmp_path / "bad.safetensors").exists()
     arrays, metadata = read(exported)
     arrays[name][0, 0, 0] = np.inf
-    write(exported, arrays, metadata | {"crc32": str(_crc32(arrays))})
+    write(exported, arrays, metadata | {"crc32": flat_trees.crc32(arrays)})
     with pytest.raises(InputError, match=rf"model.safetensors cannot be used: the parameter {name} is not finite"):
         load_exported(exported)
 
@@ -198,3 +202,15 @@ def test_parameters_of_another_type_are_refused(config, params, tmp_path):
     export_params(path, config, 1, jax.tree.map(lambda x: x.astype(jnp.bfloat16), params))
     with pytest.raises(InputError, match=r"the file has bfloat16\[.*, its configuration float32\["):
         load_exported(path)
+
+
+def test_a_face_parser_travels_with_the_model(tmp_path):
+    config = tiny_config(tmp_path)
+    parser = FaceParser(make_graph(8, 19), parser_params(jax.random.key(1), 8, 19), CELEBAMASK_HQ, 16)
+    export_params(tmp_path / "a.safetensors", config, 4, init_params(config, jax.random.key(0)), parser=parser)
+    loaded = load_exported(tmp_path / "a.safetensors").parser
+    assert loaded is not None
+    assert (loaded.classes, loaded.image_size) == (CELEBAMASK_HQ, 16)
+    jax.tree.map(np.testing.assert_array_equal, loaded.params, parser.params)
+    export_params(tmp_path / "b.safetensors", config, 4, init_params(config, jax.random.key(0)))
+    assert load_exported(tmp_path / "b.safetensors").parser is None

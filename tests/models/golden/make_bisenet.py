@@ -8,9 +8,10 @@ The peer is a PyTorch program without a package, called as it is, which the test
     PYTHONPATH=. .venv-golden/bin/python tests/models/golden/make_bisenet.py CLONE
 
 bisenet.npz has `shapes` (JSON of all names and shapes), `image` (uint8, NHWC) and `logits` (every fourth pixel, NHWC).
-tensors.pth and tensors_legacy.pth have the same state dict in the two formats of PyTorch.
+tensors.pth and tensors_legacy.pth have the same tensors in the two formats of PyTorch.
 """
 
+import collections
 import json
 import sys
 import types
@@ -59,7 +60,10 @@ def main() -> None:
         "parameter": torch.nn.Parameter(base[0].clone()),
     }
     torch.save({"state_dict": tensors, "epoch": 3}, folder / "tensors.pth")
-    torch.save(tensors, folder / "tensors_legacy.pth", _use_new_zipfile_serialization=False)
+    # As 79999_iter.pth: the state dict of a module, which has the versions of its layers in an attribute.
+    of_module = collections.OrderedDict(tensors)
+    of_module._metadata = {"": {"version": 1}}
+    torch.save(of_module, folder / "tensors_legacy.pth", _use_new_zipfile_serialization=False)
 
 
 if __name__ == "__main__":

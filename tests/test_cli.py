@@ -238,7 +238,7 @@ def test_an_edit_keeps_alpha_depth_and_profile(finished, edit, tmp_path):
     rng = np.random.default_rng(0)
     deep = photo.astype(np.uint16) * 257 + rng.integers(0, 100, photo.shape, np.uint16) * (photo < 255)
     alpha = rng.integers(0, 65536, photo.shape[:2], np.uint16)
-    before = Photo(deep, alpha, b"sixteen bytes, 16RGB and more")
+    before = Photo(deep, alpha, b"sixteen bytes 16RGB and more")
     save_photo(tmp_path / "deep.png", before)
     edit = ("--image", tmp_path / "deep.png", "--region", files["region"], "--margin", 0)
     command(finished, "sample", "--mask", files["edited"], "--num", 1, *edit, "--out", tmp_path / "out")

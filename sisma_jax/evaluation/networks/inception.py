@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from sisma_jax.errors import InputError
+from sisma_jax.evaluation.features import FeatureNetwork
 from sisma_jax.evaluation.networks import weights as torch_weights
 from sisma_jax.evaluation.networks.convolution import Convolution
-from sisma_jax.evaluation.networks.feature_network import FeatureNetwork
 from sisma_jax.evaluation.networks.resizing import Resize, check_resize, resize_for_inception
 from sisma_jax.evaluation.networks.weights import Params, Weights
 
-DIMENSIONS = 2048
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
 _OBTAIN = f"Give the weights of FID's Inception-v3, which can be downloaded from {URL}"
@@ -208,7 +207,7 @@ def _apply(graph: nnx.GraphDef[Any], params: Params, x: Float[Array, "B H W 3"])
 
 
 def inception_from_weights(weights: Weights, source: str, *, resize: Resize = "pytorch-fid") -> FeatureNetwork:
-    """Returns the FID Inception network with the given weights.
+    """Returns the network "inception" of the Fréchet Inception distance, 2048 dimensions, with the given weights.
 
     pytorch-fid and torch-fidelity publish the same file under two names, so one layout serves both.
 
@@ -234,17 +233,11 @@ def inception_from_weights(weights: Weights, source: str, *, resize: Resize = "p
         folded[f"{name}.kernel"], folded[f"{name}.bias"] = _fold(weights, name)
     params = torch_weights.fill(abstract, folded.__getitem__)
 
-    def features(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B 2048"]:
+    def features(images: np.ndarray) -> np.ndarray:
         # Two programs: the second, which takes long to compile, serves all sizes of images.
-        return _apply(graph, params, _resize(images, resize=resize))
+        return np.asarray(_apply(graph, params, _resize(images, resize=resize)))
 
-    return FeatureNetwork(
-        name="inception",
-        features=features,
-        dimensions=DIMENSIONS,
-        checksum=torch_weights.checksum(weights, shapes),
-        resize=resize,
-    )
+    return FeatureNetwork("inception", features, torch_weights.checksum(weights, shapes), resize)
 
 
 def _torch_shapes(abstract: Params) -> dict[str, tuple[int, ...]]:

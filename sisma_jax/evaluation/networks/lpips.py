@@ -15,7 +15,6 @@ from sisma_jax.errors import InputError
 from sisma_jax.evaluation.networks import weights as torch_weights
 from sisma_jax.evaluation.networks.alexnet import AlexNet
 from sisma_jax.evaluation.networks.conv_stacks import ConvStack, imagenet_normalize, load_params, weight_shapes
-from sisma_jax.evaluation.networks.feature_network import checked_images, padded
 from sisma_jax.evaluation.networks.vgg import Vgg16
 from sisma_jax.evaluation.networks.weights import Params, Weights
 
@@ -66,7 +65,7 @@ class Lpips:
           ValueError: the arrays are not images or differ in their shapes, or `batch_size` is not positive.
           InputError: the images are too small for the network.
         """
-        images, others = checked_images(images, "images"), checked_images(others, "others")
+        images, others = _checked(images, "images"), _checked(others, "others")
         if images.shape != others.shape:
             raise ValueError(f"images and others must have the same shape, got {images.shape} and {others.shape}.")
         if batch_size < 1:
@@ -77,9 +76,9 @@ class Lpips:
             raise InputError(f"images are {height}x{width}; LPIPS {self.network} needs {smallest}x{smallest} or more.")
         distances = np.empty(len(images), np.float32)
         for start in range(0, len(images), batch_size):
-            pair = (padded(x[start : start + batch_size], batch_size) for x in (images, others))
             count = min(batch_size, len(images) - start)
-            distances[start : start + count] = np.asarray(self.distance(*map(_to_float, pair)))[:count]
+            pair = (_to_batch(x[start : start + count], batch_size) for x in (images, others))
+            distances[start : start + count] = np.asarray(self.distance(*pair))[:count]
         return distances
 
 
@@ -137,5 +136,14 @@ def _unit(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     return x / (norm + _EPSILON)
 
 
-def _to_float(images: np.ndarray) -> jax.Array:
+def _checked(images: np.ndarray, name: str) -> np.ndarray:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"{name} must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}.")
+    return images
+
+
+def _to_batch(images: np.ndarray, batch_size: int) -> jax.Array:
+    """Returns the images in [-1, 1], padded with copies of the last one to `batch_size` images."""
+    images = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
     return jnp.asarray(images.astype(np.float32) / np.float32(127.5) - 1)

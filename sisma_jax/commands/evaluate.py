@@ -10,13 +10,21 @@ import numpy as np
 from sisma_jax import pipeline
 from sisma_jax.commands.report import GRID_ROWS, grid_scale, make_folder, output_folder, require_free, tell
 from sisma_jax.commands.segment import load_parser
-from sisma_jax.config import Config
+from sisma_jax.config import Config, EvaluateConfig
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.latents import LatentDataSet
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids, mask_agreement
-from sisma_jax.evaluation.features import ArrayImages, FolderImages, SplitImages, extract, parser_network
+from sisma_jax.evaluation.features import (
+    ArrayImages,
+    FeatureNetwork,
+    FolderImages,
+    SplitImages,
+    extract,
+    parser_network,
+)
 from sisma_jax.evaluation.held_out_loss import held_out_loss
+from sisma_jax.evaluation.networks import load_inception, load_vgg16
 from sisma_jax.evaluation.set_distances import LEAST_IMAGES, format_distances, memorization, set_distances
 from sisma_jax.files import AnyPath, to_path, write_atomically
 from sisma_jax.parallel import sharding
@@ -72,16 +80,20 @@ class Evaluate:
         if not (self.samples and self.references):
             raise InputError("Give both `samples` and `references`, folders of images.")
         sets = [FolderImages.open(folder) for folder in (self.samples, self.references)]
-        parser = load_parser(config, workdir, self.weights)
-        if not parser.is_own:
-            raise InputError(f"parser.weights {config.parser.weights} is not a face parser of this project; name one.")
+        networks = load_networks(config.evaluate)
+        if self.weights or config.parser.weights or not networks:
+            parser = load_parser(config, workdir, self.weights)
+            if not parser.is_own:
+                raise InputError(f"parser.weights {config.parser.weights} is not a face parser of this project.")
+            networks = [parser_network(parser), *networks]
         with output_folder(self.out, to_path("evaluations")) as out:
             require_free([out / _REPORT_NAME], overwrite=False)
             if not is_primary():
                 return
-            network = parser_network(parser)
-            samples, references = (extract(network, images, out / "features") for images in sets)
-            distances = set_distances(network, samples, references, seed=config.sample.seed)
+            distances = []
+            for network in networks:
+                samples, references = (extract(network, images, out / "features") for images in sets)
+                distances.append(set_distances(network, samples, references, seed=config.sample.seed))
             names = ("samples", "references")
             files = {
                 key: {"folder": images.name, "hash": images.fingerprint}
@@ -89,8 +101,26 @@ class Evaluate:
             }
             report = {"images": files, "distances": distances}
             write_atomically(out / _REPORT_NAME, json.dumps(report, indent=2) + "\n")
-            tell(format_distances(distances))
+            for one in distances:
+                tell(format_distances(one))
             tell(f"Measurements: {out / _REPORT_NAME}")
+
+
+def load_networks(config: EvaluateConfig) -> list[FeatureNetwork]:
+    """Returns the pretrained networks whose weights the configuration names.
+
+    Args:
+      config: names the files.
+
+    Raises:
+      InputError: a file cannot be read, or holds other weights.
+    """
+    networks = []
+    if config.inception:
+        networks.append(load_inception(config.inception, resize=config.inception_resize))
+    if config.vgg16:
+        networks.append(load_vgg16(config.vgg16))
+    return networks
 
 
 def evaluate(
@@ -112,6 +142,7 @@ def evaluate(
     """
     config = run.config
     parser = run.parser if run.has_parser() else None
+    networks = load_networks(config.evaluate)
     batch_size = sharding.round_up(config.sample.batch_size, trained.mesh)
     limit = config.evaluate.num_samples
     batches = list(dataset.eval_batches("test", batch_size, limit=limit))
@@ -132,14 +163,17 @@ def evaluate(
     shown = shown.reshape(-1, _GRID_SAMPLES, size, size, 3)
     # Every process computes this, because otherwise the others would have to wait for the first one.
     agreement = None if parser is None else mask_agreement.agreement_report(faces, originals, masks, parser)
-    distances = memorized = None
-    if parser is not None and parser.is_own and len(masks) > LEAST_IMAGES:
-        network = parser_network(parser)
-        count = min(dataset.counts["train"], _MOST_TRAINING_IMAGES)
-        sets = ArrayImages(faces, "samples"), ArrayImages(originals, "originals"), SplitImages(dataset, "train", count)
-        of_samples, of_originals, of_training = (extract(network, images) for images in sets)
-        distances = set_distances(network, of_samples, of_originals, seed=config.sample.seed)
-        memorized = memorization(of_samples, of_originals, of_training, seed=config.sample.seed)
+    distances, memorized = [], None
+    own = [parser_network(parser)] if parser is not None and parser.is_own else []
+    if len(masks) > LEAST_IMAGES:
+        sets = ArrayImages(faces, "samples"), ArrayImages(originals, "originals")
+        for network in (*own, *networks):
+            of_samples, of_originals = (extract(network, images) for images in sets)
+            distances.append(set_distances(network, of_samples, of_originals, seed=config.sample.seed))
+            if network in own:
+                training = SplitImages(dataset, "train", min(dataset.counts["train"], _MOST_TRAINING_IMAGES))
+                of_training = extract(network, training)
+                memorized = memorization(of_samples, of_originals, of_training, seed=config.sample.seed)
     if not is_primary():
         return
     make_folder(out.samples)
@@ -160,8 +194,10 @@ def evaluate(
         tell("Mask agreement is not computed, as the run has no face parser; the command `parser` trains one.")
     else:
         tell(mask_agreement.format_report(agreement))
-    if distances is not None:
-        tell(format_distances(distances, memorized))
+    for one in distances:
+        tell(format_distances(one, memorized if one["network"] == "parser" else None))
+    if not config.evaluate.inception:
+        tell("The FID is not computed: evaluate.inception names no weights of Inception-v3 (pytorch-fid's file).")
     tell(f"Held-out loss at step {trained.step}: {loss:.4f}")
     tell(f"Measurements: {out.evaluation}")
     tell(f"Sample grid (mask | samples | held-out original): {grid_path}")

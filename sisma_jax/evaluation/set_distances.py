@@ -31,12 +31,12 @@ class SetDistances(TypedDict):
     """The result of `set_distances`.
 
     Attributes:
-      network: name of the network; the Fréchet distance is fd_NAME.
+      network: name of the network; the Fréchet distance is fid for Inception-v3, and fd_NAME for any other.
       checksum: of its weights.
       resize: how images are brought to its resolution.
       num_samples: number of samples.
       num_references: number of real images.
-      scores: by name: fd_NAME, precision, recall, density and coverage.
+      scores: by name: fid or fd_NAME, precision, recall, density and coverage.
       kernel_distance: mean and standard deviation of the kernel distance (KID) over subsets; all images are one subset
         if there are fewer than 1000.
     """
@@ -92,7 +92,8 @@ def set_distances(
     kernel = kernel_distance(
         samples, references, subset_size=_SUBSET_SIZE if least >= _SUBSET_SIZE else None, seed=seed
     )
-    scores = {f"fd_{network.name}": as_score(frechet_interval(samples, references, seed=seed))}
+    frechet = "fid" if network.name == "inception" else f"fd_{network.name}"
+    scores = {frechet: as_score(frechet_interval(samples, references, seed=seed))}
     return {
         "network": network.name,
         "checksum": network.checksum,

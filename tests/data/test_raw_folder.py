@@ -8,7 +8,6 @@ import cv2
 import numpy as np
 import pytest
 
-from sisma_jax.config import DataConfig
 from sisma_jax.data import celebamask_hq, masks, photos, shards
 from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.data.dataset import DataSet
@@ -16,22 +15,12 @@ from sisma_jax.data.raw_folder import list_raw_folder
 from sisma_jax.errors import InputError
 from tests.data.encoded import png_that_declares
 from tests.data.raw_layout import random_image, random_mask, write_label_maps, write_official, write_png
+from tests.data.test_celebamask_hq import config
 
 LAPA = ClassSet.load("lapa")
 # As in LaPa: the number of a photograph on Flickr, and that of a face in it.
 LAPA_NAMES = ("10007657274_0", "10009865324_1", "10009865324_0", "218823411_0", "9990331_12")
 TOO_LONG = "12345678901234567890"  # more than int64 holds
-
-
-def config(tmp_path: Path, **fields) -> DataConfig:
-    defaults = {
-        "name": "celebamask_hq",
-        "root": str(tmp_path / "raw"),
-        "cache_dir": str(tmp_path / "cache"),
-        "num_test": 2,
-        "image_size": 16,
-    }
-    return DataConfig(**(defaults | fields))
 
 
 def write_named(root: Path, names, classes: ClassSet = CELEBAMASK_HQ, size: int = 16) -> dict[str, np.ndarray]:

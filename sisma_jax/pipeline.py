@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, UInt8, UInt32
 
+from sisma_jax import config_files
 from sisma_jax.call_arguments import as_photo, finite_number, random_keys, whole_number
 from sisma_jax.config import Config, MeshConfig, Sampling
 from sisma_jax.data import photos, regions
@@ -362,8 +363,8 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
 
     Args:
       path: folder or file, on the disk or in a bucket (gs://...).
-      checkpoint: for a folder, the checkpoint whose EMA parameters are used: "newest", "best" (the lowest held-out
-        loss), or the step of a checkpoint. The first two skip damaged checkpoints.
+      checkpoint: for a folder, the checkpoint whose EMA parameters are used: "newest", "best" (by the metric
+        `train.best`), or the step of a checkpoint. The first two skip damaged checkpoints.
       mesh: of all devices. By default, the parameters are replicated and batches are sharded.
 
     Raises:
@@ -372,19 +373,40 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
     """
     path = to_path(path)
     if path.suffix == EXPORT_SUFFIX:
-        exported = load_exported(path)
-        return Pipeline(
-            exported.config,
-            exported.params,
-            exported.step,
-            exported.autoencoder,
-            mesh,
-            exported.mask_prior,
-            exported.parser,
-        )
+        return from_exported(path, mesh=mesh)
     from sisma_jax.runs.folder import RunFolder  # exported files do not need it
 
     return from_run(RunFolder.open(path), checkpoint=checkpoint, mesh=mesh)
+
+
+def from_exported(path: str | os.PathLike[str], config: Config | None = None, *, mesh: Mesh | None = None) -> Pipeline:
+    """Returns the pipeline for a file that the command `export` wrote.
+
+    Args:
+      path: file, on the disk or in a bucket.
+      config: configuration in place of that of the file, from which it may differ only in values that may change when
+        a run resumes.
+      mesh: as for `load`.
+
+    Raises:
+      InputError: the file does not exist, is damaged, or was written by another program; or `config` differs.
+    """
+    exported = load_exported(path)
+    if config is not None and (different := config_files.differences(exported.config, config)):
+        raise InputError(
+            f"{os.fspath(path)} contains a model with another configuration:\n  "
+            + "\n  ".join(different)
+            + "\nLeave out the options that differ."
+        )
+    return Pipeline(
+        exported.config if config is None else config,
+        exported.params,
+        exported.step,
+        exported.autoencoder,
+        mesh,
+        exported.mask_prior,
+        exported.parser,
+    )
 
 
 def from_run(run: "RunFolder", *, checkpoint: "Checkpoint" = "newest", mesh: Mesh | None = None) -> Pipeline:

@@ -1,8 +1,8 @@
-"""The command `evaluate`: samples faces for held-out masks, measures them, and shows them beside the originals."""
+"""The command `evaluate`: measures the faces of a model, or the images of a folder, beside real ones."""
 
 import dataclasses
-import json
 import logging
+from collections.abc import Iterator
 
 import jax
 import numpy as np
@@ -10,123 +10,160 @@ import numpy as np
 from sisma_jax import pipeline
 from sisma_jax.commands.report import GRID_ROWS, grid_scale, make_folder, output_folder, require_free, tell
 from sisma_jax.commands.segment import load_parser
-from sisma_jax.config import Config, EvaluateConfig
+from sisma_jax.config import Config
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.latents import LatentDataSet
 from sisma_jax.errors import InputError
-from sisma_jax.evaluation import grids, mask_agreement
-from sisma_jax.evaluation.features import (
-    ArrayImages,
-    FeatureNetwork,
-    FolderImages,
-    SplitImages,
-    extract,
-    parser_network,
-)
+from sisma_jax.evaluation import comparison, grids, mask_agreement, results
 from sisma_jax.evaluation.held_out_loss import held_out_loss
-from sisma_jax.evaluation.networks import load_inception, load_vgg16
-from sisma_jax.evaluation.set_distances import LEAST_IMAGES, format_distances, memorization, set_distances
-from sisma_jax.files import AnyPath, to_path, write_atomically
+from sisma_jax.evaluation.image_sets import FolderImages, FolderMasks, ImageSet, SplitImages
+from sisma_jax.evaluation.measurement import Measurements, load_networks, measure_faces, measure_folders, reconstruction
+from sisma_jax.evaluation.model_card import write_model_card
+from sisma_jax.evaluation.protocols import Protocol, protocol
+from sisma_jax.evaluation.report import Pictures, write_report
+from sisma_jax.evaluation.sampled_faces import params_checksum, sample_faces
+from sisma_jax.evaluation.set_distances import format_distances
+from sisma_jax.files import AnyPath, to_path
+from sisma_jax.models.autoencoder import KlAutoencoder
+from sisma_jax.models.face_parser import FaceParser
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.pipeline import Pipeline
-from sisma_jax.runs.folder import Checkpoint, RunFolder
+from sisma_jax.runs.folder import Checkpoint, EvaluationFolder, RunFolder
+from sisma_jax.runs.metrics import read_metrics
+from sisma_jax.training import autoencoder as autoencoders
 from sisma_jax.training.step import make_held_out_loss
 
 logger = logging.getLogger(__name__)
 
 _GRID_SAMPLES = 4
-_REPORT_NAME = "evaluation.json"
-# Training images in which samples are searched for.
-_MOST_TRAINING_IMAGES = 5000
+# Faces that the report shows beside their nearest training images, and those that agree least with their masks.
+_SHOWN_NEIGHBOURS, _SHOWN_WORST = 8, 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluate:
-    """Samples faces for held-out masks and measures them, or compares two folders of images."""
+    """Samples faces for held-out masks and measures them, compares two folders of images, or compares evaluations."""
 
     samples: str = ""
     """Folder of images to compare with `references`, in place of a run."""
     references: str = ""
     """Folder of real images."""
+    masks: str = ""
+    """Folder of the masks of `samples`, with the same names, to measure their agreement."""
+    paired: bool = False
+    """Images of the same name in `samples` and `references` show the same; adds PSNR, SSIM and LPIPS of the pairs."""
+    runs: tuple[str, ...] = ()
+    """Two or more runs, or folders of evaluations, whose results are shown side by side with paired tests."""
     checkpoint: Checkpoint = "newest"
-    """Checkpoint to evaluate: the newest, the best (lowest held-out loss), or the one of a step."""
+    """Checkpoint to evaluate: the newest, the best (see train.best), or the one of a step."""
     weights: str = ""
-    """File that the command `export` wrote, whose face parser compares the folders."""
+    """File that the command `export` wrote, to evaluate in place of a run; or, with `samples`, to use its face
+    parser."""
     out: str = ""
-    """Folder for the results. If empty: WORKDIR/evaluations/NUMBER, or evaluations/NUMBER for folders."""
+    """Folder for the results. If empty: WORKDIR/evaluations/NUMBER, or evaluations/NUMBER without a run."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
-        """Runs the command on the run in `workdir`.
+        """Runs the command on the run in `workdir`, on the file `weights`, or on folders.
 
         Raises:
-          InputError: the run, its checkpoint, its autoencoder or its data cannot be read, or the folder for the results
-            cannot be written.
+          InputError: options contradict each other; the run, its checkpoint, its autoencoder, its data or the weights
+            of a network cannot be read; or the folder for the results cannot be written.
         """
-        if self.samples or self.references:
-            self._compare_folders(config, workdir)
-            return
-        if self.weights:
-            raise InputError("`weights` applies only to two folders; name them with `samples` and `references`.")
+        if self.runs:
+            tell(comparison.compare([to_path(path) for path in self.runs]))
+        elif self.samples or self.references:
+            self._measure_folders(config, workdir)
+        elif self.masks or self.paired:
+            raise InputError("`masks` and `paired` apply to two folders; name them with `samples` and `references`.")
+        elif self.weights:
+            self._measure_exported(config)
+        else:
+            self._measure_run(config, workdir)
+
+    def _measure_run(self, config: Config, workdir: AnyPath) -> None:
         run = RunFolder.open(workdir, config)
-        with output_folder(self.out, run.evaluations) as out:
+        with output_folder(self.out, run.evaluations, _is_unfinished) as out:
             trained = pipeline.from_run(run, checkpoint=self.checkpoint, mesh=sharding.make_mesh(config.mesh))
             dataset = examples = DataSet.open(config.data)
             if config.autoencoder.kind != "identity":
                 examples = LatentDataSet.open(dataset, run.autoencoder_fingerprint)
-            evaluate(run, trained, dataset, examples, out=RunFolder(out, config))
+            evaluate(run, trained, dataset, examples, out=EvaluationFolder(out))
 
-    def _compare_folders(self, config: Config, workdir: AnyPath) -> None:
+    def _measure_exported(self, config: Config) -> None:
+        with output_folder(self.out, to_path("evaluations"), _is_unfinished) as out:
+            trained = pipeline.from_exported(self.weights, config, mesh=sharding.make_mesh(config.mesh))
+            subject: results.Subject = {"kind": "exported", "path": self.weights, "checksum": ""}
+            parser = load_parser(config, to_path(""), self.weights) if config.parser.weights else trained.parser
+            _evaluate(subject, trained, DataSet.open(config.data), parser, None, [], EvaluationFolder(out))
+
+    def _measure_folders(self, config: Config, workdir: AnyPath) -> None:
         if not (self.samples and self.references):
             raise InputError("Give both `samples` and `references`, folders of images.")
-        sets = [FolderImages.open(folder) for folder in (self.samples, self.references)]
-        networks = load_networks(config.evaluate)
-        if self.weights or config.parser.weights or not networks:
+        samples, references = (FolderImages.open(folder) for folder in (self.samples, self.references))
+        if self.paired:
+            references = samples.matching(references)
+        named, protocol_of = config.evaluate, _folder_protocol(config)
+        needs_parser = bool(self.weights or config.parser.weights or self.masks)
+        parser = None
+        if needs_parser or not (named.inception or named.vgg16 or named.extractors):
             parser = load_parser(config, workdir, self.weights)
-            if not parser.is_own:
-                raise InputError(f"parser.weights {config.parser.weights} is not a face parser of this project.")
-            networks = [parser_network(parser), *networks]
-        with output_folder(self.out, to_path("evaluations")) as out:
-            require_free([out / _REPORT_NAME], overwrite=False)
+        networks = load_networks(named, protocol_of, parser)
+        masks = None
+        if self.masks and parser is not None:
+            masks = FolderMasks.open(self.masks, samples, parser.classes)
+        with output_folder(self.out, to_path("evaluations"), _is_unfinished) as path:
+            out = EvaluationFolder(path)
+            require_free([out.result], overwrite=False)
+            measured = measure_folders(
+                samples,
+                references,
+                networks,
+                masks=masks,
+                is_paired=self.paired,
+                seed=config.sample.seed,
+                cache=out.cache,
+            )
             if not is_primary():
                 return
-            distances = []
-            for network in networks:
-                samples, references = (extract(network, images, out / "features") for images in sets)
-                distances.append(set_distances(network, samples, references, seed=config.sample.seed))
-            names = ("samples", "references")
-            files = {
-                key: {"folder": images.name, "hash": images.fingerprint}
-                for key, images in zip(names, sets, strict=True)
+            if masks is None:
+                measured.not_computed.setdefault("miou", "Name the folder of the masks of the samples with --masks.")
+            record: results.ProtocolRecord = {
+                "name": "",
+                "data": references.name,
+                "data_fingerprint": references.fingerprint,
+                "num_masks": 0,
+                "num_references": len(references),
+                "references": "the images of the folder",
+                "image_size": 0,
+                "diversity_masks": 0,
+                "samples_per_mask": 1,
+                "sampling": {"seed": config.sample.seed},
+                "resize": networks.resizing,
             }
-            report = {"images": files, "distances": distances}
-            write_atomically(out / _REPORT_NAME, json.dumps(report, indent=2) + "\n")
-            for one in distances:
-                tell(format_distances(one))
-            tell(f"Measurements: {out / _REPORT_NAME}")
+            subject: results.Subject = {"kind": "folders", "path": samples.name, "checksum": samples.fingerprint}
+            evaluation = _assemble(subject, record, networks.checksums, measured, None, {})
+            _write(out, evaluation, measured, {"names": np.array([file.name for file in samples.files])})
+            write_report(out.report, evaluation, None, [], None if parser is None else parser.classes)
+            _tell_results(out, evaluation)
 
 
-def load_networks(config: EvaluateConfig) -> list[FeatureNetwork]:
-    """Returns the pretrained networks whose weights the configuration names.
+def _is_unfinished(folder: AnyPath) -> bool:
+    out = EvaluationFolder(folder)
+    return out.cache.exists() and not out.result.exists()
 
-    Args:
-      config: names the files.
 
-    Raises:
-      InputError: a file cannot be read, or holds other weights.
-    """
-    networks = []
-    if config.inception:
-        networks.append(load_inception(config.inception, resize=config.inception_resize))
-    if config.vgg16:
-        networks.append(load_vgg16(config.vgg16))
-    return networks
+def _folder_protocol(config: Config) -> Protocol:
+    if config.evaluate.protocol:
+        raise InputError("evaluate.protocol applies to a model, which samples the faces; leave it out for folders.")
+    settings = config.evaluate
+    return Protocol("", 0, 0, 1, settings.inception_resize, settings.lpips_network)
 
 
 def evaluate(
-    run: RunFolder, trained: Pipeline, dataset: DataSet, examples: DataSet | LatentDataSet, *, out: RunFolder
+    run: RunFolder, trained: Pipeline, dataset: DataSet, examples: DataSet | LatentDataSet, *, out: EvaluationFolder
 ) -> None:
-    """Samples faces for held-out masks, measures them, and writes the results.
+    """Samples faces of a run for held-out masks, measures them, and writes the results.
 
     Every process of a job must call this; the first one writes.
 
@@ -135,69 +172,187 @@ def evaluate(
       trained: its pipeline.
       dataset: its data set, whose test split is used.
       examples: what the denoiser was trained on: `dataset`, or its latents.
-      out: where to write the results, under the same names as in a run: `run` itself, or another folder.
+      out: where to write the results.
 
     Raises:
       InputError: the face parser is damaged, or the folder for the results cannot be created.
     """
     config = run.config
-    parser = run.parser if run.has_parser() else None
-    networks = load_networks(config.evaluate)
+    chosen = protocol(config, dataset.counts["test"])
     batch_size = sharding.round_up(config.sample.batch_size, trained.mesh)
-    limit = config.evaluate.num_samples
-    batches = list(dataset.eval_batches("test", batch_size, limit=limit))
-    masks = np.concatenate([batch["mask"] for batch in batches])
-    originals = np.concatenate([batch["image"] for batch in batches])
+    parser = run.parser if run.has_parser() else None
     loss = held_out_loss(
         make_held_out_loss(config, trained.mesh),
         trained.params,
-        examples.eval_batches("test", batch_size, limit=limit),
+        examples.eval_batches("test", batch_size, limit=chosen.num_masks),
         batch_size,
         trained.mesh,
     )
-    key = jax.random.key(config.sample.seed)
-    logger.info("Sampling faces for %d held-out masks.", len(masks))
-    faces = trained(masks, key=key)
-    shown = trained(masks[:GRID_ROWS], key=key, num_samples=_GRID_SAMPLES)
-    size = config.data.image_size
-    shown = shown.reshape(-1, _GRID_SAMPLES, size, size, 3)
-    # Every process computes this, because otherwise the others would have to wait for the first one.
-    agreement = None if parser is None else mask_agreement.agreement_report(faces, originals, masks, parser)
-    distances, memorized = [], None
-    own = [parser_network(parser)] if parser is not None and parser.is_own else []
-    if len(masks) > LEAST_IMAGES:
-        sets = ArrayImages(faces, "samples"), ArrayImages(originals, "originals")
-        for network in (*own, *networks):
-            of_samples, of_originals = (extract(network, images) for images in sets)
-            distances.append(set_distances(network, of_samples, of_originals, seed=config.sample.seed))
-            if network in own:
-                training = SplitImages(dataset, "train", min(dataset.counts["train"], _MOST_TRAINING_IMAGES))
-                of_training = extract(network, training)
-                memorized = memorization(of_samples, of_originals, of_training, seed=config.sample.seed)
+    subject: results.Subject = {"kind": "run", "path": str(run.path), "checksum": ""}
+    metrics = read_metrics(run.metrics) if is_primary() else []
+    _evaluate(subject, trained, dataset, parser, loss, metrics, out)
+
+
+def _evaluate(
+    subject: results.Subject,
+    trained: Pipeline,
+    dataset: DataSet,
+    parser: FaceParser | None,
+    loss: float | None,
+    metrics: list[dict[str, int | float]],
+    out: EvaluationFolder,
+) -> None:
+    config = trained.config
+    chosen = protocol(config, dataset.counts["test"])
+    networks = load_networks(config.evaluate, chosen, parser)
+    checksum = params_checksum(trained)
+    logger.info("Sampling faces for %d held-out masks.", chosen.num_masks)
+    repetitions = [
+        sample_faces(trained, checksum, dataset, out.cache, count=count, repetition=repetition)
+        for repetition in range(chosen.samples_per_mask)
+        if (count := chosen.diversity_masks if repetition else chosen.num_masks)
+    ]
+    measured = measure_faces(
+        repetitions,
+        dataset,
+        chosen,
+        networks,
+        seed=config.sample.seed,
+        cache=out.cache,
+        reference_cache=dataset.path.parent / "features",
+    )
+    decoded = _reconstruction(trained, dataset, chosen.num_masks, config)
     if not is_primary():
         return
-    make_folder(out.samples)
-    grid_path = out.sample_grid(trained.step)
-    grid = grids.sample_grid(
-        masks[:GRID_ROWS], shown, originals[:GRID_ROWS], classes=dataset.classes, scale=grid_scale(size)
-    )
-    grids.save_png(grid_path, grid)
-    report = {
-        "step": trained.step,
-        "held_out_loss": loss,
-        "mask_agreement": agreement,
-        "distances": distances,
-        "memorization": memorized,
+    originals = SplitImages(dataset, "test", chosen.num_masks)
+    record: results.ProtocolRecord = {
+        "name": chosen.name,
+        "data": config.data.name,
+        "data_fingerprint": dataset.path.name,
+        "num_masks": chosen.num_masks,
+        "num_references": len(originals),
+        "references": "the originals of the masks",
+        "image_size": config.data.image_size,
+        "diversity_masks": chosen.diversity_masks,
+        "samples_per_mask": chosen.samples_per_mask,
+        "sampling": dataclasses.asdict(config.sample),
+        "resize": networks.resizing,
     }
-    write_atomically(out.evaluation, json.dumps(report, indent=2) + "\n")
-    if agreement is None:
-        tell("Mask agreement is not computed, as the run has no face parser; the command `parser` trains one.")
-    else:
-        tell(mask_agreement.format_report(agreement))
-    for one in distances:
-        tell(format_distances(one, memorized if one["network"] == "parser" else None))
-    if not config.evaluate.inception:
-        tell("The FID is not computed: evaluate.inception names no weights of Inception-v3 (pytorch-fid's file).")
-    tell(f"Held-out loss at step {trained.step}: {loss:.4f}")
-    tell(f"Measurements: {out.evaluation}")
-    tell(f"Sample grid (mask | samples | held-out original): {grid_path}")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
+    described = subject | {"step": trained.step, "checksum": checksum, "parameters": parameters}
+    evaluation = _assemble(described, record, networks.checksums, measured, loss, decoded)
+    _write(out, evaluation, measured, {"ids": repetitions[0].ids})
+    pictures = _pictures(repetitions, originals, measured, networks.parser, dataset)
+    make_folder(out.samples)
+    shown = grids.sample_grid(
+        pictures.masks,
+        pictures.samples,
+        pictures.originals,
+        classes=dataset.classes,
+        scale=grid_scale(config.data.image_size),
+    )
+    grids.save_png(out.sample_grid(trained.step), shown)
+    write_report(out.report, evaluation, pictures, metrics, dataset.classes)
+    write_model_card(out.model_card, evaluation, config)
+    _tell_results(out, evaluation)
+    tell(f"Sample grid (mask | samples | held-out original): {out.sample_grid(trained.step)}")
+
+
+def _reconstruction(trained: Pipeline, dataset: DataSet, limit: int, config: Config) -> dict[str, results.Score]:
+    if not isinstance(trained.autoencoder, KlAutoencoder) or limit < 2:
+        return {}
+    batch_size = config.autoencoder.encode_batch_size
+    pairs = autoencoders.reconstructions(trained.autoencoder, dataset, limit, batch_size)
+    return reconstruction(((decoded, image) for image, decoded in pairs), config.sample.seed)
+
+
+def _assemble(
+    subject: results.Subject,
+    record: results.ProtocolRecord,
+    checksums: dict[str, str],
+    measured: Measurements,
+    loss: float | None,
+    decoded: dict[str, results.Score],
+) -> results.Evaluation:
+    return {
+        "format": results.FORMAT,
+        "subject": subject,
+        "protocol": record,
+        "networks": checksums,
+        "versions": results.versions(),
+        "held_out_loss": loss,
+        "mask_agreement": measured.mask_agreement,
+        "distances": measured.distances,
+        "diversity": measured.diversity,
+        "paired": {name: score for name, score in measured.paired.items() if name == "lpips_distance"},
+        "reconstruction": decoded | {name: s for name, s in measured.paired.items() if name != "lpips_distance"},
+        "memorization": measured.memorization,
+        "not_computed": measured.not_computed,
+    }
+
+
+def _write(
+    out: EvaluationFolder, evaluation: results.Evaluation, measured: Measurements, names: dict[str, np.ndarray]
+) -> None:
+    results.write_terms(out.terms, names | measured.terms)
+    results.write(out.result, evaluation)
+
+
+def _pictures(
+    repetitions: list[ImageSet],
+    originals: SplitImages,
+    measured: Measurements,
+    parser: FaceParser | None,
+    dataset: DataSet,
+) -> Pictures:
+    """Returns the images that the report shows."""
+    faces, rows = repetitions[0], min(GRID_ROWS, len(originals))
+    columns = [np.stack(list(one.images(0, rows))) for one in repetitions[:_GRID_SAMPLES] if len(one) >= rows]
+    pictures = Pictures(
+        masks=np.stack(list(originals.masks(0, rows))),
+        samples=np.stack(columns, axis=1),
+        originals=np.stack(list(originals.images(0, rows))),
+    )
+    if measured.neighbours is not None:
+        training, found = SplitImages(dataset, "train", dataset.counts["train"]), measured.neighbours
+        nearest = np.argsort(found.distances[:, 0])[:_SHOWN_NEIGHBOURS]
+        pictures = dataclasses.replace(
+            pictures,
+            neighbour_samples=np.stack(list(_at(faces, nearest))),
+            neighbours=np.stack([np.stack(list(_at(training, found.indices[row]))) for row in nearest]),
+            neighbour_distances=found.distances[nearest],
+        )
+    if parser is not None and "confusion" in measured.terms:
+        accuracies = mask_agreement.pixel_accuracy(measured.terms["confusion"])
+        worst = np.argsort(accuracies)[:_SHOWN_WORST]  # a mask without pixels has NaN, which comes last
+        samples = np.stack(list(_at(faces, worst)))
+        pictures = dataclasses.replace(
+            pictures,
+            worst_masks=np.concatenate([list(originals.masks(i, i + 1)) for i in worst.tolist()]),
+            worst_samples=samples,
+            worst_predicted=parser.predict(samples),
+            worst_originals=np.stack(list(_at(originals, worst))),
+            worst_accuracies=accuracies[worst],
+        )
+    return pictures
+
+
+def _at(images: ImageSet, indices: np.ndarray) -> Iterator[np.ndarray]:
+    for index in indices.tolist():
+        yield from images.images(index, index + 1)
+
+
+def _tell_results(out: EvaluationFolder, evaluation: results.Evaluation) -> None:
+    if evaluation["mask_agreement"] is not None:
+        tell(mask_agreement.format_report(evaluation["mask_agreement"]))
+    for one in evaluation["distances"]:
+        tell(format_distances(one, evaluation["memorization"] if one["network"] == "parser" else None))
+    rest = evaluation["diversity"] | evaluation["paired"] | evaluation["reconstruction"]
+    for name, score in rest.items():
+        tell(f"{name}: {score['value']:.4f}   [{score['low']:.4f}, {score['high']:.4f}]")
+    for name, reason in evaluation["not_computed"].items():
+        tell(f"Not computed: {name}. {reason}")
+    if evaluation["held_out_loss"] is not None:
+        tell(f"Held-out loss: {evaluation['held_out_loss']:.4f}")
+    tell(f"Measurements: {out.result}")
+    tell(f"Report: {out.report}")

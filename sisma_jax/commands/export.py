@@ -18,7 +18,7 @@ class Export:
     out: str = ""
     """File to write, *.safetensors. If empty: WORKDIR/NAME_STEP.safetensors, with the name of the run's folder."""
     checkpoint: Checkpoint = "newest"
-    """Checkpoint to export: the newest, the best (lowest held-out loss), or the one of a step."""
+    """Checkpoint to export: the newest, the best (see train.best), or the one of a step."""
     overwrite: bool = False
     """Replace the file if it exists."""
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, bucket_errors, to_path
@@ -24,7 +24,9 @@ def grid_scale(size: int) -> int:
 
 
 @contextlib.contextmanager
-def output_folder(given: str, parent: AnyPath) -> Iterator[AnyPath]:
+def output_folder(
+    given: str, parent: AnyPath, is_unfinished: Callable[[AnyPath], bool] = lambda _: False
+) -> Iterator[AnyPath]:
     """Creates the folder for a command's results.
 
     The folder is created before the work in the block starts, so that an unwritable folder is reported early. If the
@@ -33,6 +35,7 @@ def output_folder(given: str, parent: AnyPath) -> Iterator[AnyPath]:
     Args:
       given: folder that the user named; "" for the first free folder PARENT/0001, PARENT/0002, ...
       parent: folder of the numbered folders.
+      is_unfinished: whether the newest numbered folder is that of an interrupted command, which continues there.
 
     Yields:
       The folder.
@@ -40,7 +43,7 @@ def output_folder(given: str, parent: AnyPath) -> Iterator[AnyPath]:
     Raises:
       InputError: the folder cannot be created.
     """
-    folder = to_path(given) if given else parent / from_primary(lambda: _next_number(parent))
+    folder = to_path(given) if given else parent / from_primary(lambda: _next_number(parent, is_unfinished))
     existed = from_primary(lambda: folder.exists())
     if is_primary():
         make_folder(folder)
@@ -53,9 +56,11 @@ def output_folder(given: str, parent: AnyPath) -> Iterator[AnyPath]:
         raise
 
 
-def _next_number(parent: AnyPath) -> str:
+def _next_number(parent: AnyPath, is_unfinished: Callable[[AnyPath], bool]) -> str:
     with bucket_errors(parent):
-        return next(name for number in itertools.count(1) if not (parent / (name := f"{number:04d}")).exists())
+        number = next(number for number in itertools.count(1) if not (parent / f"{number:04d}").exists())
+        newest = f"{number - 1:04d}"
+        return newest if number > 1 and is_unfinished(parent / newest) else f"{number:04d}"
 
 
 def make_folder(folder: AnyPath) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import tyro
 
-from sisma_jax import config_files, pipeline
+from sisma_jax import pipeline
 from sisma_jax.commands.report import grid_scale, output_folder, require_free, tell
 from sisma_jax.config import Config, Sampling
 from sisma_jax.data import masks as masks_lib
@@ -22,7 +22,6 @@ from sisma_jax.files import AnyPath, to_path
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.pipeline import Pipeline
-from sisma_jax.runs.export import load_exported
 from sisma_jax.runs.folder import Checkpoint, RunFolder
 
 _GRID_NAME = "grid.png"
@@ -40,7 +39,7 @@ class Sample:
     weights: str = ""
     """File that the command `export` wrote, to use in place of a run and its configuration."""
     checkpoint: Checkpoint = "newest"
-    """Checkpoint of the run: the newest, the best (lowest held-out loss), or the one of a step."""
+    """Checkpoint of the run: the newest, the best (see train.best), or the one of a step."""
     image: str = ""
     """Photograph to edit. It is generated anew where its mask was edited; all other pixels stay unchanged."""
     image_mask: str = ""
@@ -138,19 +137,4 @@ class Sample:
         mesh = sharding.make_mesh(config.mesh)
         if run is not None:
             return pipeline.from_run(run, checkpoint=self.checkpoint, mesh=mesh)
-        exported = load_exported(self.weights)
-        if different := config_files.differences(exported.config, config):
-            raise InputError(
-                f"{self.weights} contains a model with another configuration:\n  "
-                + "\n  ".join(different)
-                + "\nLeave out the options that differ."
-            )
-        return Pipeline(
-            config,
-            exported.params,
-            exported.step,
-            exported.autoencoder,
-            mesh,
-            exported.mask_prior,
-            exported.parser,
-        )
+        return pipeline.from_exported(self.weights, config, mesh=mesh)

@@ -4,7 +4,7 @@ import dataclasses
 
 from sisma_jax import pipeline
 from sisma_jax.commands.autoencoder import prepare_latents
-from sisma_jax.commands.evaluate import evaluate, load_networks
+from sisma_jax.commands.evaluate import evaluate
 from sisma_jax.commands.parser import prepare_parser
 from sisma_jax.commands.prepare import prepare_data
 from sisma_jax.commands.report import tell
@@ -13,6 +13,9 @@ from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.latents import LatentDataSet
 from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.evaluation import grids
+from sisma_jax.evaluation.measurement import load_networks
+from sisma_jax.evaluation.periodic import PeriodicEvaluation
+from sisma_jax.evaluation.protocols import protocol
 from sisma_jax.files import AnyPath, bucket_errors
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
@@ -59,7 +62,7 @@ class All:
             dataset, examples = train(run)
             prepare_parser(run, dataset)
             trained = pipeline.from_run(run, mesh=sharding.make_mesh(config.mesh))
-            evaluate(run, trained, dataset, examples, out=run)
+            evaluate(run, trained, dataset, examples, out=run.evaluation)
 
 
 def _check(config: Config, workdir: AnyPath) -> None:
@@ -67,6 +70,8 @@ def _check(config: Config, workdir: AnyPath) -> None:
     loop.make_mesh(config)
     if config.autoencoder.kind != "identity" and not config.autoencoder.weights:
         autoencoders.make_mesh(config)
+    if config.evaluate.every_steps:
+        face_parser.make_mesh(config)
     if config.train.init_from and not TrainingFolder(workdir).checkpoints.exists():  # a resumed run does not read it
         loop.initial_params(config)
 
@@ -74,7 +79,7 @@ def _check(config: Config, workdir: AnyPath) -> None:
 def _check_evaluation(config: Config) -> None:
     """Raises InputError at once for errors that the face parser and the evaluation would report after training."""
     face_parser.make_mesh(config)
-    load_networks(config.evaluate)
+    load_networks(config.evaluate, protocol(config, config.data.num_test), None)
     if config.parser.weights:
         parser_file.load(config.parser.weights, config.data.classes)
 
@@ -109,7 +114,11 @@ def train(run: RunFolder) -> tuple[DataSet, DataSet | LatentDataSet]:
     else:
         dataset, examples = prepare_latents(run)
     _record_mask_prior(run, dataset)
-    loop.train(run, examples)
+    evaluate_step = None
+    if run.config.evaluate.every_steps:
+        prepare_parser(run, dataset)
+        evaluate_step = PeriodicEvaluation(run, dataset)
+    loop.train(run, examples, evaluate_step)
     if is_primary():
         grids.loss_curve(read_metrics(run.metrics), run.loss_curve)
     tell(f"Checkpoints: {run.checkpoints}")

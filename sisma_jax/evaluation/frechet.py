@@ -5,18 +5,12 @@ batch, so that the features of a set never have to be in memory at once.
 """
 
 import dataclasses
-import io
-import os
-import zipfile
-import zlib
 from collections.abc import Iterable
 
 import numpy as np
 
-from sisma_jax.data.photos import read_bytes
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.feature_arrays import checked
-from sisma_jax.files import write_atomically
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,31 +22,27 @@ class FeatureStatistics:
       mean: float64 (D,); zero for an empty set.
       scatter: float64 (D, D), the sum of (x - mean) (x - mean)^T over the images. It adds up without loss of digits,
         which the sum of x x^T does not if the mean is large.
-      fingerprint: names what decides the values: the data, the weights of the feature network, and the resizing.
     """
 
     count: int
     mean: np.ndarray
     scatter: np.ndarray
-    fingerprint: str = ""
 
     @classmethod
-    def empty(cls, dimensions: int, fingerprint: str = "") -> "FeatureStatistics":
+    def empty(cls, dimensions: int) -> "FeatureStatistics":
         """Returns the statistics of no images.
 
         Args:
           dimensions: of the features, D.
-          fingerprint: of the set.
         """
-        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)), fingerprint)
+        return cls(0, np.zeros(dimensions), np.zeros((dimensions, dimensions)))
 
     @classmethod
-    def from_batches(cls, batches: Iterable[np.ndarray], fingerprint: str = "") -> "FeatureStatistics":
+    def from_batches(cls, batches: Iterable[np.ndarray]) -> "FeatureStatistics":
         """Returns the statistics of all images of some batches.
 
         Args:
           batches: real numbers (N, D) each, at least one batch; N may vary.
-          fingerprint: of the set.
 
         Raises:
           ValueError, InputError: as `add`.
@@ -60,7 +50,7 @@ class FeatureStatistics:
         """
         statistics: FeatureStatistics | None = None
         for batch in batches:
-            statistics = (statistics or cls.empty(np.shape(batch)[-1], fingerprint)).add(batch)
+            statistics = (statistics or cls.empty(np.shape(batch)[-1])).add(batch)
         if statistics is None:
             raise InputError("batches is empty; statistics need at least one batch of features.")
         return statistics
@@ -93,88 +83,29 @@ class FeatureStatistics:
             return self
         mean = features.mean(axis=0)
         deviations = features - mean
-        return self.merge(FeatureStatistics(len(features), mean, deviations.T @ deviations, self.fingerprint))
+        return self.merge(FeatureStatistics(len(features), mean, deviations.T @ deviations))
 
     def merge(self, other: "FeatureStatistics") -> "FeatureStatistics":
         """Returns the statistics of both sets together (Chan et al., 1979).
 
         Args:
-          other: statistics of other images with the same fingerprint, such as those of another process.
+          other: statistics of other images, such as those of another process.
 
         Raises:
-          ValueError: D or the fingerprint differs.
+          ValueError: D differs.
         """
         self._check_dimensions(other.dimensions)
-        if other.fingerprint != self.fingerprint:
-            raise ValueError(
-                f"fingerprints must be equal to merge, got {self.fingerprint!r} and {other.fingerprint!r}."
-            )
         count = self.count + other.count
         if count == 0:
             return self
         shift = other.mean - self.mean
         mean = self.mean + shift * (other.count / count)
         scatter = self.scatter + other.scatter + np.outer(shift, shift * (self.count * other.count / count))
-        return FeatureStatistics(count, mean, scatter, self.fingerprint)
+        return FeatureStatistics(count, mean, scatter)
 
     def _check_dimensions(self, dimensions: int) -> None:
         if dimensions != self.dimensions:
             raise ValueError(f"features have {dimensions} dimensions, the statistics have {self.dimensions}.")
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the statistics as one npz file, atomically.
-
-        Raises:
-          OSError: the file cannot be written.
-        """
-        buffer = io.BytesIO()
-        np.savez(
-            buffer,
-            count=np.int64(self.count),
-            mean=self.mean,
-            scatter=self.scatter,
-            fingerprint=np.array(self.fingerprint),
-        )
-        write_atomically(path, buffer.getvalue())
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str], fingerprint: str) -> "FeatureStatistics":
-        """Returns the statistics that `save` has written.
-
-        Args:
-          path: of the file, on the disk or in a bucket.
-          fingerprint: that the statistics must have.
-
-        Raises:
-          InputError: the file does not exist, is damaged, or has another fingerprint.
-        """
-        try:
-            with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as content:
-                statistics = cls(
-                    int(content["count"]), content["mean"], content["scatter"], str(content["fingerprint"])
-                )
-        except InputError:
-            raise
-        except (ValueError, TypeError, KeyError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-            raise InputError(
-                f"{path} is damaged or has no statistics ({error}); delete it and compute it again."
-            ) from (error)
-        dimensions = statistics.mean.shape
-        is_sound = (
-            statistics.count >= 0
-            and len(dimensions) == 1
-            and statistics.scatter.shape == dimensions * 2
-            and statistics.mean.dtype == statistics.scatter.dtype == np.float64
-            and bool(np.isfinite(statistics.mean).all() and np.isfinite(statistics.scatter).all())
-        )
-        if not is_sound:
-            raise InputError(f"{path} is damaged (wrong shapes or values); delete it and compute it again.")
-        if statistics.fingerprint != fingerprint:
-            raise InputError(
-                f"{path} has statistics of {statistics.fingerprint!r}, not of {fingerprint!r}; "
-                "delete it and compute it again, or name another file."
-            )
-        return statistics
 
 
 def frechet_distance(first: FeatureStatistics, second: FeatureStatistics) -> float:

@@ -1,7 +1,7 @@
 """A bootstrap interval of the Fréchet distance."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -77,13 +77,39 @@ def _resamples(features: np.ndarray, generator: np.random.Generator) -> Iterator
     """Yields the Gaussians of resamples without end."""
     count = len(features)
     while True:
-        weights = np.bincount(generator.integers(count, size=count), minlength=count)
-        # More than a third of the images are not drawn. The others contribute once, with their weights.
-        drawn = np.flatnonzero(weights)
-        shares, rows = weights[drawn] / count, features[drawn]
-        mean = shares @ rows
-        factor = np.sqrt(shares * (count / (count - 1)))[:, np.newaxis] * (rows - mean)
-        if len(factor) > factor.shape[1]:
-            # R of the QR decomposition has the same R^T R. It is cheaper than the eigenvectors of the covariance.
-            factor = np.asarray(np.linalg.qr(factor, mode="r"))
-        yield _Gaussian(mean, factor)
+        yield _gaussian(features, generator.integers(count, size=count))
+
+
+def _gaussian(features: np.ndarray, indices: np.ndarray) -> _Gaussian:
+    """Returns the Gaussian of images that are drawn with repetitions."""
+    count = len(indices)
+    weights = np.bincount(indices, minlength=len(features))
+    # More than a third of the images are not drawn. The others contribute once, with their weights.
+    drawn = np.flatnonzero(weights)
+    shares, rows = weights[drawn] / count, features[drawn]
+    mean = shares @ rows
+    factor = np.sqrt(shares * (count / (count - 1)))[:, np.newaxis] * (rows - mean)
+    if len(factor) > factor.shape[1]:
+        # R of the QR decomposition has the same R^T R. It is cheaper than the eigenvectors of the covariance.
+        factor = np.asarray(np.linalg.qr(factor, mode="r"))
+    return _Gaussian(mean, factor)
+
+
+def distance_of_resample(features: np.ndarray, reference: FeatureStatistics) -> Callable[[np.ndarray], float]:
+    """Returns the function from the images of a resample to their Fréchet distance from a fixed set.
+
+    Args:
+      features: real numbers (N, D), of the images that are drawn.
+      reference: of the fixed set.
+
+    Raises:
+      ValueError, InputError: as `frechet_interval`.
+    """
+    features = checked(features, "features", least=2)
+    mean, factor = reference.mean, covariance_factor(reference.covariance)
+
+    def distance(indices: np.ndarray) -> float:
+        drawn = _gaussian(features, indices)
+        return distance_of_factors(drawn.mean - mean, drawn.factor, factor)
+
+    return distance

@@ -12,6 +12,7 @@ import numpy as np
 from sisma_jax.errors import InputError
 
 _RANGE = 255.0
+_MOST_DECIBELS = 100.0
 # The constants of the paper. Its window of 11 pixels holds 3.5 standard deviations of 1.5 pixels.
 _WINDOW, _SIGMA = 11, 1.5
 _C1, _C2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
@@ -20,7 +21,8 @@ _C1, _C2 = (0.01 * _RANGE) ** 2, (0.03 * _RANGE) ** 2
 def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     """Returns the peak signal-to-noise ratio of each image in dB, float64 (N,).
 
-    10 log10(255^2 / MSE), with the mean over pixels and channels; infinite for an image that equals its original.
+    10 log10(255^2 / MSE), with the mean over pixels and channels; at most 100 dB, the value of an image that equals its
+    original, so that the mean over images exists.
 
     Args:
       images: uint8 (N, H, W, C).
@@ -31,7 +33,8 @@ def psnr(images: np.ndarray, originals: np.ndarray) -> np.ndarray:
     """
     _check(images, originals)
     with np.errstate(divide="ignore"):
-        return 10 * np.log10(_RANGE**2 / np.array([_mean_squared_error(*pair) for pair in _pairs(images, originals)]))
+        ratios = _RANGE**2 / np.array([_mean_squared_error(*pair) for pair in _pairs(images, originals)])
+        return np.minimum(10 * np.log10(ratios), _MOST_DECIBELS)
 
 
 def _mean_squared_error(image: np.ndarray, original: np.ndarray) -> float:

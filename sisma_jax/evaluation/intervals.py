@@ -143,7 +143,7 @@ def sum_interval(
 
     Args:
       terms: real numbers (N, ...), one term per image, such as confusion matrices (N, K, K).
-      statistic: (sums, float64 (R, ...)) -> metric of each sum, (R,), such as `mean_iou`.
+      statistic: (sums, float64 (R, ...)) -> metric of each sum, (R,), such as `mask_agreement.mean_iou`.
       seed: seed of the resamples.
       num_resamples: number of resamples.
       level: confidence level, between 0 and 1.
@@ -171,28 +171,3 @@ def resampled_sums(
     weights = resample_weights(len(terms), num_resamples, seed)
     resampled = [statistic((block @ flat).reshape(-1, *terms.shape[1:])) for block in weights]
     return float(statistic(terms.sum(axis=0, keepdims=True))[0]), np.concatenate(resampled)
-
-
-def mean_iou(confusion: np.ndarray) -> np.ndarray:
-    """Returns the mIoU of each confusion matrix, float64 (R,), as `mask_agreement.MaskAgreement` defines it.
-
-    Args:
-      confusion: (R, K, K), numbers of pixels; the rows are the true classes. NaN for a matrix without pixels.
-    """
-    correct = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
-    true, given = confusion.sum(axis=-1), confusion.sum(axis=-2)
-    is_present = true > 0
-    # A class that does not occur in the targets does not count, and its union may be empty.
-    iou = correct / np.where(is_present, true + given - correct, np.inf)
-    num_present = is_present.sum(axis=-1)
-    return np.divide(iou.sum(axis=-1), num_present, out=np.full(len(iou), np.nan), where=num_present > 0)
-
-
-def pixel_accuracy(confusion: np.ndarray) -> np.ndarray:
-    """Returns the fraction of correct pixels of each confusion matrix, float64 (R,).
-
-    Args:
-      confusion: (R, K, K), numbers of pixels. NaN for a matrix without pixels.
-    """
-    correct, total = np.trace(confusion, axis1=-2, axis2=-1), confusion.sum(axis=(-2, -1))
-    return np.divide(correct, total, out=np.full(len(confusion), np.nan), where=total > 0)

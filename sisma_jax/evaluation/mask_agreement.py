@@ -6,12 +6,13 @@ computed from one confusion matrix of all images, and are not means of scores pe
 
 import dataclasses
 import math
-from typing import TypedDict
+from collections.abc import Callable
 
 import numpy as np
 
 from sisma_jax.data.classes import ClassSet
-from sisma_jax.models.face_parser import FaceParser
+from sisma_jax.evaluation import results
+from sisma_jax.evaluation.intervals import sum_interval
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,72 +28,80 @@ class MaskAgreement:
     A pixel that is wrongly assigned to such a class still lowers the score of its true class."""
 
 
-class Scores(TypedDict):
-    """`MaskAgreement` in a form that JSON can represent: None replaces NaN."""
+def confusion_matrices(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> np.ndarray:
+    """Returns the confusion matrix of each image, int32 (N, K, K).
 
-    miou: float | None
-    pixel_accuracy: float | None
-    iou_per_class: dict[str, float | None]
-
-
-class AgreementReport(TypedDict):
-    """The result of `agreement_report`, which JSON can represent.
-
-    Attributes:
-      num_images: number of masks.
-      samples: scores of the samples against their own masks.
-      ceiling: scores of the original photographs against their masks, which are limited by the face parser only.
-      floor: scores of the samples against the masks of other faces, which any well-aligned face reaches; None for a
-        single image.
-    """
-
-    num_images: int
-    samples: Scores
-    ceiling: Scores
-    floor: Scores | None
-
-
-def confusion_matrix(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> np.ndarray:
-    """Returns the confusion matrix, int64 (K, K).
-
-    Element [i, j] counts the pixels of class i that are predicted as class j. Pixels whose target is the ignored label
-    do not count. The matrices of several batches can be added.
+    Element [n, i, j] counts the pixels of class i that are predicted as class j. Pixels whose target is the ignored
+    label do not count. The scores of several images are those of the sum of their matrices.
 
     Args:
-      predicted: uint8 (..., H, W), class indices.
-      target: uint8 (..., H, W), class indices or the ignored label.
+      predicted: uint8 (N, H, W), class indices.
+      target: uint8 (N, H, W), class indices or the ignored label.
       classes: the K classes of both.
 
     Raises:
-      ValueError: the shapes differ.
+      ValueError: the shapes differ or are wrong.
       InputError: a value is not a label of `classes`, or a predicted value is the ignored label.
     """
-    if predicted.shape != target.shape:
-        raise ValueError(f"predicted has shape {predicted.shape}, target has {target.shape}; they must be equal.")
+    if predicted.shape != target.shape or predicted.ndim != 3:
+        raise ValueError(
+            f"predicted has shape {predicted.shape}, target has {target.shape}; both must be (N, H, W) of equal shape."
+        )
     predicted = dataclasses.replace(classes, ignored=None).check(predicted, "predicted")
     target = classes.check(target, "target")
-    counted = target < len(classes)
-    pairs = target[counted].astype(np.int64) * len(classes) + predicted[counted]
-    return np.bincount(pairs, minlength=len(classes) ** 2).reshape(len(classes), len(classes))
+    size, image = len(classes), np.arange(len(target)).repeat(target[0].size if len(target) else 0)
+    counted = (target < size).ravel()
+    cells = (image * size + target.ravel()) * size + predicted.ravel()
+    counts = np.bincount(cells[counted], minlength=len(target) * size**2)
+    return counts.reshape(len(target), size, size).astype(np.int32)
+
+
+def iou(confusion: np.ndarray) -> np.ndarray:
+    """Returns the intersection over union of each class, float64 (..., K); NaN for a class that is not in the targets.
+
+    Args:
+      confusion: real numbers (..., K, K), numbers of pixels; the rows are the true classes.
+    """
+    correct = np.diagonal(confusion, axis1=-2, axis2=-1).astype(np.float64)
+    true, given = confusion.sum(axis=-1), confusion.sum(axis=-2)
+    is_present = true > 0
+    return np.divide(correct, true + given - correct, out=np.full(correct.shape, np.nan), where=is_present)
+
+
+def mean_iou(confusion: np.ndarray) -> np.ndarray:
+    """Returns the mean of `iou` over the classes that are in the targets, float64 (...); NaN without pixels.
+
+    Args:
+      confusion: as `iou`.
+    """
+    values = iou(confusion)
+    is_present = ~np.isnan(values)
+    num_present = is_present.sum(axis=-1)
+    total = np.where(is_present, values, 0.0).sum(axis=-1)
+    return np.divide(total, num_present, out=np.full(total.shape, np.nan), where=num_present > 0)
+
+
+def pixel_accuracy(confusion: np.ndarray) -> np.ndarray:
+    """Returns the fraction of correct pixels, float64 (...); NaN without pixels.
+
+    Args:
+      confusion: as `iou`.
+    """
+    correct, total = np.trace(confusion, axis1=-2, axis2=-1), confusion.sum(axis=(-2, -1))
+    return np.divide(correct, total, out=np.full(np.shape(total), np.nan), where=total > 0)
 
 
 def agreement_from_confusion(confusion: np.ndarray, classes: ClassSet) -> MaskAgreement:
     """Returns the scores of a confusion matrix.
 
     Args:
-      confusion: int64 (K, K), as `confusion_matrix` returns it; the rows are the true classes.
+      confusion: real numbers (K, K), the sum of matrices that `confusion_matrices` returns.
       classes: the K classes.
     """
-    correct = np.diag(confusion)
-    true, given = confusion.sum(axis=1), confusion.sum(axis=0)
-    present = true > 0
-    iou = np.full(len(correct), np.nan)
-    iou[present] = correct[present] / (true + given - correct)[present]
-    total = int(confusion.sum())
     return MaskAgreement(
-        miou=float(iou[present].mean()) if total else math.nan,
-        pixel_accuracy=float(correct.sum() / total) if total else math.nan,
-        iou_per_class=dict(zip(classes.names, iou.tolist(), strict=True)),
+        miou=float(mean_iou(confusion)),
+        pixel_accuracy=float(pixel_accuracy(confusion)),
+        iou_per_class=dict(zip(classes.names, iou(confusion).tolist(), strict=True)),
     )
 
 
@@ -105,105 +114,72 @@ def measure(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> Mas
       classes: classes of both.
 
     Raises:
-      ValueError, InputError: as `confusion_matrix`.
+      ValueError, InputError: as `confusion_matrices`.
     """
-    return agreement_from_confusion(confusion_matrix(predicted, target, classes), classes)
+    total = confusion_matrices(predicted, target, classes).sum(axis=0, dtype=np.int64)
+    return agreement_from_confusion(total, classes)
 
 
-def derangement(size: int, seed: int) -> np.ndarray:
-    """Returns a random permutation of 0..size-1 without a fixed point, int64 (size,).
-
-    The permutation is a single cycle: it maps each element to its right neighbour in a random order of all elements.
+def scores(confusion: np.ndarray, classes: ClassSet, *, seed: int = 0) -> results.AgreementScores:
+    """Returns the scores of images with bootstrap intervals; None where no pixel counts.
 
     Args:
-      size: number of elements, at least 2.
-      seed: seed of the random order.
-
-    Raises:
-      ValueError: `size` is less than 2.
+      confusion: int (N, K, K), as `confusion_matrices` returns it.
+      classes: the K classes.
+      seed: of the resamples.
     """
-    if size < 2:
-        raise ValueError(f"size {size} has no permutation without a fixed point; give at least 2.")
-    order = np.random.default_rng(seed).permutation(size)
-    result = np.empty(size, np.int64)
-    result[order] = np.roll(order, -1)
-    return result
-
-
-def agreement_report(
-    samples: np.ndarray,
-    originals: np.ndarray,
-    masks: np.ndarray,
-    parser: FaceParser,
-    *,
-    seed: int = 0,
-) -> AgreementReport:
-    """Returns the agreement of sampled faces with their masks, with an upper and a lower reference value.
-
-    Args:
-      samples: uint8 (N, H, W, 3), RGB; sample i was generated from mask i.
-      originals: uint8 (N, H, W, 3), RGB; the held-out photographs of the masks.
-      masks: uint8 (N, H, W), class indices or the ignored label.
-      parser: predicts the classes of the masks; trained on other pairs.
-      seed: seed of the assignment of other masks to the samples, for "floor".
-
-    Raises:
-      ValueError: `samples`, `originals` and `masks` have different lengths, a shape is wrong, or images are not uint8.
-      InputError: a mask contains a value that is not a label of the parser's classes.
-    """
-    if not len(samples) == len(originals) == len(masks):
-        raise ValueError(
-            "samples, originals and masks must have the same length, got "
-            f"{len(samples)}, {len(originals)} and {len(masks)}."
-        )
-    in_samples, in_originals = parser.predict(samples), parser.predict(originals)
-    others = masks[derangement(len(masks), seed)] if len(masks) > 1 else None
+    agreement = agreement_from_confusion(confusion.sum(axis=0, dtype=np.int64), classes)
     return {
-        "num_images": len(masks),
-        "samples": _row(in_samples, masks, parser.classes),
-        "ceiling": _row(in_originals, masks, parser.classes),
-        "floor": None if others is None else _row(in_samples, others, parser.classes),
+        "miou": _score(confusion, mean_iou, seed),
+        "pixel_accuracy": _score(confusion, pixel_accuracy, seed),
+        "iou_per_class": {
+            name: None if math.isnan(value) else value for name, value in agreement.iou_per_class.items()
+        },
     }
 
 
-def _row(predicted: np.ndarray, target: np.ndarray, classes: ClassSet) -> Scores:
-    agreement = measure(predicted, target, classes)
-
-    def number(value: float) -> float | None:
-        return None if math.isnan(value) else value  # JSON has no NaN.
-
-    return {
-        "miou": number(agreement.miou),
-        "pixel_accuracy": number(agreement.pixel_accuracy),
-        "iou_per_class": {name: number(value) for name, value in agreement.iou_per_class.items()},
-    }
+def _score(confusion: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int) -> results.Score | None:
+    has_pixels = confusion.sum(axis=(-2, -1)) > 0
+    if not has_pixels.any():
+        return None
+    if has_pixels.sum() == 1:  # no interval
+        value = float(statistic(confusion.sum(axis=0)))
+        return {"value": value, "low": value, "high": value, "level": 0.0}
+    return results.as_score(sum_interval(confusion[has_pixels], statistic, seed=seed))
 
 
-def format_report(report: AgreementReport) -> str:
-    """Returns the report as an aligned text table of ceiling, samples and floor, with a note on its use."""
+def format_report(report: results.MaskAgreement) -> str:
+    """Returns the agreement as an aligned text table of ceiling, samples and floor, with a note on its use.
+
+    Args:
+      report: the agreement of samples, with an upper and a lower reference value.
+    """
 
     def cell(value: float | None) -> str:
         return f"{'-':>8}" if value is None else f"{value:8.3f}"
+
+    def value(score: results.Score | None) -> float | None:
+        return None if score is None else score["value"]
 
     titled = {
         "ceiling": ("real faces, own masks (ceiling)", report["ceiling"]),
         "samples": ("samples, own masks", report["samples"]),
         "floor": ("samples, others' masks (floor)", report["floor"]),
     }
-    rows = {name: (title, scores) for name, (title, scores) in titled.items() if scores is not None}
+    rows = {name: (title, one) for name, (title, one) in titled.items() if one is not None}
     names = report["samples"]["iou_per_class"]
     title_width = max(map(len, [*(title for title, _ in titled.values()), *names]))
     lines = [
         f"Mask agreement of {report['num_images']} held-out masks",
         f"{'':{title_width}} {'mIoU':>8} {'accuracy':>8}",
         *(
-            f"{title:{title_width}} {cell(scores['miou'])} {cell(scores['pixel_accuracy'])}"
-            for title, scores in rows.values()
+            f"{title:{title_width}} {cell(value(one['miou']))} {cell(value(one['pixel_accuracy']))}"
+            for title, one in rows.values()
         ),
         "",
         f"{'IoU by class':{title_width}} " + " ".join(f"{name:>8}" for name in rows),
         *(
-            f"{name:{title_width}} " + " ".join(cell(scores["iou_per_class"][name]) for _, scores in rows.values())
+            f"{name:{title_width}} " + " ".join(cell(one["iou_per_class"][name]) for _, one in rows.values())
             for name in names
         ),
         "",

@@ -79,7 +79,7 @@ def paired_sums(
     Args:
       first: real numbers (N, ...), one term per mask, such as the confusion matrices (N, K, K) of the first run.
       second: the same for the second run.
-      statistic: as `intervals.sum_interval`, such as `intervals.mean_iou`.
+      statistic: as `intervals.sum_interval`, such as `mask_agreement.mean_iou`.
       seed: seed of the resamples.
       num_resamples: number of resamples.
       level: confidence level, between 0 and 1.

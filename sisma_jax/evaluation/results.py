@@ -96,14 +96,15 @@ class MaskAgreement(TypedDict):
     Attributes:
       num_images: number of masks.
       samples: of the samples against their own masks.
-      ceiling: of the original photographs against their masks, which are limited by the face parser only.
+      ceiling: of the original photographs against their masks, which are limited by the face parser only; None for
+        two folders.
       floor: of the samples against the masks of other faces, which any well-aligned face reaches; None for a single
         image.
     """
 
     num_images: int
     samples: AgreementScores
-    ceiling: AgreementScores
+    ceiling: AgreementScores | None
     floor: AgreementScores | None
 
 
@@ -247,8 +248,9 @@ def write_terms(path: AnyPath, terms: Mapping[str, np.ndarray]) -> None:
 
     Args:
       path: of the file, `evaluation_terms.npz`.
-      terms: by name: "ids", "confusion" (N, K, K), names of `Evaluation.diversity` and `Evaluation.paired` (N,), and
-        "features_NETWORK" (N, D).
+      terms: by name: "ids", "confusion" (N, K, K), names of `Evaluation.diversity` (M,) and `Evaluation.paired` (N,),
+        "features_NETWORK" (N, D), and the `FeatureStatistics` of the real images: "real_count_NETWORK",
+        "real_mean_NETWORK" and "real_scatter_NETWORK".
 
     Raises:
       OSError: the file cannot be written.

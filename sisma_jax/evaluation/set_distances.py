@@ -1,69 +1,21 @@
 """How far a set of samples is from a set of real images, by the features of one network."""
 
 import math
-from typing import TypedDict
 
 import numpy as np
 
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.features import FeatureNetwork
 from sisma_jax.evaluation.frechet_interval import frechet_interval
-from sisma_jax.evaluation.intervals import Interval, mean_interval
+from sisma_jax.evaluation.intervals import mean_interval
 from sisma_jax.evaluation.kernel_distance import kernel_distance
 from sisma_jax.evaluation.manifold import density_coverage_per_image, precision_recall_per_image
 from sisma_jax.evaluation.neighbours import nearest_neighbours
+from sisma_jax.evaluation.results import Memorization, SetDistances, as_score
 
 _SUBSET_SIZE = 1000
 LEAST_IMAGES = 5
 """Each set needs more images than this: the number of neighbours that density and coverage use."""
-
-
-class Score(TypedDict):
-    """A metric with its bootstrap interval, in a form that JSON can represent."""
-
-    value: float
-    low: float
-    high: float
-    level: float
-
-
-class SetDistances(TypedDict):
-    """The result of `set_distances`.
-
-    Attributes:
-      network: name of the network; the Fréchet distance is fid for Inception-v3, and fd_NAME for any other.
-      checksum: of its weights.
-      resize: how images are brought to its resolution.
-      num_samples: number of samples.
-      num_references: number of real images.
-      scores: by name: fid or fd_NAME, precision, recall, density and coverage.
-      kernel_distance: mean and standard deviation of the kernel distance (KID) over subsets; all images are one subset
-        if there are fewer than 1000.
-    """
-
-    network: str
-    checksum: str
-    resize: str
-    num_samples: int
-    num_references: int
-    scores: dict[str, Score]
-    kernel_distance: dict[str, float]
-
-
-class Memorization(TypedDict):
-    """The result of `memorization`.
-
-    Attributes:
-      samples: mean distance of a sample to its nearest training image.
-      held_out: the same of held-out real images.
-      ratio: samples / held_out. Well below 1, the model repeats training images.
-      num_training_images: number of training images that were searched.
-    """
-
-    samples: Score
-    held_out: Score
-    ratio: float
-    num_training_images: int
 
 
 def set_distances(
@@ -96,8 +48,6 @@ def set_distances(
     scores = {frechet: as_score(frechet_interval(samples, references, seed=seed))}
     return {
         "network": network.name,
-        "checksum": network.checksum,
-        "resize": network.resize,
         "num_samples": len(samples),
         "num_references": len(references),
         "scores": scores | {name: as_score(mean_interval(values, seed=seed)) for name, values in terms.items()},
@@ -125,11 +75,6 @@ def memorization(samples: np.ndarray, held_out: np.ndarray, training: np.ndarray
         "ratio": float(near.mean()) / mean if mean else math.inf,
         "num_training_images": len(training),
     }
-
-
-def as_score(interval: Interval) -> Score:
-    """Returns an interval in the form that JSON can represent."""
-    return {"value": interval.value, "low": interval.low, "high": interval.high, "level": interval.level}
 
 
 def format_distances(distances: SetDistances, memorized: Memorization | None = None) -> str:

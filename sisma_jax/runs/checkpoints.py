@@ -35,9 +35,6 @@ from sisma_jax.runs.checksums import DamagedError, verify_checksums
 from sisma_jax.runs.ranking import BestMetric, Ranking
 from sisma_jax.runs.store import DESCRIPTION, LateError, Store, UnwrittenError, require_writable
 
-HELD_OUT_LOSS = BestMetric("held_out_loss", "min")
-"""The metric that ranks the checkpoints of a denoiser."""
-
 PyTree = Any
 Result = TypeVar("Result")
 

@@ -9,11 +9,12 @@ RUN/
   tensorboard/            the same values as TensorBoard events
   profile/                traces of single steps
   samples/                images
+  evaluation.json, evaluation_terms.npz, report.html, model_card.md, evaluation_cache/   see `EvaluationFolder`
   evaluations/            results of the command `evaluate`: numbered folders, whose files are named as in a run
   mask_prior.npz          where the classes lie in the training masks; see `data/location_prior.py`
   parser.safetensors      the face parser; see `parser_file.py`
   parser_training/        checkpoints and metrics of its training
-  evaluation.json, loss.png, plan_TOPOLOGY.json, RUN_STEP.safetensors
+  loss.png, plan_TOPOLOGY.json, RUN_STEP.safetensors
   lock.json               the job that writes to the folder, while it runs; see `lock.py`
 """
 
@@ -39,9 +40,10 @@ from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary, together
 from sisma_jax.runs import lock, parser_file
 from sisma_jax.runs.export import EXPORT_SUFFIX
+from sisma_jax.runs.ranking import BEST_METRICS
 
 Checkpoint = Literal["newest", "best"] | int
-"""A checkpoint of a run: the newest, the one with the lowest held-out loss, or the one of a step."""
+"""A checkpoint of a run: the newest, the best by the metric `train.best`, or the one of a step."""
 
 
 class TrainingFolder:
@@ -80,6 +82,33 @@ class TrainingFolder:
                 self._require_lock()
 
 
+class EvaluationFolder:
+    """The files of one evaluation, in the folder of a run or in one of its own.
+
+    Attributes:
+      path: the folder, on a disk or in a bucket.
+      result: values with intervals; see `evaluation/results.py`.
+      terms: the terms of the values.
+      report: page that shows them.
+      model_card: description of the model for a model hub.
+      cache: sampled faces and features, by which an interrupted evaluation resumes.
+      samples: folder of the grid of samples.
+    """
+
+    def __init__(self, path: AnyPath):
+        self.path = path
+        self.result = path / "evaluation.json"
+        self.terms = path / "evaluation_terms.npz"
+        self.report = path / "report.html"
+        self.model_card = path / "model_card.md"
+        self.cache = path / "evaluation_cache"
+        self.samples = path / "samples"
+
+    def sample_grid(self, step: int) -> AnyPath:
+        """Returns the image file for a grid of masks, samples and originals at a training `step`."""
+        return self.samples / f"grid_{step:07d}.png"
+
+
 class RunFolder(TrainingFolder):
     """The folder of a run: `open` it for reading, or use `writing` to create or resume a run.
 
@@ -90,7 +119,7 @@ class RunFolder(TrainingFolder):
       samples: folder for images.
       reconstructions: image of test images and their reconstructions.
       evaluations: folder for the results of the command `evaluate`.
-      evaluation: file with the measurements on held-out data.
+      evaluation: files of the evaluation at the end of training.
       loss_curve: plot of the losses.
       parser_path: file of the face parser.
       parser_training: folder of the face parser's training.
@@ -112,7 +141,7 @@ class RunFolder(TrainingFolder):
         self.samples = self.path / "samples"
         self.reconstructions = self.samples / "reconstructions.png"
         self.evaluations = self.path / "evaluations"
-        self.evaluation = self.path / "evaluation.json"
+        self.evaluation = EvaluationFolder(self.path)
         self.loss_curve = self.path / "loss.png"
         self.parser_path = self.path / "parser.safetensors"
         self.parser_training = TrainingFolder(self.path / "parser_training", require_lock)
@@ -165,10 +194,6 @@ class RunFolder(TrainingFolder):
                 with together():
                     _require_shared(folder, config)
             yield cls(folder, config, require_lock)
-
-    def sample_grid(self, step: int) -> AnyPath:
-        """Returns the image file for a grid of masks, samples and originals at a training `step`."""
-        return self.samples / f"grid_{step:07d}.png"
 
     def plan(self, topology: str) -> AnyPath:
         """Returns the file for the plan of the run on a `topology` such as "v5e:4x4"."""
@@ -247,7 +272,7 @@ class RunFolder(TrainingFolder):
           InputError: the checkpoint does not exist or is damaged, or the packages to read it are not installed.
         """
         try:
-            from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints  # imports Orbax
+            from sisma_jax.runs.checkpoints import Checkpoints  # imports Orbax
         except ModuleNotFoundError as error:
             raise InputError(
                 f"{self.path}: reading checkpoints needs the package {error.name}; pip install 'sisma-jax[train]', or "
@@ -256,7 +281,7 @@ class RunFolder(TrainingFolder):
 
         abstract = jax.eval_shape(functools.partial(init_params, self.config), jax.random.key(0))
         placed = sharding.place(abstract, sharding.of_state(abstract, mesh))
-        with Checkpoints(self.checkpoints, best=HELD_OUT_LOSS, read_only=True) as checkpoints:
+        with Checkpoints(self.checkpoints, best=BEST_METRICS[self.config.train.best], read_only=True) as checkpoints:
             return checkpoints.restore_ema(placed, checkpoint)
 
 

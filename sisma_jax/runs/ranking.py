@@ -19,6 +19,12 @@ class BestMetric:
     mode: Literal["min", "max"]
 
 
+BEST_METRICS = {
+    name: BestMetric(name, mode) for name, mode in (("held_out_loss", "min"), ("fd_parser", "min"), ("miou", "max"))
+}
+"""The metrics by which the checkpoints of a denoiser can be ranked, by the value of `train.best`."""
+
+
 class Ranking:
     """Ranks checkpoints by a metric, and is the preservation policy for Orbax that keeps the best ones.
 

@@ -208,7 +208,7 @@ def train(run: RunFolder, dataset: DataSet) -> KlAutoencoder:
     )
     optimizer = optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adam(schedule))
 
-    def held_out(params: Params) -> dict[str, float]:
+    def held_out(_: int, params: Params) -> dict[str, float]:
         limit = min(config.evaluate.num_samples, _EXAMPLES_MEASURED)
         autoencoder = nnx.merge(graph, sharding.fetch(params, mesh))
         return {"psnr": psnr(autoencoder, dataset, limit, settings.encode_batch_size)}

@@ -82,7 +82,7 @@ def train(run: RunFolder, dataset: DataSet) -> FaceParser:
     )
     optimizer = optax.chain(optax.clip_by_global_norm(_CLIP_NORM), optax.adamw(schedule, weight_decay=_WEIGHT_DECAY))
 
-    def held_out(params: Params) -> dict[str, float]:
+    def held_out(_: int, params: Params) -> dict[str, float]:
         parser = FaceParser(graph, sharding.fetch(params, mesh), dataset.classes, config.data.image_size)
         agreement = held_out_agreement(parser, dataset, config.evaluate.num_samples)
         return {"miou": agreement.miou, "pixel_accuracy": agreement.pixel_accuracy}
@@ -116,7 +116,8 @@ def held_out_agreement(parser: FaceParser, dataset: DataSet, limit: int) -> mask
     """
     confusion = np.zeros((len(dataset.classes),) * 2, np.int64)
     for batch in dataset.eval_batches("test", 32, limit=limit):
-        confusion += mask_agreement.confusion_matrix(parser.predict(batch["image"]), batch["mask"], dataset.classes)
+        predicted = parser.predict(batch["image"])
+        confusion += mask_agreement.confusion_matrices(predicted, batch["mask"], dataset.classes).sum(axis=0)
     return mask_agreement.agreement_from_confusion(confusion, dataset.classes)
 
 

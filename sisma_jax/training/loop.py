@@ -24,12 +24,12 @@ from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
 from sisma_jax.parallel.preemption import Preemption
 from sisma_jax.runs import flat_trees
-from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints
+from sisma_jax.runs.checkpoints import Checkpoints
 from sisma_jax.runs.export import load_exported
 from sisma_jax.runs.folder import RunFolder, TrainingFolder
 from sisma_jax.runs.metrics import MetricWriter
 from sisma_jax.runs.profiling import Profile
-from sisma_jax.runs.ranking import BestMetric
+from sisma_jax.runs.ranking import BEST_METRICS, BestMetric
 from sisma_jax.training.state import TrainState, init_state
 from sisma_jax.training.step import Metrics, Update, jit_update, make_held_out_loss, make_update
 
@@ -44,7 +44,7 @@ class Job:
       mesh: of all devices.
       initialize: returns the state before the first step; jitted.
       update: the training step.
-      held_out: returns measurements of EMA parameters on held-out data; called at every checkpoint.
+      held_out: returns measurements of a step's EMA parameters on held-out data; called at every checkpoint.
       iterator: yields this process's share (`local_share`) of each batch. All arrays except "id" go to the devices.
       batch_size: examples per step, over all devices and processes.
       num_steps: step at which training ends.
@@ -62,7 +62,7 @@ class Job:
     mesh: Mesh
     initialize: Callable[[], TrainState]
     update: Update
-    held_out: Callable[[Params], dict[str, float]]
+    held_out: Callable[[int, Params], dict[str, float]]
     iterator: grain.DatasetIterator[Batch]
     batch_size: int
     num_steps: int
@@ -93,7 +93,9 @@ def make_mesh(config: Config) -> Mesh:
     return mesh
 
 
-def train(run: RunFolder, examples: BatchSource) -> None:
+def train(
+    run: RunFolder, examples: BatchSource, evaluate: Callable[[int, Params], dict[str, float]] | None = None
+) -> None:
     """Trains the denoiser of a run up to `config.train.num_steps`.
 
     Training resumes from the newest undamaged checkpoint, if there is one. A resumed run is bit-identical to an
@@ -103,6 +105,7 @@ def train(run: RunFolder, examples: BatchSource) -> None:
     Args:
       run: the run, opened with `RunFolder.writing`.
       examples: images or, for a denoiser of latents, the latents of the run's autoencoder.
+      evaluate: returns further measurements of a step's EMA parameters; called at every checkpoint.
 
     Raises:
       InputError: the mesh does not match the devices or the batch, a checkpoint cannot be read or written, the loss,
@@ -114,9 +117,10 @@ def train(run: RunFolder, examples: BatchSource) -> None:
     mesh = make_mesh(config)
     losses = make_held_out_loss(config, mesh)
 
-    def held_out(params: Params) -> dict[str, float]:
+    def held_out(step: int, params: Params) -> dict[str, float]:
         batches = examples.eval_batches("test", settings.batch_size, limit=config.evaluate.num_samples)
-        return {HELD_OUT_LOSS.name: held_out_loss(losses, params, batches, settings.batch_size, mesh)}
+        loss = held_out_loss(losses, params, batches, settings.batch_size, mesh)
+        return {"held_out_loss": loss} | ({} if evaluate is None else evaluate(step, params))
 
     job = Job(
         mesh=mesh,
@@ -132,7 +136,7 @@ def train(run: RunFolder, examples: BatchSource) -> None:
         max_skipped_steps=settings.max_skipped_steps,
         initial_params=functools.partial(initial_params, config) if settings.init_from else None,
         keep_best=settings.keep_best,
-        best=HELD_OUT_LOSS,
+        best=BEST_METRICS[settings.best],
         profiled=settings.profiled,
     )
     run_job(job, run)
@@ -251,7 +255,7 @@ def _run(
                 continue
             values = window.summary(job.batch_size)
             if is_checkpoint and not is_preempted:
-                values |= job.held_out(state.ema)
+                values |= job.held_out(step, state.ema)
             # The line is written before the checkpoint. If the run is killed between the two, it resumes from an
             # earlier step and writes the line again. In the other order, the line would be lost.
             writer.write(step, values)
@@ -323,7 +327,9 @@ def _divergence_message(window: _Window, checkpoints: Checkpoints) -> str:
 
 def _report(progress: "tqdm[NoReturn]", step: int, num_steps: int, values: dict[str, float]) -> None:
     """Shows a summary on the progress bar, or logs it as a line if there is no terminal."""
-    shown = {name: f"{values[name]:.4g}" for name in ("loss", "held_out_loss", "psnr") if name in values}
+    shown = {
+        name: f"{values[name]:.4g}" for name in ("loss", "held_out_loss", "fd_parser", "miou", "psnr") if name in values
+    }
     if values["skipped_steps"]:
         shown["skipped"] = f"{values['skipped_steps']:.0f}"
     shown["examples/s"] = f"{values['examples_per_sec']:.1f}"

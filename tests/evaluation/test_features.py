@@ -55,7 +55,7 @@ def test_images_of_a_folder_may_differ_in_size(tmp_path):
 
 
 def test_an_interrupted_extraction_resumes_and_a_complete_one_is_not_repeated(tmp_path, monkeypatch):
-    monkeypatch.setattr(features, "_IMAGES_PER_CHUNK", 4)
+    monkeypatch.setattr(chunk_cache, "IMAGES_PER_CHUNK", 4)
     monkeypatch.setattr(features, "_BATCH_SIZE", 2)
     images, first = ArrayImages(pictures(10), "a"), Counting()
 

@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import hypothesis
@@ -21,8 +20,8 @@ def features(seed, count, dimensions, *, shift=0.0):
     return generator.normal(size=(count, dimensions)) @ mixing + shift
 
 
-def statistics(*batches, fingerprint=""):
-    return FeatureStatistics.from_batches(batches, fingerprint)
+def statistics(*batches):
+    return FeatureStatistics.from_batches(batches)
 
 
 @pytest.mark.parametrize("case", ["many", "few"])
@@ -97,49 +96,6 @@ def test_features_of_float32_are_accumulated_in_float64():
     np.testing.assert_allclose(
         statistics(*np.split(whole, 8)).covariance, np.cov(whole.astype(np.float64), rowvar=False), rtol=1e-9
     )
-
-
-def test_saved_statistics_load_with_the_same_bits(tmp_path):
-    saved = statistics(features(0, 9, 4), fingerprint="faces, weights 1a2b, bicubic")
-    saved.save(tmp_path / "real.npz")
-    loaded = FeatureStatistics.load(tmp_path / "real.npz", "faces, weights 1a2b, bicubic")
-    assert loaded.count == 9
-    np.testing.assert_array_equal(loaded.mean, saved.mean)
-    np.testing.assert_array_equal(loaded.scatter, saved.scatter)
-
-
-def test_statistics_of_other_data_are_refused(tmp_path):
-    statistics(features(0, 9, 4), fingerprint="faces at 64").save(tmp_path / "real.npz")
-    with pytest.raises(InputError, match=r"real.npz has statistics of 'faces at 64', not of 'faces at 256'"):
-        FeatureStatistics.load(tmp_path / "real.npz", "faces at 256")
-    with pytest.raises(ValueError, match="fingerprints must be equal"):
-        FeatureStatistics.empty(4, "a").merge(FeatureStatistics.empty(4, "b"))
-
-
-def test_a_damaged_file_is_refused_wherever_it_is_damaged(tmp_path):
-    path = tmp_path / "real.npz"
-    saved = statistics(features(0, 9, 4))
-    saved.save(path)
-    content = path.read_bytes()
-    for end in (0, 10, len(content) // 2, len(content) - 1):
-        path.write_bytes(content[:end])
-        with pytest.raises(InputError, match="damaged"):
-            FeatureStatistics.load(path, "")
-    start = content.index(saved.scatter.tobytes())
-    path.write_bytes(content[:start] + b"\x00\x01" + content[start + 2 :])
-    with pytest.raises(InputError, match="damaged"):
-        FeatureStatistics.load(path, "")
-    with pytest.raises(InputError, match="cannot be read"):
-        FeatureStatistics.load(tmp_path / "absent.npz", "")
-
-
-@pytest.mark.parametrize(
-    "change", [{"count": -1}, {"mean": np.zeros(3)}, {"scatter": np.full((4, 4), np.nan)}, {"mean": np.zeros((4, 1))}]
-)
-def test_a_file_with_impossible_statistics_is_refused(tmp_path, change):
-    dataclasses.replace(statistics(features(0, 9, 4)), **change).save(tmp_path / "real.npz")
-    with pytest.raises(InputError, match="damaged"):
-        FeatureStatistics.load(tmp_path / "real.npz", "")
 
 
 def test_bad_input_is_refused():

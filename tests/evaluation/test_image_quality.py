@@ -19,13 +19,13 @@ def test_values_equal_those_of_scikit_image(metric):
 
 @hypothesis.given(IMAGES)
 def test_an_image_equal_to_its_original_has_the_highest_values(images):
-    np.testing.assert_array_equal(psnr(images, images), np.inf)
+    np.testing.assert_array_equal(psnr(images, images), 100.0)
     np.testing.assert_allclose(ssim(images, images), 1.0, rtol=1e-9)
 
 
 @hypothesis.given(IMAGES, IMAGES)
 def test_values_are_symmetric_within_range_and_per_image(images, originals):
-    for metric, low, high in ((psnr, 0.0, np.inf), (ssim, -1.0, 1 + 1e-9)):
+    for metric, low, high in ((psnr, 0.0, 100.0), (ssim, -1.0, 1 + 1e-9)):
         values = metric(images, originals)
         assert np.all((values >= low) & (values <= high))
         np.testing.assert_allclose(metric(originals, images), values, rtol=1e-9, atol=1e-12)

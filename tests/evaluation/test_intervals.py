@@ -8,8 +8,8 @@ import pytest
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import intervals
-from sisma_jax.evaluation.intervals import bootstrap_interval, mean_interval, mean_iou, pixel_accuracy, sum_interval
-from sisma_jax.evaluation.mask_agreement import agreement_from_confusion
+from sisma_jax.evaluation.intervals import bootstrap_interval, mean_interval, sum_interval
+from sisma_jax.evaluation.mask_agreement import agreement_from_confusion, mean_iou, pixel_accuracy
 
 SEEDS = st.integers(0, 2**32 - 1)
 

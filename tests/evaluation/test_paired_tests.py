@@ -7,7 +7,8 @@ import pytest
 
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import paired_tests
-from sisma_jax.evaluation.intervals import mean_interval, mean_iou
+from sisma_jax.evaluation.intervals import mean_interval
+from sisma_jax.evaluation.mask_agreement import mean_iou
 from sisma_jax.evaluation.paired_tests import paired_bootstrap, paired_means, paired_sums, sign_flip_p_value
 
 SEEDS = st.integers(0, 2**32 - 1)

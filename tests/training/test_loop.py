@@ -12,7 +12,7 @@ from jax.profiler import ProfileData
 from sisma_jax.config import OptimConfig
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.errors import InputError, Preempted
-from sisma_jax.runs.checkpoints import HELD_OUT_LOSS, Checkpoints
+from sisma_jax.runs.checkpoints import Checkpoints
 from sisma_jax.runs.export import export_params
 from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import MetricWriter, read_metrics
@@ -221,7 +221,7 @@ def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, cache_dir, mon
     monkeypatch.setattr(loop, "held_out_loss", lambda *arguments: next(measured))
     config = tiny_config(cache_dir, num_steps=4, checkpoint_every_steps=1, keep_checkpoints=1)
     train(config, tmp_path)
-    with Checkpoints(tmp_path / "checkpoints", best=HELD_OUT_LOSS, read_only=True) as checkpoints:
+    with Checkpoints(tmp_path / "checkpoints", best=BEST_METRICS["held_out_loss"], read_only=True) as checkpoints:
         assert checkpoints.steps() == [2, 4]
         assert checkpoints.best_step() == 2
 

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.networks import weights as torch_weights
@@ -40,11 +40,14 @@ class Lpips:
       network: the network whose features are compared.
       distance: compiled function of two batches of images, float32 RGB (B, H, W, 3) in [-1, 1], that returns their
         distances, float32 (B,). It is differentiable, also where an image equals the other.
+      pair_distances: compiled function of one batch, as above, that returns the distances of all its pairs, float32
+        (B (B - 1) / 2,), in the order of `np.triu_indices`.
       checksum: of all weights, hexadecimal digits. It does not depend on the file format.
     """
 
     network: LpipsNetwork
     distance: Callable[[Float[Array, "B H W 3"], Float[Array, "B H W 3"]], Float[Array, " B"]]
+    pair_distances: Callable[[Float[Array, "B H W 3"]], Float[Array, " P"]]
     checksum: str
 
     @property
@@ -70,16 +73,35 @@ class Lpips:
             raise ValueError(f"images and others must have the same shape, got {images.shape} and {others.shape}.")
         if batch_size < 1:
             raise ValueError(f"batch_size must be positive, got {batch_size}.")
-        smallest = _SMALLEST_SIZES[self.network]
-        if min(images.shape[1:3]) < smallest:
-            height, width = images.shape[1:3]
-            raise InputError(f"images are {height}x{width}; LPIPS {self.network} needs {smallest}x{smallest} or more.")
+        self._require_size(images)
         distances = np.empty(len(images), np.float32)
         for start in range(0, len(images), batch_size):
             count = min(batch_size, len(images) - start)
             pair = (_to_batch(x[start : start + count], batch_size) for x in (images, others))
             distances[start : start + count] = np.asarray(self.distance(*pair))[:count]
         return distances
+
+    def _require_size(self, images: np.ndarray) -> None:
+        smallest = _SMALLEST_SIZES[self.network]
+        if min(images.shape[1:3]) < smallest:
+            height, width = images.shape[1:3]
+            raise InputError(f"images are {height}x{width}; LPIPS {self.network} needs {smallest}x{smallest} or more.")
+
+    def pairwise(self, images: np.ndarray) -> np.ndarray:
+        """Returns the distances of all pairs of images, float32 (N (N - 1) / 2,): 0 and 1, 0 and 2, ..., 1 and 2, ...
+
+        The network runs once per image.
+
+        Args:
+          images: uint8 (N, H, W, 3), RGB.
+
+        Raises:
+          ValueError: the array is not images.
+          InputError: the images are too small for the network.
+        """
+        images = _checked(images, "images")
+        self._require_size(images)
+        return np.asarray(self.pair_distances(_to_batch(images, len(images))))
 
 
 def lpips_from_weights(weights: Weights, source: str, *, network: LpipsNetwork = "alex") -> Lpips:
@@ -104,6 +126,7 @@ def lpips_from_weights(weights: Weights, source: str, *, network: LpipsNetwork =
     return Lpips(
         network=network,
         distance=functools.partial(_distance, graph, params, head_weights),
+        pair_distances=functools.partial(_pair_distances, graph, params, head_weights),
         checksum=torch_weights.checksum(weights, [*weight_shapes(stack), *heads]),
     )
 
@@ -119,10 +142,30 @@ def _distance(
     """Returns sum_l mean_hw sum_c head_lc (unit(f_l(x)) - unit(f_l(y)))_c^2."""
     network = nnx.merge(graph, params)
     taps = network(imagenet_normalize(images)), network(imagenet_normalize(others))
-    distance = jnp.zeros(images.shape[0], jnp.float32)
-    for head, x, y in zip(heads, *taps, strict=True):
-        squares = jnp.square(_unit(x) - _unit(y))
-        distance += jnp.sum(squares * head[None, None, None], axis=-1).mean(axis=(1, 2))
+    return _of_units(heads, *([_unit(tap) for tap in one] for one in taps))
+
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _pair_distances(
+    graph: nnx.GraphDef[Any], params: Params, heads: tuple[Float[Array, " _"], ...], images: Float[Array, "B H W 3"]
+) -> Float[Array, " P"]:
+    units = [_unit(tap) for tap in nnx.merge(graph, params)(imagenet_normalize(images))]
+    first, second = np.triu_indices(len(images), k=1)
+
+    def one(pair: Int[Array, " 2"]) -> Float[Array, ""]:
+        return _of_units(heads, *([unit[index][None] for unit in units] for index in pair))[0]
+
+    return jax.lax.map(one, jnp.stack([jnp.asarray(first), jnp.asarray(second)], axis=1))
+
+
+def _of_units(
+    heads: tuple[Float[Array, " _"], ...],
+    units: Sequence[Float[Array, "B _ _ _"]],
+    others: Sequence[Float[Array, "B _ _ _"]],
+) -> Float[Array, " B"]:
+    distance = jnp.zeros(len(units[0]), jnp.float32)
+    for head, x, y in zip(heads, units, others, strict=True):
+        distance += jnp.sum(jnp.square(x - y) * head[None, None, None], axis=-1).mean(axis=(1, 2))
     return distance
 
 

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from sisma_jax.data import photos
 from sisma_jax.data.classes import ClassSet
+from sisma_jax.evaluation.curves import series, smooth
 from sisma_jax.files import write_atomically
 
 SEPARATOR = 2
@@ -112,13 +113,13 @@ def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.Path
     """
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="training step", ylabel="flow-matching loss")
-    steps, values = _series(metrics, "loss")
+    steps, values = series(metrics, "loss")
     if len(steps) > 1:
         axes.plot(steps, values, color="tab:blue", alpha=0.25, linewidth=0.8, label="training, as logged")
-        axes.plot(steps, _smooth(values, reach=len(values) // 40), color="tab:blue", label="training, smoothed")
+        axes.plot(steps, smooth(values, reach=len(values) // 40), color="tab:blue", label="training, smoothed")
     elif len(steps):
         axes.plot(steps, values, "o", color="tab:blue", label="training, as logged")
-    held_out_steps, held_out_values = _series(metrics, "held_out_loss")
+    held_out_steps, held_out_values = series(metrics, "held_out_loss")
     if len(held_out_steps):
         axes.plot(held_out_steps, held_out_values, "o-", color="tab:orange", markersize=3, label="held-out")
     axes.grid(alpha=0.3)
@@ -127,23 +128,3 @@ def loss_curve(metrics: Sequence[Mapping[str, int | float]], path: str | os.Path
     buffer = io.BytesIO()
     FigureCanvasAgg(figure).print_png(buffer)
     write_atomically(path, buffer.getvalue())
-
-
-def _series(metrics: Sequence[Mapping[str, int | float]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the steps and the values of all lines that contain the metric, both float64."""
-    points = np.array([(line["step"], line[name]) for line in metrics if name in line], np.float64).reshape(-1, 2)
-    return points[:, 0], points[:, 1]
-
-
-def _smooth(values: np.ndarray, *, reach: int) -> np.ndarray:
-    """Returns the mean over each value and its `reach` neighbours on either side, without values that are not finite.
-
-    Args:
-      values: the series.
-      reach: less than half the length of the series.
-    """
-    finite = np.isfinite(values)
-    ones = np.ones(2 * reach + 1)
-    total = np.convolve(np.where(finite, values, 0.0), ones, mode="same")
-    count = np.convolve(finite, ones, mode="same")
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)

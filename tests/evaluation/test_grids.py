@@ -120,10 +120,3 @@ def test_the_loss_curve_is_a_picture_with_both_losses(tmp_path):
 )
 def test_the_loss_curve_can_be_drawn_from_any_metrics(tmp_path, metrics):
     assert curve(tmp_path / "loss.png", metrics).shape[2] == 3
-
-
-def test_smoothing_is_the_mean_of_the_finite_neighbours():
-    values = np.array([1.0, 2.0, np.nan, 6.0, 4.0])
-    np.testing.assert_allclose(grids._smooth(values, reach=1), [1.5, 1.5, 4.0, 5.0, 5.0])
-    np.testing.assert_array_equal(grids._smooth(np.array([np.nan] * 3), reach=1), [np.nan] * 3)
-    np.testing.assert_array_equal(grids._smooth(values, reach=0), values)

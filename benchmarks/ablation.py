@@ -8,8 +8,8 @@ command prints the table of docs/ablation.md and writes all numbers to WORKDIR/a
 
 import concurrent.futures
 import dataclasses
-import json
 import logging
+import math
 import multiprocessing
 import os
 import statistics
@@ -28,6 +28,7 @@ from sisma_jax.commands.parser import prepare_parser
 from sisma_jax.commands.train import All
 from sisma_jax.config import Config
 from sisma_jax.data.dataset import DataSet
+from sisma_jax.evaluation import results
 from sisma_jax.models.factory import init_params
 from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import read_metrics
@@ -91,17 +92,18 @@ def run(experiment: Config, workdir: Path) -> Scores:
     """
     logging.getLogger("sisma_jax").setLevel(logging.INFO)
     folder = RunFolder(workdir, experiment)
-    if not folder.evaluation.exists():
+    if not folder.evaluation.result.exists():
         workdir.mkdir(parents=True, exist_ok=True)
         All().run(experiment, workdir)
-    report = json.loads(folder.evaluation.read_text())
+    report = results.read(folder.evaluation.result)
+    scores = results.flat_scores(report)
     rates = [values["examples_per_sec"] for values in read_metrics(folder.metrics)]
     params = jax.eval_shape(lambda: init_params(experiment, jax.random.key(0)))
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "held_out_loss": report["held_out_loss"],
-        "miou": report["mask_agreement"]["samples"]["miou"],
-        "pixel_accuracy": report["mask_agreement"]["samples"]["pixel_accuracy"],
+        "held_out_loss": report["held_out_loss"] or math.nan,
+        "miou": scores["miou"]["value"],
+        "pixel_accuracy": scores["pixel_accuracy"]["value"],
         "examples_per_sec": statistics.median(rates),
     }
 

@@ -7,13 +7,15 @@ be appended to an object in it.
 
 import contextlib
 import importlib.util
+import io
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import fsspec.config
+import numpy as np
 from etils import epath
 
 from sisma_jax.errors import InputError
@@ -76,6 +78,17 @@ def bucket_errors(path: AnyPath) -> Iterator[None]:
         if not is_bucket(path):
             raise
         raise OSError(f"{path}: {type(error).__name__}: {error}") from error
+
+
+def to_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Returns the bytes of an uncompressed npz file.
+
+    Args:
+      arrays: by name.
+    """
+    buffer, named = io.BytesIO(), cast(dict[str, Any], dict(arrays))  # any name, also one of a parameter of `savez`
+    np.savez(buffer, **named)
+    return buffer.getvalue()
 
 
 def write_atomically(path: str | os.PathLike[str], content: str | bytes) -> None:

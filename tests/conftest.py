@@ -1,5 +1,6 @@
 """Every test runs on CPU with eight virtual devices, shape annotations checked and silent rank promotion refused."""
 
+import contextlib
 import logging
 import os
 import tempfile
@@ -19,6 +20,7 @@ install_import_hook(
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -88,12 +90,47 @@ def _optimized_test(request):
     jax.config.update("jax_disable_most_optimizations", True)
 
 
-@pytest.fixture(autouse=True)
+@contextlib.contextmanager
 def _logging_as_before():
-    """A command that a test runs in this process configures logging, which no later test must see."""
+    """A command that runs in this process configures logging, which no later test must see."""
     root, package = logging.getLogger(), logging.getLogger("sisma_jax")
     handlers, level, package_level = list(root.handlers), root.level, package.level
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    package.setLevel(package_level)
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        package.setLevel(package_level)
+
+
+@pytest.fixture(autouse=True)
+def _logging_of_its_own():
+    with _logging_as_before():
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A configuration file, and the folder of the run that the whole job made of it; tests must not change it."""
+    from sisma_jax import cli
+
+    folder = tmp_path_factory.mktemp("finished")
+    file = folder / "tiny.py"
+    file.write_text(
+        "from pathlib import Path\nfrom tests.tiny import tiny_config\n\n\n"
+        f"def get_config():\n    return tiny_config(Path({str(folder / 'data')!r}))\n"
+    )
+    with _logging_as_before():
+        cli.main(["--config", str(file), "--workdir", str(folder / "run")])
+    return file, folder / "run"
+
+
+@pytest.fixture
+def mask_file(tmp_path):
+    """The file of a mask of 32 x 32 pixels."""
+    from sisma_jax.data import photos
+    from sisma_jax.data.drawing import draw_face
+
+    path = tmp_path / "mask.png"
+    path.write_bytes(photos.encode_png(draw_face(np.random.default_rng(3), 32)[1]))
+    return path

@@ -23,46 +23,11 @@ from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.data.masks import read_mask_file
 from sisma_jax.models.factory import init_params
-from sisma_jax.runs import parser_file
 from sisma_jax.runs.metrics import read_metrics
+from tests.command_line import command, refused
 from tests.edits import write_edit
 
 ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A configuration file, and the folder of the run that the whole job made of it."""
-    folder = tmp_path_factory.mktemp("finished")
-    file = folder / "tiny.py"
-    file.write_text(
-        "from pathlib import Path\nfrom tests.tiny import tiny_config\n\n\n"
-        f"def get_config():\n    return tiny_config(Path({str(folder / 'data')!r}))\n"
-    )
-    cli.main(["--config", str(file), "--workdir", str(folder / "run")])
-    return file, folder / "run"
-
-
-@pytest.fixture
-def mask_file(tmp_path):
-    path = tmp_path / "mask.png"
-    path.write_bytes(photos.encode_png(draw_face(np.random.default_rng(3), 32)[1]))
-    return path
-
-
-def command(finished, *arguments, workdir=None):
-    file, folder = finished
-    cli.main(["--config", str(file), "--workdir", str(workdir or folder), *map(str, arguments)])
-
-
-def refused(capsys, finished, *arguments, workdir=None) -> str:
-    """Returns what is printed when the command is refused."""
-    with pytest.raises(SystemExit) as exit_info:
-        command(finished, *arguments, workdir=workdir)
-    assert exit_info.value.code == 2
-    errors = capsys.readouterr().err
-    assert "Traceback" not in errors
-    return " ".join(errors.replace("│", " ").split())
 
 
 def test_the_whole_job_leaves_all_that_it_promises(finished):
@@ -70,7 +35,7 @@ def test_the_whole_job_leaves_all_that_it_promises(finished):
     for name in ("config.json", "metrics.jsonl", "loss.png", "evaluation.json", "samples/grid_0000004.png"):
         assert (folder / name).stat().st_size > 0
     report = json.loads((folder / "evaluation.json").read_text())
-    assert report["step"] == 4
+    assert report["subject"]["step"] == 4
     assert np.isfinite(report["held_out_loss"])
     assert {"samples", "ceiling", "floor"} <= set(report["mask_agreement"])
     (distances,) = report["distances"]
@@ -187,19 +152,6 @@ def test_photographs_that_cannot_be_segmented_are_refused(capsys, finished, tmp_
     command(finished, "segment", "--image", mask_file, *weights, workdir=run)
 
 
-def test_a_run_without_a_face_parser_is_evaluated_without_agreement(capsys, finished, tmp_path):
-    run = tmp_path / "run"
-    shutil.copytree(finished[1], run)
-    (run / "parser.safetensors").unlink()
-    command(finished, "evaluate", "--out", tmp_path / "out", workdir=run)
-    assert "Mask agreement is not computed, as the run has no face parser" in capsys.readouterr().out
-    assert json.loads((tmp_path / "out/evaluation.json").read_text())["mask_agreement"] is None
-    command(finished, "parser", workdir=run)
-    assert "Face parser, held-out images" in capsys.readouterr().out
-    trained, before = (parser_file.load(folder / "parser.safetensors", CELEBAMASK_HQ) for folder in (run, finished[1]))
-    jax.tree.map(np.testing.assert_array_equal, trained.params, before.params)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -243,7 +195,6 @@ def test_an_exported_file_paints_what_the_run_paints(finished, mask_file, tmp_pa
     assert names[0].read_bytes() == names[1].read_bytes()
     assert not (tmp_path / "absent").exists()
     assert "must end in .safetensors" in refused(capsys, finished, "export", "--out", tmp_path / "model.bin")
-    assert "--weights applies only to two folders" in refused(capsys, finished, "evaluate", "--weights", file)
 
 
 def test_a_checkpoint_is_named_by_its_step_or_as_the_best(finished, mask_file, tmp_path, capsys):
@@ -400,7 +351,7 @@ def test_commands_that_read_leave_the_run_as_it_is_and_their_values_count(finish
     images = {name: (tmp_path / name / "mask_0.png").read_bytes() for name in ("default", "long", "short")}
     assert images["long"] == images["short"] != images["default"]
     assert sisma_jax.load(tmp_path / "model.safetensors").config.sample.seed == 9
-    assert json.loads((tmp_path / "evaluation/evaluation.json").read_text())["step"] == 4
+    assert json.loads((tmp_path / "evaluation/evaluation.json").read_text())["subject"]["step"] == 4
     assert (tmp_path / "evaluation/samples/grid_0000004.png").exists()
 
 
@@ -572,33 +523,6 @@ def test_x64_changes_neither_parameters_nor_faces(finished, mask_file, tmp_path)
     assert int(done.stdout) <= 1  # rounding in another order
 
 
-def test_two_folders_of_images_are_compared(finished, tmp_path, capsys):
-    for name, first in (("samples", 0), ("references", 100)):
-        (tmp_path / name).mkdir()
-        for seed in range(first, first + 8):
-            (tmp_path / name / f"{seed}.png").write_bytes(photos.encode_png(draw_face((0, seed), 16 + seed % 2)[0]))
-    folders = ("--samples", tmp_path / "samples", "--references", tmp_path / "references")
-    command(finished, "evaluate", *folders, "--out", tmp_path / "out")
-    assert "8 samples and 8 real images, by the features of the network parser" in capsys.readouterr().out
-    report = json.loads((tmp_path / "out/evaluation.json").read_text())
-    (distances,) = report["distances"]
-    score = distances["scores"]["fd_parser"]
-    assert 0 < score["low"] <= score["value"] <= score["high"]
-    assert report["images"]["samples"]["folder"] == str(tmp_path / "samples")
-    assert "exists already" in refused(capsys, finished, "evaluate", *folders, "--out", tmp_path / "out")
-    assert "Give both --samples and --references" in refused(capsys, finished, "evaluate", *folders[:2])
-    (tmp_path / "inception.pth").write_text("text")
-    named = ("--evaluate.inception", tmp_path / "inception.pth")
-    assert "inception.pth cannot be read as weights of PyTorch" in refused(
-        capsys, finished, "evaluate", *folders, *named
-    )
-    # No run is needed where the file of a face parser is named.
-    weights = ("--parser.weights", finished[1] / "parser.safetensors", "--out", tmp_path / "again")
-    command(finished, "evaluate", *folders, *weights, workdir=tmp_path / "no_run")
-    again = json.loads((tmp_path / "again/evaluation.json").read_text())
-    assert again["distances"] == report["distances"]
-
-
 def test_a_face_parser_that_is_gone_does_not_keep_a_run_from_sampling(capsys, finished, mask_file, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(finished[1], run)
@@ -606,10 +530,3 @@ def test_a_face_parser_that_is_gone_does_not_keep_a_run_from_sampling(capsys, fi
     command(finished, "sample", "--mask", mask_file, "--num", 1, "--out", tmp_path / "out", *gone, workdir=run)
     assert (tmp_path / "out/mask_0.png").exists()
     assert "gone.safetensors: no such file" in refused(capsys, finished, "segment", "--image", mask_file, *gone)
-
-
-def test_what_evaluation_needs_is_checked_before_training(capsys, finished, tmp_path):
-    gone = tmp_path / "gone.pth"
-    for name in ("parser.weights", "evaluate.inception", "evaluate.vgg16"):
-        assert "gone.pth" in refused(capsys, finished, f"--{name}", gone, workdir=tmp_path / "run")
-        assert not (tmp_path / "run").exists()

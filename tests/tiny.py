@@ -28,7 +28,7 @@ def tiny_config(cache_dir: Path, **train: object) -> Config:
         train=TrainConfig(**(defaults | train)),
         sample=Sampling(steps=2, batch_size=4),
         parser=ParserConfig(width=8, num_steps=2, batch_size=8, checkpoint_every_steps=2),
-        evaluate=EvaluateConfig(num_samples=6),
+        evaluate=EvaluateConfig(num_samples=6, diversity_masks=6, samples_per_mask=4),
     )
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -18,7 +18,6 @@ from sisma_jax.evaluation import comparison, grids, mask_agreement, results
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.evaluation.image_sets import FolderImages, FolderMasks, ImageSet, SplitImages
 from sisma_jax.evaluation.measurement import Measurements, load_networks, measure_faces, measure_folders, reconstruction
-from sisma_jax.evaluation.model_card import write_model_card
 from sisma_jax.evaluation.protocols import Protocol, protocol
 from sisma_jax.evaluation.report import Pictures, write_report
 from sisma_jax.evaluation.sampled_faces import params_checksum, sample_faces
@@ -239,21 +238,15 @@ def _evaluate(
         "resize": networks.resizing,
     }
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
-    described = subject | {"step": trained.step, "checksum": checksum, "parameters": parameters}
-    evaluation = _assemble(described, record, networks.checksums, measured, loss, decoded)
+    subject = {**subject, "step": trained.step, "checksum": checksum, "parameters": parameters}
+    evaluation = _assemble(subject, record, networks.checksums, measured, loss, decoded)
     _write(out, evaluation, measured, {"ids": repetitions[0].ids})
-    pictures = _pictures(repetitions, originals, measured, networks.parser, dataset)
+    shown = _grid(repetitions, originals)
     make_folder(out.samples)
-    shown = grids.sample_grid(
-        pictures.masks,
-        pictures.samples,
-        pictures.originals,
-        classes=dataset.classes,
-        scale=grid_scale(config.data.image_size),
-    )
-    grids.save_png(out.sample_grid(trained.step), shown)
+    grid = grids.sample_grid(*shown, classes=dataset.classes, scale=grid_scale(config.data.image_size))
+    grids.save_png(out.sample_grid(trained.step), grid)
+    pictures = _with_pictures(Pictures(*shown), repetitions[0], originals, measured, networks.parser)
     write_report(out.report, evaluation, pictures, metrics, dataset.classes)
-    write_model_card(out.model_card, evaluation, config)
     _tell_results(out, evaluation)
     tell(f"Sample grid (mask | samples | held-out original): {out.sample_grid(trained.step)}")
 
@@ -298,48 +291,46 @@ def _write(
     results.write(out.result, evaluation)
 
 
-def _pictures(
-    repetitions: list[ImageSet],
-    originals: SplitImages,
-    measured: Measurements,
-    parser: FaceParser | None,
-    dataset: DataSet,
+def _grid(repetitions: Sequence[ImageSet], originals: SplitImages) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns masks, their samples, and their originals, as `grids.sample_grid` takes them."""
+    rows = min(GRID_ROWS, *map(len, repetitions))
+    columns = [np.stack(list(one.images(0, rows))) for one in repetitions[:_GRID_SAMPLES]]
+    masks, images = (np.stack(list(read(0, rows))) for read in (originals.masks, originals.images))
+    return masks, np.stack(columns, axis=1), images
+
+
+def _with_pictures(
+    pictures: Pictures, faces: ImageSet, originals: SplitImages, measured: Measurements, parser: FaceParser | None
 ) -> Pictures:
-    """Returns the images that the report shows."""
-    faces, rows = repetitions[0], min(GRID_ROWS, len(originals))
-    columns = [np.stack(list(one.images(0, rows))) for one in repetitions[:_GRID_SAMPLES] if len(one) >= rows]
-    pictures = Pictures(
-        masks=np.stack(list(originals.masks(0, rows))),
-        samples=np.stack(columns, axis=1),
-        originals=np.stack(list(originals.images(0, rows))),
-    )
+    """Adds the faces nearest to training images, and those that agree least with their masks."""
     if measured.neighbours is not None:
-        training, found = SplitImages(dataset, "train", dataset.counts["train"]), measured.neighbours
+        found = measured.neighbours
+        training = SplitImages(originals.dataset, "train", originals.dataset.counts["train"])
         nearest = np.argsort(found.distances[:, 0])[:_SHOWN_NEIGHBOURS]
         pictures = dataclasses.replace(
             pictures,
-            neighbour_samples=np.stack(list(_at(faces, nearest))),
-            neighbours=np.stack([np.stack(list(_at(training, found.indices[row]))) for row in nearest]),
+            neighbour_samples=_at(faces.images, nearest),
+            neighbours=np.stack([_at(training.images, found.indices[row]) for row in nearest]),
             neighbour_distances=found.distances[nearest],
         )
     if parser is not None and "confusion" in measured.terms:
         accuracies = mask_agreement.pixel_accuracy(measured.terms["confusion"])
         worst = np.argsort(accuracies)[:_SHOWN_WORST]  # a mask without pixels has NaN, which comes last
-        samples = np.stack(list(_at(faces, worst)))
+        samples = _at(faces.images, worst)
         pictures = dataclasses.replace(
             pictures,
-            worst_masks=np.concatenate([list(originals.masks(i, i + 1)) for i in worst.tolist()]),
+            worst_masks=_at(originals.masks, worst),
             worst_samples=samples,
             worst_predicted=parser.predict(samples),
-            worst_originals=np.stack(list(_at(originals, worst))),
+            worst_originals=_at(originals.images, worst),
             worst_accuracies=accuracies[worst],
         )
     return pictures
 
 
-def _at(images: ImageSet, indices: np.ndarray) -> Iterator[np.ndarray]:
-    for index in indices.tolist():
-        yield from images.images(index, index + 1)
+def _at(read: Callable[[int, int], Iterator[np.ndarray]], indices: np.ndarray) -> np.ndarray:
+    """Returns the images or masks at these positions."""
+    return np.stack([next(read(index, index + 1)) for index in indices.tolist()])
 
 
 def _tell_results(out: EvaluationFolder, evaluation: results.Evaluation) -> None:

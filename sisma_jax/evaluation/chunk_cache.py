@@ -9,13 +9,13 @@ import io
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from sisma_jax.files import AnyPath, bucket_errors, write_atomically
+from sisma_jax.files import AnyPath, bucket_errors, to_npz, write_atomically
 from sisma_jax.parallel.agreement import is_primary, together
 
 logger = logging.getLogger(__name__)
@@ -79,12 +79,10 @@ def _file_name(meaning: tuple[object, ...], start: int, stop: int) -> str:
     return f"{hashlib.sha256(repr((*meaning, start, stop)).encode()).hexdigest()[:24]}.npz"
 
 
-def _write(file: AnyPath, chunk: Mapping[str, np.ndarray]) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, **chunk)
+def _write(file: AnyPath, chunk: Arrays) -> None:
     with bucket_errors(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, buffer.getvalue())
+    write_atomically(file, to_npz(chunk))
 
 
 def _read(file: AnyPath, count: int) -> Arrays | None:

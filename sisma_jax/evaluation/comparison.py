@@ -8,7 +8,7 @@ import numpy as np
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import results
 from sisma_jax.evaluation.frechet import FeatureStatistics
-from sisma_jax.evaluation.frechet_interval import distance_of_resample
+from sisma_jax.evaluation.frechet_interval import distance_of_resample, num_frechet_resamples
 from sisma_jax.evaluation.intervals import Interval
 from sisma_jax.evaluation.mask_agreement import mean_iou, pixel_accuracy
 from sisma_jax.evaluation.paired_tests import PairedTest, paired_bootstrap, paired_means, paired_sums
@@ -16,8 +16,6 @@ from sisma_jax.evaluation.results import Evaluation
 from sisma_jax.files import AnyPath, bucket_errors
 from sisma_jax.runs.folder import EvaluationFolder
 
-# A resample of a Fréchet distance takes up to seconds with many dimensions.
-_FRECHET_RESAMPLES = 200
 # Entries of the protocol that make every value incomparable if they differ.
 _SAME_IMAGES = ("data", "data_fingerprint", "num_masks", "num_references", "image_size")
 _SAME_DIVERSITY = ("diversity_masks", "samples_per_mask")
@@ -108,9 +106,14 @@ def _test(name: str, first: _Loaded, other: _Loaded, seed: int) -> PairedTest | 
     if name in first.terms:
         return paired_means(first.terms[name], other.terms[name], seed=seed)
     if name == "fid" or name.startswith("fd_"):
-        distances = [_distance(one, network) for one in (first, other)]
-        count = len(first.terms[f"features_{network}"])
-        return paired_bootstrap(*distances, count, seed=seed, num_resamples=_FRECHET_RESAMPLES)
+        count, dimensions = first.terms[f"features_{network}"].shape
+        return paired_bootstrap(
+            _distance(first, network),
+            _distance(other, network),
+            count,
+            seed=seed,
+            num_resamples=num_frechet_resamples(dimensions),
+        )
     return "no paired test"
 
 

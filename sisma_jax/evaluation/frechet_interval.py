@@ -16,6 +16,17 @@ from sisma_jax.evaluation.frechet import (
 from sisma_jax.evaluation.intervals import Interval, percentile_interval
 
 
+def num_frechet_resamples(dimensions: int) -> int:
+    """Returns the number of resamples for an interval of the Fréchet distance within minutes on a CPU.
+
+    A resample takes milliseconds with 512 dimensions, and seconds with 2048.
+
+    Args:
+      dimensions: of the features.
+    """
+    return 200 if dimensions < 1024 else 50
+
+
 def frechet_interval(
     first: np.ndarray,
     second: np.ndarray | FeatureStatistics,

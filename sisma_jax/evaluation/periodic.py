@@ -62,7 +62,9 @@ class PeriodicEvaluation:
             return {}
         parser, trained = self._run.parser, self._pipeline
         trained.params, trained.step = params, step
-        faces = trained(self._masks, key=jax.random.key(self._run.config.sample.seed))
+        # The keys of the first repetition of `sample_faces`.
+        key = jax.random.fold_in(jax.random.key(self._run.config.sample.seed), 0)
+        faces = trained(self._masks, key=key)
         confusion = mask_agreement.confusion_matrices(parser.predict(faces), self._masks, parser.classes)
         metrics = {"miou": float(mask_agreement.mean_iou(confusion.sum(axis=0)))}
         if parser.is_own and self._count > LEAST_IMAGES:

@@ -257,7 +257,8 @@ def _agreement(evaluation: Evaluation, classes: ClassSet | None) -> str:
     for name, value in samples["iou_per_class"].items():
         swatch = image_strips.swatch(classes, name)
         of_floor = None if floor is None else floor["iou_per_class"].get(name)
-        rows.append(_class_row(name, swatch, value, ceiling["iou_per_class"].get(name), of_floor))
+        of_ceiling = None if ceiling is None else ceiling["iou_per_class"].get(name)
+        rows.append(_class_row(name, swatch, value, of_ceiling, of_floor))
     head = (
         '<thead><tr><th scope="col">Class</th><th scope="col" class="bar">0 to 1</th>'
         + "".join(

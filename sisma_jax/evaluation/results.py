@@ -17,7 +17,7 @@ import numpy as np
 
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.intervals import Interval
-from sisma_jax.files import AnyPath, bucket_errors, write_atomically
+from sisma_jax.files import AnyPath, bucket_errors, to_npz, write_atomically
 
 FORMAT = 2
 """Version of the format of `evaluation.json`; files of version 1 have no such number."""
@@ -255,9 +255,7 @@ def write_terms(path: AnyPath, terms: Mapping[str, np.ndarray]) -> None:
     Raises:
       OSError: the file cannot be written.
     """
-    buffer = io.BytesIO()
-    np.savez(buffer, **{name: np.asarray(array) for name, array in terms.items()})
-    write_atomically(path, buffer.getvalue())
+    write_atomically(path, to_npz(terms))
 
 
 def read_terms(path: AnyPath) -> dict[str, np.ndarray]:

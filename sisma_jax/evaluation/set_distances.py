@@ -6,7 +6,7 @@ import numpy as np
 
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.features import FeatureNetwork
-from sisma_jax.evaluation.frechet_interval import frechet_interval
+from sisma_jax.evaluation.frechet_interval import frechet_interval, num_frechet_resamples
 from sisma_jax.evaluation.intervals import mean_interval
 from sisma_jax.evaluation.kernel_distance import kernel_distance
 from sisma_jax.evaluation.manifold import density_coverage_per_image, precision_recall_per_image
@@ -45,7 +45,8 @@ def set_distances(
         samples, references, subset_size=_SUBSET_SIZE if least >= _SUBSET_SIZE else None, seed=seed
     )
     frechet = "fid" if network.name == "inception" else f"fd_{network.name}"
-    scores = {frechet: as_score(frechet_interval(samples, references, seed=seed))}
+    num_resamples = num_frechet_resamples(samples.shape[1])
+    scores = {frechet: as_score(frechet_interval(samples, references, seed=seed, num_resamples=num_resamples))}
     return {
         "network": network.name,
         "num_samples": len(samples),

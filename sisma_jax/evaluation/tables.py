@@ -166,7 +166,8 @@ def _agreement_rows(agreement: MaskAgreement | None, level: float | None) -> Ite
     if agreement is None:
         return
     for name in ("miou", "pixel_accuracy"):
-        score, ceiling = agreement["samples"][name], agreement["ceiling"][name]
+        score = agreement["samples"][name]
+        ceiling = None if agreement["ceiling"] is None else agreement["ceiling"][name]
         if score is None:
             continue
         floor = None if agreement["floor"] is None else agreement["floor"][name]

@@ -20,7 +20,8 @@ class BestMetric:
 
 
 BEST_METRICS = {
-    name: BestMetric(name, mode) for name, mode in (("held_out_loss", "min"), ("fd_parser", "min"), ("miou", "max"))
+    metric.name: metric
+    for metric in (BestMetric("held_out_loss", "min"), BestMetric("fd_parser", "min"), BestMetric("miou", "max"))
 }
 """The metrics by which the checkpoints of a denoiser can be ranked, by the value of `train.best`."""
 

@@ -327,9 +327,8 @@ def _divergence_message(window: _Window, checkpoints: Checkpoints) -> str:
 
 def _report(progress: "tqdm[NoReturn]", step: int, num_steps: int, values: dict[str, float]) -> None:
     """Shows a summary on the progress bar, or logs it as a line if there is no terminal."""
-    shown = {
-        name: f"{values[name]:.4g}" for name in ("loss", "held_out_loss", "fd_parser", "miou", "psnr") if name in values
-    }
+    names = ("loss", "held_out_loss", "fd_parser", "miou", "psnr")
+    shown = {name: f"{values[name]:.4g}" for name in names if name in values}
     if values["skipped_steps"]:
         shown["skipped"] = f"{values['skipped_steps']:.0f}"
     shown["examples/s"] = f"{values['examples_per_sec']:.1f}"

@@ -1,6 +1,7 @@
 """Masks in another order of classes are recognized by where their labels lie; unusual masks are not refused."""
 
 import dataclasses
+import logging
 
 import numpy as np
 import pytest

@@ -8,8 +8,9 @@ from sisma_jax.data import photos
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.errors import InputError
-from sisma_jax.evaluation import features
-from sisma_jax.evaluation.features import ArrayImages, FeatureNetwork, FolderImages, SplitImages, extract
+from sisma_jax.evaluation import chunk_cache, features
+from sisma_jax.evaluation.features import FeatureNetwork, extract
+from sisma_jax.evaluation.image_sets import ArrayImages, FolderImages, SplitImages
 from sisma_jax.models.face_parser import FaceParser, init_params, make_graph
 from tests.tiny import tiny_config
 

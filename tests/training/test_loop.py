@@ -16,6 +16,7 @@ from sisma_jax.runs.checkpoints import Checkpoints
 from sisma_jax.runs.export import export_params
 from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import MetricWriter, read_metrics
+from sisma_jax.runs.ranking import BEST_METRICS
 from sisma_jax.training import loop, optimizers, step
 from sisma_jax.training.state import init_state
 from tests.tiny import tiny_config

@@ -17,7 +17,8 @@ LEFT, RIGHT, TOP, BOTTOM = 44, 350, 28, 190
 """The sides of the plot in it; labels and tick labels are outside."""
 
 _PLOT_SIZE = f'width="{RIGHT - LEFT}" height="{BOTTOM - TOP}"'
-_TICKS = 5
+# An axis has 3 to 7 ticks.
+_MOST_INTERVALS = 6
 # A curve has at most this many points, about one per two pixels.
 _MOST_POINTS = 200
 # Around the curves, as a fraction of their range.
@@ -129,7 +130,7 @@ class _Axis:
             low, high = low - reach, high + reach
         margin = _MARGIN * (high - low)
         low, high = low - margin, high + margin
-        step = _round_step((high - low) / _TICKS)
+        step = _round_step((high - low) / _MOST_INTERVALS)
         first, last = math.ceil(low / step), math.floor(high / step)
         return cls(low, high, tuple(step * i for i in range(first, last + 1)), step)
 
@@ -142,14 +143,15 @@ class _Axis:
         divisor, suffix = next(
             (pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= 10 * pair[0]), (1.0, "")
         )
-        decimals = max(0, -math.floor(math.log10(self.step / divisor) + 1e-9))
+        step = self.step / divisor
+        decimals = next(d for d in range(16) if math.isclose(step * 10**d, round(step * 10**d), rel_tol=1e-6))
         return f"{tick / divisor:.{decimals}f}{suffix if tick else ''}".replace("-", "−")
 
 
-def _round_step(step: float) -> float:
-    """Returns the smallest of 1, 2, 5, 10, 20, ... and their decimal fractions that is not less than `step`."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
+def _round_step(least: float) -> float:
+    """Returns the smallest of 1, 2, 2.5, 5, 10, 20, ... and their decimal fractions that is not less than `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> Iterator[str]:

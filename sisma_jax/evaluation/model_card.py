@@ -251,7 +251,9 @@ def _results(evaluation: Evaluation) -> str:
         missing = [(_plain(label_of(name)), _linked(reason)) for name, reason in evaluation["not_computed"].items()]
         parts += ["### Not computed\n", _table(("Metric", "Reason"), missing) + "\n"]
     parts += ["### Protocol\n", "Evaluations with different protocols are not comparable.\n"]
-    protocol = [(label, _code(value)) for label, value in (*protocol_rows(evaluation), *provenance_rows(evaluation))]
+    protocol = [
+        (_plain(label), _code(value)) for label, value in (*protocol_rows(evaluation), *provenance_rows(evaluation))
+    ]
     parts += [_table(("", ""), protocol) + "\n"]
     return "\n".join(parts)
 

@@ -6,9 +6,10 @@ PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 VENV := .venv
 PIP := -m pip --quiet --disable-pip-version-check
+SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 PYTEST := -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo check lint types test test-newest core-check tpu-compiler cuda-compile clean
+.PHONY: demo check lint types test test-newest core-check tpu-compiler browser cuda-compile clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python run.py --config configs/demo.py
@@ -57,6 +58,11 @@ $(VENV)/tpu-compiler: | $(VENV)/installed
 	libtpu=$$($(VENV)/bin/python -c 'import importlib.metadata as m; print(*(r.split(";")[0] for r in m.requires("jax") if r.startswith("libtpu")))') && \
 	$(VENV)/bin/python $(PIP) install --no-deps --target $@ "$$libtpu"
 	touch $@
+
+# The browser for the tests of HTML pages, which are skipped without it; from Debian's packages.
+browser:
+	command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
+	{ $(SUDO) apt-get update && $(SUDO) apt-get install -y --no-install-recommends chromium chromium-driver; }
 
 # Compiles the CUDA kernels for a GPU that need not be present. The compiler is 5.5 GB.
 cuda-compile: $(VENV)-cuda/installed

@@ -56,9 +56,11 @@ class Browser:
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     def requests(self) -> list[str]:
-        """Returns the addresses that the page has requested since it was opened; each is returned once."""
+        """Returns the addresses that the page has requested since it was opened, without data URIs; each once."""
         events = [json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance")]
-        return [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        sent = [event["params"] for event in events if event["method"] == "Network.requestWillBeSent"]
+        urls = [parameters["request"]["url"] for parameters in sent]
+        return [url for url in urls if not url.startswith("data:")]
 
     def screenshot(self, path: Path) -> None:
         """Writes the whole page, not only what is in the viewport, as a PNG file."""

@@ -59,7 +59,8 @@ def test_a_wheel_contains_one_top_level_package(wheel):
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sisma_jax"}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
     assert {name.removeprefix("sisma_jax/") for name in names if name.startswith("sisma_jax/kernels/")} == expected
-    assert {"sisma_jax/py.typed", "sisma_jax/data/class_sets/celebamask_hq.json"} < set(names)
+    data = ("py.typed", "data/class_sets/celebamask_hq.json", "evaluation/report.html", "evaluation/report.css")
+    assert {f"sisma_jax/{file}" for file in data} < set(names)
 
 
 def test_an_installed_package_samples_from_another_folder_without_the_libraries_of_training(installed, tmp_path):

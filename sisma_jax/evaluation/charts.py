@@ -11,12 +11,14 @@ from typing import Literal
 
 import numpy as np
 
-WIDTH, HEIGHT = 420, 250
+WIDTH, HEIGHT = 360, 230
 """Size of a line chart, in the units of its coordinates."""
-LEFT, RIGHT, TOP, BOTTOM = 50, 408, 30, 210
+LEFT, RIGHT, TOP, BOTTOM = 44, 350, 28, 190
 """The sides of the plot in it; labels and tick labels are outside."""
 
-_TICKS = 5
+_PLOT_SIZE = f'width="{RIGHT - LEFT}" height="{BOTTOM - TOP}"'
+# An axis has 3 to 7 ticks.
+_MOST_INTERVALS = 6
 # A curve has at most this many points, about one per two pixels.
 _MOST_POINTS = 200
 # Around the curves, as a fraction of their range.
@@ -62,27 +64,32 @@ def binned(x: np.ndarray, y: np.ndarray, raw: np.ndarray) -> tuple[np.ndarray, n
     return x[last], y[last], low, high
 
 
-def line_chart(curves: Sequence[Curve], *, x_label: str, y_label: str) -> str:
+def line_chart(curves: Sequence[Curve], *, x_label: str, y_label: str, y_limit: float = math.inf) -> str:
     """Returns a line chart as an `<svg>` element; "" if no curve has a finite value.
 
     Args:
       curves: the curves.
       x_label: quantity and unit of the horizontal axis.
       y_label: quantity and unit of the vertical axis.
+      y_limit: the vertical axis ends near this value, and does not show what is above.
     """
     finite = [np.isfinite(curve.x) & np.isfinite(curve.y) for curve in curves]
     if not any(mask.any() for mask in finite):
         return ""
-    x_axis = _Axis.around(np.concatenate([curve.x[mask] for curve, mask in zip(curves, finite, strict=True)]))
-    y_axis = _Axis.around(np.concatenate([curve.y[mask] for curve, mask in zip(curves, finite, strict=True)]))
+    # From step 0, so that the charts of a page have the same axis.
+    x_axis = _Axis.around(np.concatenate([[0.0], *(curve.x[mask] for curve, mask in zip(curves, finite, strict=True))]))
+    y = np.concatenate([curve.y[mask] for curve, mask in zip(curves, finite, strict=True)])
+    y_axis = _Axis.around(np.minimum(y, max(y_limit, y.min())))
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(_summary(curves))}">',
         *_grid(x_axis, y_axis, x_label, y_label),
+        # An inner <svg> with the same coordinates clips what is outside of the plot.
+        f'<svg x="{LEFT}" y="{TOP}" {_PLOT_SIZE} viewBox="{LEFT} {TOP} {RIGHT - LEFT} {BOTTOM - TOP}">',
     ]
     for curve, mask in zip(curves, finite, strict=True):
         parts += _band(curve, x_axis, y_axis)
         parts += _line(curve, mask, x_axis, y_axis)
-    return "\n".join([*parts, "</svg>"])
+    return "\n".join([*parts, "</svg>", "</svg>"])
 
 
 def bullet(value: float | None, ceiling: float | None, floor: float | None) -> str:
@@ -123,7 +130,7 @@ class _Axis:
             low, high = low - reach, high + reach
         margin = _MARGIN * (high - low)
         low, high = low - margin, high + margin
-        step = _round_step((high - low) / _TICKS)
+        step = _round_step((high - low) / _MOST_INTERVALS)
         first, last = math.ceil(low / step), math.floor(high / step)
         return cls(low, high, tuple(step * i for i in range(first, last + 1)), step)
 
@@ -136,14 +143,15 @@ class _Axis:
         divisor, suffix = next(
             (pair for pair in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if largest >= 10 * pair[0]), (1.0, "")
         )
-        decimals = max(0, -math.floor(math.log10(self.step / divisor) + 1e-9))
+        step = self.step / divisor
+        decimals = next(d for d in range(16) if math.isclose(step * 10**d, round(step * 10**d), rel_tol=1e-6))
         return f"{tick / divisor:.{decimals}f}{suffix if tick else ''}".replace("-", "−")
 
 
-def _round_step(step: float) -> float:
-    """Returns the smallest of 1, 2, 5, 10, 20, ... and their decimal fractions that is not less than `step`."""
-    power = 10.0 ** math.floor(math.log10(step))
-    return next(factor * power for factor in (1, 2, 5, 10) if factor * power >= step * (1 - 1e-9))
+def _round_step(least: float) -> float:
+    """Returns the smallest of 1, 2, 2.5, 5, 10, 20, ... and their decimal fractions that is not less than `least`."""
+    power = 10.0 ** math.floor(math.log10(least))
+    return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= least * (1 - 1e-9))
 
 
 def _grid(x_axis: _Axis, y_axis: _Axis, x_label: str, y_label: str) -> Iterator[str]:
@@ -168,8 +176,7 @@ def _band(curve: Curve, x_axis: _Axis, y_axis: _Axis) -> Iterator[str]:
     low, high = curve.band
     for part in _runs(np.isfinite(curve.x) & np.isfinite(low) & np.isfinite(high)):
         x = np.concatenate([curve.x[part], curve.x[part][::-1]])
-        # The first losses of a training are far above all others, which the axis shows.
-        y = np.clip(np.concatenate([low[part], high[part][::-1]]), y_axis.low, y_axis.high)
+        y = np.concatenate([low[part], high[part][::-1]])
         yield f'<path class="band {curve.style}" d="{_path(x, y, x_axis, y_axis)}Z"/>'
 
 

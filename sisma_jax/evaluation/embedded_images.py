@@ -21,7 +21,7 @@ _MOST_BYTES = 96 * 1024
 
 
 def image_uri(image: np.ndarray) -> str:
-    """Returns an image as a data URI: a PNG file up to 128 pixels, otherwise a WebP file of quality 90.
+    """Returns an image as a data URI: a PNG file up to 128 pixels, otherwise a JPEG file of quality 90.
 
     Args:
       image: uint8 RGB (H, W, 3).
@@ -31,11 +31,11 @@ def image_uri(image: np.ndarray) -> str:
         return _uri("image/png", photos.encode_png(image))
     data = b""
     for quality in _QUALITIES:
-        _, encoded = cv2.imencode(".webp", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_WEBP_QUALITY, quality])
+        _, encoded = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
         data = encoded.tobytes()
         if len(data) <= _MOST_BYTES:
             break
-    return _uri("image/webp", data)
+    return _uri("image/jpeg", data)
 
 
 def mask_uri(mask: np.ndarray, classes: ClassSet) -> str:

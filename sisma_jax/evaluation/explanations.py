@@ -17,14 +17,21 @@ class Explanation:
       label: name of the metric for readers.
       meaning: one sentence.
       better: which values are good; "" if the metric has no good direction.
+      network: name of the network in whose features it is measured, for readers; "" if that is not part of its name.
     """
 
     label: str
     meaning: str
     better: Better
+    network: str = ""
+
+    @property
+    def full_label(self) -> str:
+        """The label with the network."""
+        return f"{self.label} ({self.network})" if self.network else self.label
 
 
-_NETWORKS = {"parser": "the face parser", "inception": "Inception-v3", "vgg16": "VGG16", "lpips": "LPIPS"}
+_NETWORKS = {"parser": "face parser", "inception": "Inception-v3", "vgg16": "VGG16", "lpips": "LPIPS"}
 
 _EXPLANATIONS = {
     "held_out_loss": Explanation("Held-out loss", "Training objective on images that were not trained on.", "lower"),
@@ -56,52 +63,44 @@ _EXPLANATIONS = {
     ),
 }
 
-# The metrics of one network, by the end of their name. {} is the name of the network for readers.
+# The metrics of one network, by the end of their name.
 _OF_NETWORK = {
     "precision": Explanation(
-        "Precision ({})", "Fraction of samples that lie among the real images: how realistic samples are.", "higher"
+        "Precision", "Fraction of samples that lie among the real images: how realistic samples are.", "higher"
     ),
     "recall": Explanation(
-        "Recall ({})",
+        "Recall",
         "Fraction of real images that lie among the samples: how much of their variety is there.",
         "higher",
     ),
     "density": Explanation(
-        "Density ({})",
+        "Density",
         "How densely real images lie around a sample, as the mean over samples; it may exceed 1.",
         "higher",
     ),
-    "coverage": Explanation(
-        "Coverage ({})", "Fraction of real images that have a sample in their neighbourhood.", "higher"
-    ),
+    "coverage": Explanation("Coverage", "Fraction of real images that have a sample in their neighbourhood.", "higher"),
     "kernel_distance": Explanation(
-        "Kernel distance ({})",
+        "Kernel distance",
         "Squared maximum mean discrepancy between samples and real images; ± is the standard deviation over subsets.",
         "lower",
     ),
     "diversity": Explanation(
-        "Diversity ({})",
+        "Diversity",
         "Distance between samples of the same mask; near 0, all samples of a mask are the same face.",
         "higher",
     ),
     "distance": Explanation(
-        "Distance to the original ({})",
+        "Distance to the original",
         "Distance of a sample to the photograph of its mask; a different face with the same mask is valid too.",
         "lower",
     ),
-    "psnr": _EXPLANATIONS["psnr"],
-    "ssim": _EXPLANATIONS["ssim"],
 }
-_FRECHET = {
-    "fid": Explanation(
-        "FID", "Fréchet distance between samples and real images in the features of Inception-v3.", "lower"
-    ),
-    "fd": Explanation(
-        "Fréchet distance ({})",
-        "Fréchet distance between samples and real images in the features of {}; it is not the FID.",
-        "lower",
-    ),
-}
+_FID = Explanation("FID", "Fréchet distance between samples and real images in the features of Inception-v3.", "lower")
+_OTHER_FRECHET = Explanation(
+    "Fréchet distance",
+    "Fréchet distance between samples and real images in {}; it is not the FID.",
+    "lower",
+)
 
 
 def network_label(network: str) -> str:
@@ -113,6 +112,15 @@ def network_label(network: str) -> str:
     return _NETWORKS.get(network, network)
 
 
+def features_of(network: str) -> str:
+    """Returns the features of a network in the words of a sentence, such as "the features of the face parser".
+
+    Args:
+      network: as `network_label`.
+    """
+    return f"the features of {'the ' if network == 'parser' else ''}{network_label(network)}"
+
+
 def explain(name: str) -> Explanation | None:
     """Returns what a metric means; None if it is unknown.
 
@@ -122,19 +130,12 @@ def explain(name: str) -> Explanation | None:
     if name in _EXPLANATIONS:
         return _EXPLANATIONS[name]
     if name == "fid":
-        return _FRECHET["fid"]
+        return _FID
     if name.startswith("fd_"):
-        return _named(_FRECHET["fd"], name.removeprefix("fd_"))
+        network = name.removeprefix("fd_")
+        meaning = _OTHER_FRECHET.meaning.format(features_of(network))
+        return dataclasses.replace(_OTHER_FRECHET, meaning=meaning, network=network_label(network))
     for end, explanation in _OF_NETWORK.items():
         if name.endswith(f"_{end}"):
-            return _named(explanation, name.removesuffix(f"_{end}"))
+            return dataclasses.replace(explanation, network=network_label(name.removesuffix(f"_{end}")))
     return None
-
-
-def _named(explanation: Explanation, network: str) -> Explanation:
-    label = network_label(network)
-    return dataclasses.replace(
-        explanation,
-        label=explanation.label.replace("{}", label),
-        meaning=explanation.meaning.replace("{}", label),
-    )

@@ -6,6 +6,7 @@ of classes, files and data sets are the user's.
 
 import dataclasses
 import html
+import math
 import re
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,9 +20,11 @@ from sisma_jax.evaluation.curves import series, smooth
 from sisma_jax.evaluation.explanations import explain
 from sisma_jax.evaluation.results import AgreementScores, Evaluation, Score
 from sisma_jax.evaluation.tables import (
+    LINK,
     MetricRow,
     format_number,
     interval_title,
+    label_of,
     metric_groups,
     protocol_rows,
     provenance_rows,
@@ -34,11 +37,16 @@ MOST_SAMPLES = 4
 """Samples of a mask, or neighbours of a sample, that a row shows at most."""
 
 _FOLDER = Path(__file__).parent
-# The metrics at the top of the page, as far as they were computed; the first four of them.
-_HEADLINE = ("miou", "fid", "fd_vgg16", "fd_parser", "lpips_diversity", "memorization_ratio", "parser_coverage")
-_MOST_TILES = 4
+# The metrics at the top of the page: of each line, the first one that was computed.
+_HEADLINE = (
+    ("miou",),
+    ("fid", "fd_vgg16", "fd_parser"),
+    ("lpips_diversity", "inception_recall", "vgg16_recall", "parser_recall"),
+    ("memorization_ratio", "inception_precision", "vgg16_precision", "parser_precision"),
+)
 _ARROWS = {"higher": "↑ higher is better", "lower": "↓ lower is better", "near 1": "→ near 1 is best", "": ""}
-_LINK = re.compile(r"(https?://[^\s<>\"']*[^\s<>\"'.,;:)])")
+# The first losses, up to this fraction of the steps, do not extend the axis of the chart.
+_START = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +145,14 @@ def _anchor(title: str) -> str:
     return title.lower().replace(" ", "-")
 
 
+def _breakable(path: str) -> str:
+    """Returns an escaped path that may be broken into lines where a reader expects it."""
+    return re.sub(r"([/_])", r"\1<wbr>", _text(path))
+
+
 def _linked(text: str) -> str:
     """Returns escaped text in which addresses are links."""
-    parts = _LINK.split(text)
+    parts = LINK.split(text)
     return "".join(
         f'<a href="{_text(part)}" rel="noreferrer">{_text(part)}</a>' if i % 2 else _text(part)
         for i, part in enumerate(parts)
@@ -164,15 +177,16 @@ def _header(evaluation: Evaluation, titles: Sequence[str]) -> str:
     ]
     items = "".join(f"<div><dt>{_text(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in facts if value)
     rows = {row.name: row for group in metric_groups(evaluation) for row in group.rows}
-    shown = [rows[name] for name in _HEADLINE if name in rows] or list(rows.values())
+    computed = [[rows[name] for name in names if name in rows] for names in _HEADLINE]
+    tiles = "".join(_tile(found[0]) for found in computed if found)
     links = "".join(f'<li><a href="#{_anchor(title)}">{_text(title)}</a></li>' for title in titles)
     return "\n".join(
         [
             "<header>",
             f'<p class="over">sisma_jax · evaluation of {kind.get(subject["kind"], "images")}</p>',
-            f"<h1>{_text(subject['path'])}</h1>",
+            f"<h1>{_breakable(subject['path'])}</h1>",
             f'<dl class="facts">{items}</dl>',
-            f'<ul class="tiles">{"".join(map(_tile, shown[:_MOST_TILES]))}</ul>' if shown else "",
+            f'<ul class="tiles">{tiles}</ul>' if tiles else "",
             f'<nav aria-label="Sections"><ul>{links}</ul></nav>',
             "</header>",
         ]
@@ -180,8 +194,8 @@ def _header(evaluation: Evaluation, titles: Sequence[str]) -> str:
 
 
 def _tile(row: MetricRow) -> str:
-    details = " · ".join(filter(None, (row.interval, _ARROWS[row.better])))
-    return f"<li>{_text(row.label)}<strong>{_text(row.value)}</strong><span>{_text(details)}</span></li>"
+    details = "".join(f"<span>{_text(text)}</span>" for text in (row.interval, _ARROWS[row.better]) if text)
+    return f"<li>{_text(row.full_label)}<strong>{_text(row.value)}</strong>{details}</li>"
 
 
 def _numbers(evaluation: Evaluation) -> str:
@@ -202,16 +216,11 @@ def _numbers(evaluation: Evaluation) -> str:
         content.append(_table("metrics", head, bodies))
     if evaluation["not_computed"]:
         missing = [
-            f'<tr><th scope="row">{_text(_label(name))}</th><td>{_linked(reason)}</td></tr>'
+            f'<tr><th scope="row">{_text(label_of(name))}</th><td>{_linked(reason)}</td></tr>'
             for name, reason in evaluation["not_computed"].items()
         ]
         content += ["<h3>Not computed</h3>", _table("record", "", ["<tbody>", *missing, "</tbody>"])]
     return "\n".join(content)
-
-
-def _label(name: str) -> str:
-    explanation = explain(name)
-    return name if explanation is None else explanation.label
 
 
 def _metric(row: MetricRow) -> str:
@@ -260,7 +269,7 @@ def _agreement(evaluation: Evaluation, classes: ClassSet | None) -> str:
         of_ceiling = None if ceiling is None else ceiling["iou_per_class"].get(name)
         rows.append(_class_row(name, swatch, value, of_ceiling, of_floor))
     head = (
-        '<thead><tr><th scope="col">Class</th><th scope="col" class="bar">0 to 1</th>'
+        '<thead><tr><th scope="col">Class</th><th scope="col" class="bar"><span>0</span><span>1</span></th>'
         + "".join(
             f'<th scope="col" class="number"><span class="key {kind}"></span>{title}</th>'
             for kind, title in (("value", "Samples"), ("ceiling", "Ceiling"), ("floor", "Floor"))
@@ -295,15 +304,16 @@ def _class_row(
 
 
 def _training(metrics: Sequence[Mapping[str, int | float]]) -> str:
-    figures = [_chart_figure("Loss", _loss_curves(metrics), "flow-matching loss")]
+    losses = _loss_curves(metrics)
+    figures = [_chart_figure("Loss", losses, "flow-matching loss", y_limit=_loss_limit(losses))]
     names = dict.fromkeys(name for line in metrics for name in line)  # in order of their first line
     for name in names:
         explanation = explain(name)
         if explanation is None or name == "held_out_loss":
             continue
-        curve = charts.Curve(explanation.label, *series(metrics, name), has_points=True)
+        curve = charts.Curve(explanation.full_label, *series(metrics, name), has_points=True)
         better = f"{explanation.better} is better" if explanation.better in ("higher", "lower") else ""
-        figures.append(_chart_figure(explanation.label, [curve], ", ".join(filter(None, (name, better)))))
+        figures.append(_chart_figure(explanation.full_label, [curve], ", ".join(filter(None, (name, better)))))
     figures = [figure for figure in figures if figure]
     return f'<div class="charts">\n{"".join(figures)}\n</div>' if figures else ""
 
@@ -313,15 +323,23 @@ def _loss_curves(metrics: Sequence[Mapping[str, int | float]]) -> list[charts.Cu
     steps, losses = series(metrics, "loss")
     if len(steps):
         x, y, low, high = charts.binned(steps, smooth(losses, reach=len(losses) // 40), losses)
-        curves.append(charts.Curve("training, smoothed, with the range of the logged values", x, y, band=(low, high)))
+        curves.append(charts.Curve("training, smoothed; pale: as logged", x, y, band=(low, high)))
     steps, losses = series(metrics, "held_out_loss")
     if len(steps):
         curves.append(charts.Curve("held-out", steps, losses, style="second", has_points=True))
     return curves
 
 
-def _chart_figure(title: str, curves: Sequence[charts.Curve], y_label: str) -> str:
-    chart = charts.line_chart(curves, x_label="training step", y_label=y_label)
+def _loss_limit(curves: Sequence[charts.Curve]) -> float:
+    """Returns the largest loss after the start of the training, which would fill the chart otherwise."""
+    ends = [curve.x[-1] for curve in curves]
+    later = [curve.y[(curve.x >= _START * max(ends)) & np.isfinite(curve.y)] for curve in curves]
+    values = np.concatenate([np.empty(0), *later])
+    return float(values.max()) if values.size else math.inf
+
+
+def _chart_figure(title: str, curves: Sequence[charts.Curve], y_label: str, y_limit: float = math.inf) -> str:
+    chart = charts.line_chart(curves, x_label="training step", y_label=y_label, y_limit=y_limit)
     if not chart:
         return ""
     keys = "".join(f'<li><span class="key {curve.style}"></span>{_text(curve.label)}</li>' for curve in curves)

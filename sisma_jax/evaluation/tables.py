@@ -2,11 +2,15 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from sisma_jax.evaluation.explanations import Better, explain, network_label
+from sisma_jax.evaluation.explanations import Better, Explanation, explain, features_of, network_label
 from sisma_jax.evaluation.results import Evaluation, MaskAgreement, Score, SetDistances
+
+LINK = re.compile(r"(https?://[^\s<>|`\"']*[^\s<>|`\"'.,;:)])")
+"""An address in the text of a reason, such as where a file is downloaded from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +19,8 @@ class MetricRow:
 
     Attributes:
       name: of the metric in the result file, such as "fd_parser".
-      label: name for readers.
+      label: name for readers, within its group.
+      full_label: name for readers, outside of its group.
       meaning: what the metric means, and the values that it can be compared with.
       better: which values are good; "" if the metric has no good direction.
       number: the value itself.
@@ -25,6 +30,7 @@ class MetricRow:
 
     name: str
     label: str
+    full_label: str
     meaning: str
     better: Better
     number: float
@@ -54,7 +60,7 @@ def metric_groups(evaluation: Evaluation) -> list[MetricGroup]:
     level = interval_level(evaluation)
     groups = [MetricGroup("Agreement with the masks", tuple(_agreement_rows(evaluation["mask_agreement"], level)))]
     for one in evaluation["distances"]:
-        title = f"Distance to real images, in the features of {network_label(one['network'])}"
+        title = f"Distance to real images in {features_of(one['network'])}"
         groups.append(MetricGroup(title, tuple(_distance_rows(one, level))))
     for title, scores in (
         ("Variety of the samples of a mask", evaluation["diversity"]),
@@ -84,6 +90,16 @@ def interval_title(evaluation: Evaluation) -> str:
     """
     level = interval_level(evaluation)
     return "Interval" if level is None else f"{level:.0%} interval".replace("%", " %")
+
+
+def label_of(name: str) -> str:
+    """Returns the name of a metric for readers; `name` itself if the metric is unknown.
+
+    Args:
+      name: as `explain`.
+    """
+    explanation = explain(name)
+    return name if explanation is None else explanation.full_label
 
 
 def format_number(value: float, like: float | None = None) -> str:
@@ -212,11 +228,17 @@ def _score_row(name: str, score: Score, level: float | None) -> MetricRow:
 
 
 def _row(name: str, number: float, interval: str) -> MetricRow:
-    explanation = explain(name)
-    label, meaning, better = (
-        (name, "", "") if explanation is None else (explanation.label, explanation.meaning, explanation.better)
+    explanation = explain(name) or Explanation(name, "", "")
+    return MetricRow(
+        name=name,
+        label=explanation.label,
+        full_label=explanation.full_label,
+        meaning=explanation.meaning,
+        better=explanation.better,
+        number=number,
+        value=format_number(number),
+        interval=interval,
     )
-    return MetricRow(name, label, meaning, better, number, format_number(number), interval)
 
 
 def _count(number: int) -> str:

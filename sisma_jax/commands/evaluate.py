@@ -18,6 +18,7 @@ from sisma_jax.evaluation import comparison, grids, mask_agreement, results
 from sisma_jax.evaluation.held_out_loss import held_out_loss
 from sisma_jax.evaluation.image_sets import FolderImages, FolderMasks, ImageSet, SplitImages
 from sisma_jax.evaluation.measurement import Measurements, load_networks, measure_faces, measure_folders, reconstruction
+from sisma_jax.evaluation.model_card import write_model_card
 from sisma_jax.evaluation.protocols import Protocol, protocol
 from sisma_jax.evaluation.report import Pictures, write_report
 from sisma_jax.evaluation.sampled_faces import params_checksum, sample_faces
@@ -247,6 +248,7 @@ def _evaluate(
     grids.save_png(out.sample_grid(trained.step), grid)
     pictures = _with_pictures(Pictures(*shown), repetitions[0], originals, measured, networks.parser)
     write_report(out.report, evaluation, pictures, metrics, dataset.classes)
+    write_model_card(out.model_card, evaluation, config)
     _tell_results(out, evaluation)
     tell(f"Sample grid (mask | samples | held-out original): {out.sample_grid(trained.step)}")
 

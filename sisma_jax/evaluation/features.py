@@ -22,6 +22,7 @@ from sisma_jax.files import AnyPath
 from sisma_jax.models.autoencoder import from_uint8
 from sisma_jax.models.face_parser import FaceParser
 from sisma_jax.models.factory import Params
+from sisma_jax.parallel import sharding
 from sisma_jax.runs import flat_trees
 
 # Images per call of a network.
@@ -59,7 +60,7 @@ def parser_network(parser: FaceParser) -> FeatureNetwork:
 
     def features(images: np.ndarray) -> np.ndarray:
         small = np.stack([resize_image(image, parser.image_size) for image in images])
-        return np.asarray(_parser_features(parser.graph, parser.params, small))
+        return np.asarray(_parser_features(parser.graph, parser.params, sharding.to_local_devices(small)))
 
     return FeatureNetwork("parser", features, parser_checksum(parser), f"area-{parser.image_size}")
 

@@ -262,14 +262,15 @@ def _per_class(evaluation: Evaluation) -> Iterator[str]:
     agreement = evaluation["mask_agreement"]
     if agreement is None:
         return
-    columns = [agreement["samples"], agreement["ceiling"]] + ([agreement["floor"]] if agreement["floor"] else [])
+    named = {"Samples": agreement["samples"], "Ceiling": agreement["ceiling"], "Floor": agreement["floor"]}
+    columns = {title: scores for title, scores in named.items() if scores is not None}
     rows = []
     for name in agreement["samples"]["iou_per_class"]:
-        values = [scores["iou_per_class"].get(name) for scores in columns]
+        values = [scores["iou_per_class"].get(name) for scores in columns.values()]
         rows.append((_code(name), *("–" if value is None else format_number(value, like=1.0) for value in values)))
     yield "### Intersection over union by class\n"
     yield "Ceiling: the original photographs. Floor: samples with the masks of other faces.\n"
-    yield _table(("Class", "Samples", "Ceiling", "Floor")[: 1 + len(columns)], rows) + "\n"
+    yield _table(("Class", *columns), rows) + "\n"
 
 
 def _example(evaluation: Evaluation) -> str:

@@ -21,6 +21,7 @@ from sisma_jax.data.photos import resize_image
 from sisma_jax.models.autoencoder import from_uint8
 from sisma_jax.models.factory import Params
 from sisma_jax.models.patches import depth_to_space, space_to_depth
+from sisma_jax.parallel import sharding
 
 # The first level has half the image's resolution, and the last one a sixteenth: 8x8 positions for an image of 128 px.
 # With two convolutions per level on the way down, the label of every pixel can depend on the complete face, which is
@@ -184,7 +185,8 @@ class FaceParser:
         for start in range(0, len(images), batch_size):
             chunk = np.stack([resize_image(image, self.image_size) for image in images[start : start + batch_size]])
             filled = np.concatenate([chunk, np.zeros((batch_size - len(chunk), *chunk.shape[1:]), np.uint8)])
-            logits = np.asarray(_logits(self.graph, self.params, self._mirror, filled))[: len(chunk)]
+            batch = sharding.to_local_devices(filled)
+            logits = np.asarray(_logits(self.graph, self.params, self._mirror, batch))[: len(chunk)]
             masks[start : start + len(chunk)] = [_labels(one, side) for one in logits]
         return masks
 

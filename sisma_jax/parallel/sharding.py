@@ -247,6 +247,21 @@ def batch_shards(mesh: Mesh, process_index: int) -> list[int]:
     return [i for i, row in enumerate(parts) if any(device.process_index == process_index for device in row)]
 
 
+def to_local_devices(rows: np.ndarray) -> Array:
+    """Returns an array that is sharded over the devices of this process by its first dimension.
+
+    Functions that every process calls with images of its own, such as feature networks, use all its devices so. If the
+    devices do not divide the rows evenly, as many as possible that do are used.
+
+    Args:
+      rows: (B, ...), B at least 1.
+    """
+    devices = jax.local_devices()
+    count = max(number for number in range(1, len(devices) + 1) if len(rows) % number == 0)
+    mesh = Mesh(np.array(devices[:count]), ("local",))
+    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec("local")))
+
+
 def to_devices(rows: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, Array]:
     """Returns the global batch, sharded over the mesh, from the rows that this process holds.
 

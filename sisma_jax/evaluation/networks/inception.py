@@ -20,6 +20,7 @@ from sisma_jax.evaluation.networks import weights as torch_weights
 from sisma_jax.evaluation.networks.convolution import Convolution
 from sisma_jax.evaluation.networks.resizing import Resize, check_resize, resize_for_inception
 from sisma_jax.evaluation.networks.weights import Params, Weights
+from sisma_jax.parallel import sharding
 
 URL = "https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth"
 
@@ -235,7 +236,7 @@ def inception_from_weights(weights: Weights, source: str, *, resize: Resize = "p
 
     def features(images: np.ndarray) -> np.ndarray:
         # Two programs: the second, which takes long to compile, serves all sizes of images.
-        return np.asarray(_apply(graph, params, _resize(images, resize=resize)))
+        return np.asarray(_apply(graph, params, _resize(sharding.to_local_devices(images), resize=resize)))
 
     return FeatureNetwork("inception", features, torch_weights.checksum(weights, shapes), resize)
 

@@ -17,6 +17,7 @@ from sisma_jax.evaluation.networks.alexnet import AlexNet
 from sisma_jax.evaluation.networks.conv_stacks import ConvStack, imagenet_normalize, load_params, weight_shapes
 from sisma_jax.evaluation.networks.vgg import Vgg16
 from sisma_jax.evaluation.networks.weights import Params, Weights
+from sisma_jax.parallel import sharding
 
 LpipsNetwork = Literal["alex", "vgg"]
 """The network whose features are compared, by the names of the package lpips."""
@@ -77,7 +78,9 @@ class Lpips:
         distances = np.empty(len(images), np.float32)
         for start in range(0, len(images), batch_size):
             count = min(batch_size, len(images) - start)
-            pair = (_to_batch(x[start : start + count], batch_size) for x in (images, others))
+            pair = (
+                sharding.to_local_devices(_to_batch(x[start : start + count], batch_size)) for x in (images, others)
+            )
             distances[start : start + count] = np.asarray(self.distance(*pair))[:count]
         return distances
 
@@ -101,7 +104,7 @@ class Lpips:
         """
         images = _checked(images, "images")
         self._require_size(images)
-        return np.asarray(self.pair_distances(_to_batch(images, len(images))))
+        return np.asarray(self.pair_distances(jnp.asarray(_to_batch(images, len(images)))))
 
 
 def lpips_from_weights(weights: Weights, source: str, *, network: LpipsNetwork = "alex") -> Lpips:
@@ -186,7 +189,7 @@ def _checked(images: np.ndarray, name: str) -> np.ndarray:
     return images
 
 
-def _to_batch(images: np.ndarray, batch_size: int) -> jax.Array:
+def _to_batch(images: np.ndarray, batch_size: int) -> np.ndarray:
     """Returns the images in [-1, 1], padded with copies of the last one to `batch_size` images."""
     images = np.pad(images, ((0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)), mode="edge")
-    return jnp.asarray(images.astype(np.float32) / np.float32(127.5) - 1)
+    return images.astype(np.float32) / np.float32(127.5) - 1

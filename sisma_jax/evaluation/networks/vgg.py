@@ -20,6 +20,7 @@ from sisma_jax.evaluation.networks.conv_stacks import (
 from sisma_jax.evaluation.networks.convolution import Convolution
 from sisma_jax.evaluation.networks.resizing import bicubic
 from sisma_jax.evaluation.networks.weights import Params, Weights
+from sisma_jax.parallel import sharding
 
 _CHANNELS = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 _FIRST_OF_STAGE = (2, 4, 7, 10)
@@ -78,7 +79,7 @@ def vgg16_from_weights(weights: Weights, source: str) -> FeatureNetwork:
     graph, params = load_params(Vgg16, weights, source)
 
     def features(images: np.ndarray) -> np.ndarray:
-        return np.asarray(_features(graph, params, images))
+        return np.asarray(_features(graph, params, sharding.to_local_devices(images)))
 
     checksum = torch_weights.checksum(weights, weight_shapes(Vgg16))
     return FeatureNetwork("vgg16", features, checksum, f"clean-fid-{_SIZE}")

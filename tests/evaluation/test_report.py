@@ -90,7 +90,8 @@ def test_a_complete_report_has_all_sections(tmp_path, small):
         "crc32:9f1c2a77",
         "solver euler",
         "sample: 0",
-        "Sample, 61.0 %",
+        "Sample, 61.0 % correct",
+        "At distance 9.000",
     ):
         assert text in page.text or text == "sample: 0"
     assert "pt_inception-2015-12-05-6726825d.pth" in page.text

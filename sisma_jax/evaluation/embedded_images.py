@@ -15,13 +15,14 @@ LARGEST_SIDE = 512
 LARGEST_EXACT_SIDE = 128
 """Images up to this side are stored without loss, since a page enlarges their pixels."""
 
-_QUALITIES = (90, 75, 50)
-# Noise, as a model without training samples it, is not compressible: it gets the next quality.
-_MOST_BYTES = 96 * 1024
+_QUALITIES = (90, 75, 50, 25)
+# Noise, as a model without training samples it, hardly shrinks, so it gets a lower quality. A page has at most about 90
+# such images, which keeps it below 10 MB.
+_MOST_BYTES = 80_000
 
 
 def image_uri(image: np.ndarray) -> str:
-    """Returns an image as a data URI: a PNG file up to 128 pixels, otherwise a JPEG file of quality 90.
+    """Returns an image as a data URI: a PNG file up to 128 pixels, else a JPEG file of quality 90, or less for noise.
 
     Args:
       image: uint8 RGB (H, W, 3).

@@ -358,7 +358,7 @@ def _neighbours(pictures: Pictures, evaluation: Evaluation) -> str:
         for j, neighbour in enumerate(of_sample):
             distance = format_number(float(distances[i, j]))
             alt = f"Training image {j + 1} near sample {i + 1}, at distance {distance}"
-            figures.append(image_strips.photo(neighbour, alt, f"Training image, {distance}"))
+            figures.append(image_strips.photo(neighbour, alt, f"At distance {distance}"))
         rows.append(figures)
     note = "Does the model copy? Each row shows a sample and the training images that are nearest to it."
     memorization = evaluation["memorization"]
@@ -380,7 +380,7 @@ def _worst(pictures: Pictures, classes: ClassSet) -> str:
     predicted, originals, accuracies = pictures.worst_predicted, pictures.worst_originals, pictures.worst_accuracies
     rows = []
     for i, (mask, sample) in enumerate(zip(masks, samples, strict=True)):
-        accuracy = "" if accuracies is None else f", {accuracies[i]:.1%}".replace("%", " %")
+        accuracy = "" if accuracies is None else f", {100 * accuracies[i]:.1f} % correct"
         figures = [
             image_strips.colored_mask(mask, classes, f"Mask of case {i + 1}", "Mask"),
             image_strips.photo(sample, f"Sample of case {i + 1}{accuracy}", f"Sample{accuracy}"),

@@ -158,7 +158,7 @@ def provenance_rows(evaluation: Evaluation) -> list[tuple[str, str]]:
         ),
         ("Fingerprint of the data", evaluation["protocol"]["data_fingerprint"]),
     ]
-    rows += [(f"Checksum of {network_label(name)}", value) for name, value in evaluation["networks"].items()]
+    rows += [(f"Checksum, {network_label(name)}", value) for name, value in evaluation["networks"].items()]
     rows += [("Versions", ", ".join(f"{name} {version}" for name, version in evaluation["versions"].items()))]
     rows += [("Format of the result file", str(evaluation["format"]))]
     return [(label, value) for label, value in rows if value]

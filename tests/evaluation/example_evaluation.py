@@ -127,7 +127,7 @@ def example_pictures(size: int) -> Pictures:
     faces = [draw_face((0, index), min(size, 128)) for index in range(12)]
     images = np.stack([cv2.resize(image, (size, size), interpolation=cv2.INTER_CUBIC) for image, _ in faces])
     masks = np.stack([cv2.resize(mask, (size, size), interpolation=cv2.INTER_NEAREST) for _, mask in faces])
-    noise = np.random.default_rng(0).normal(0, 6, (4, *images.shape))
+    noise = np.random.default_rng(0).normal(0, 6, (4, 1, *images.shape[1:]))
     samples = np.clip(images + noise, 0, 255).astype(np.uint8).swapaxes(0, 1)
     predicted = masks.copy()
     predicted[:, : size // 4] = 0

@@ -27,5 +27,5 @@ def get_config() -> Config:
         train=TrainConfig(num_steps=420, batch_size=16, log_every_steps=10, checkpoint_every_steps=140),
         sample=Sampling(steps=20, guidance=1.5),
         parser=ParserConfig(num_steps=600),
-        evaluate=EvaluateConfig(num_samples=48),
+        evaluate=EvaluateConfig(num_samples=48, diversity_masks=8, samples_per_mask=4),
     )

@@ -127,7 +127,7 @@ class Evaluate:
             if not is_primary():
                 return
             if masks is None:
-                measured.not_computed.setdefault("miou", "Name the folder of the masks of the samples with --masks.")
+                measured.not_computed.setdefault("miou", "Name the folder of the masks of the samples with `masks`.")
             record: results.ProtocolRecord = {
                 "name": "",
                 "data": references.name,

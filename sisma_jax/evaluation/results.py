@@ -133,13 +133,14 @@ class Memorization(TypedDict):
     Attributes:
       samples: mean distance of a sample to its nearest training image.
       held_out: the same of held-out real images.
-      ratio: samples / held_out. Well below 1, the model repeats training images.
+      ratio: samples / held_out. Well below 1, the model repeats training images. None if all held-out images are among
+        the training images.
       num_training_images: number of training images that were searched.
     """
 
     samples: Score
     held_out: Score
-    ratio: float
+    ratio: float | None
     num_training_images: int
 
 

@@ -1,7 +1,5 @@
 """How far a set of samples is from a set of real images, by the features of one network."""
 
-import math
-
 import numpy as np
 
 from sisma_jax.errors import InputError
@@ -73,7 +71,7 @@ def memorization(samples: np.ndarray, held_out: np.ndarray, training: np.ndarray
     return {
         "samples": as_score(mean_interval(near, seed=seed)),
         "held_out": as_score(mean_interval(far, seed=seed)),
-        "ratio": float(near.mean()) / mean if mean else math.inf,
+        "ratio": float(near.mean()) / mean if mean else None,
         "num_training_images": len(training),
     }
 

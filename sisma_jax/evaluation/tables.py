@@ -209,7 +209,7 @@ def _distance_rows(distances: SetDistances, level: float | None) -> Iterator[Met
 
 def _training_rows(evaluation: Evaluation) -> Iterator[MetricRow]:
     memorization, loss = evaluation["memorization"], evaluation["held_out_loss"]
-    if memorization is not None:
+    if memorization is not None and memorization["ratio"] is not None:
         samples, held_out = memorization["samples"]["value"], memorization["held_out"]["value"]
         row = _row("memorization_ratio", memorization["ratio"], "")
         context = (

@@ -28,6 +28,7 @@ from sisma_jax.torch_files import TORCH_SUFFIXES, read_state_dict
 _FORMAT = "sisma_jax face parser"
 _VERSION = "1"
 _PARSER = "parser"
+_OF_BISENET = "cp.resnet.conv1.weight"
 
 
 def save(parser: FaceParser, path: str | os.PathLike[str]) -> None:
@@ -52,7 +53,8 @@ def load(path: str | os.PathLike[str], classes: ClassSet) -> FaceParser:
     """Returns the face parser that `save` wrote, or face-parsing.PyTorch (BiSeNet) with its public weights.
 
     Args:
-      path: of the file, on the disk or in a bucket; *.pth are weights of PyTorch.
+      path: of the file, on the disk or in a bucket; *.pth are weights of PyTorch,
+        which may also be safetensors.
       classes: that it must predict. The classes of face-parsing.PyTorch may have any order.
 
     Raises:
@@ -61,9 +63,7 @@ def load(path: str | os.PathLike[str], classes: ClassSet) -> FaceParser:
     """
     path = to_path(path)
     if path.suffix in TORCH_SUFFIXES:
-        network = bisenet.from_weights(read_state_dict(path), classes, str(path))
-        graph, params = nnx.split(network)
-        return FaceParser(graph, nnx.to_pure_dict(params), classes, bisenet.IMAGE_SIZE, is_own=False)
+        return _bisenet(read_state_dict(path), classes, str(path))
     try:
         with on_disk(path) as file, safetensors.safe_open(file, framework="numpy") as content:
             metadata = content.metadata() or {}
@@ -72,6 +72,8 @@ def load(path: str | os.PathLike[str], classes: ClassSet) -> FaceParser:
         raise InputError(f"{path}: no such file; the command `parser` trains a face parser.") from error
     except (OSError, TypeError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} is damaged or not a face parser ({error}).") from error
+    if _OF_BISENET in arrays:
+        return _bisenet(read_state_dict(path), classes, str(path))
     if metadata.get("format") != _FORMAT or metadata.get("version") != _VERSION:
         raise InputError(f"{path} is not a face parser that this release of sisma_jax wrote.")
     if metadata.get("crc32") != flat_trees.crc32(arrays):
@@ -83,6 +85,11 @@ def load(path: str | os.PathLike[str], classes: ClassSet) -> FaceParser:
             f"{classes.title}; give one that predicts these, or train one with the command `parser`."
         )
     return parser
+
+
+def _bisenet(weights: dict[str, np.ndarray], classes: ClassSet, source: str) -> FaceParser:
+    graph, params = nnx.split(bisenet.from_weights(weights, classes, source))
+    return FaceParser(graph, nnx.to_pure_dict(params), classes, bisenet.IMAGE_SIZE, is_own=False)
 
 
 def pack(parser: FaceParser) -> tuple[dict[str, np.ndarray], str]:

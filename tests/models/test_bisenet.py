@@ -7,6 +7,7 @@ import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 
 from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
@@ -92,6 +93,11 @@ def test_a_parser_with_public_weights_predicts_masks(weights, monkeypatch, tmp_p
     monkeypatch.setattr(parser_file, "read_state_dict", lambda _: weights)
     monkeypatch.setattr(bisenet, "IMAGE_SIZE", 64)
     parser = parser_file.load(tmp_path / "79999_iter.pth", CELEBAMASK_HQ)
+    monkeypatch.undo()
+    monkeypatch.setattr(bisenet, "IMAGE_SIZE", 64)
+    safetensors.numpy.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    same = parser_file.load(tmp_path / "model.safetensors", CELEBAMASK_HQ)
+    chex.assert_trees_all_equal(same.params, parser.params)
     image = GOLDEN["image"][:, :64, :64]
     masks = parser.predict(image)
     network = bisenet.from_weights(weights, CELEBAMASK_HQ, "FILE")

@@ -178,8 +178,15 @@ def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
 def test_every_file_of_a_run_has_one_name(tmp_path, monkeypatch):
     run = RunFolder(tmp_path / "demo", CONFIG)
     files = (
-        *(run.checkpoints, run.metrics, run.tensorboard, run.profile, run.samples, run.evaluations, run.evaluation),
-        *(run.loss_curve, run.parser_path, run.plan("v5e:4x4"), run.exported(1200), run.autoencoder_path),
+        *(run.checkpoints, run.metrics, run.tensorboard, run.profile, run.samples, run.evaluations),
+        *(
+            run.evaluation.result,
+            run.loss_curve,
+            run.parser_path,
+            run.plan("v5e:4x4"),
+            run.exported(1200),
+            run.autoencoder_path,
+        ),
         run.autoencoder_training.checkpoints,
     )
     assert [str(file.relative_to(run.path)) for file in files] == [

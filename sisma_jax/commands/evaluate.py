@@ -346,6 +346,7 @@ def _tell_results(out: EvaluationFolder, evaluation: results.Evaluation) -> None
     for name, reason in evaluation["not_computed"].items():
         tell(f"Not computed: {name}. {reason}")
     if evaluation["held_out_loss"] is not None:
-        tell(f"Held-out loss: {evaluation['held_out_loss']:.4f}")
+        step = evaluation["subject"].get("step")
+        tell(f"Held-out loss at step {step}: {evaluation['held_out_loss']:.4f}")
     tell(f"Measurements: {out.result}")
     tell(f"Report: {out.report}")

@@ -169,7 +169,9 @@ def test_edits_that_cannot_be_made_are_refused(capsys, weights, edit):
     sample = ("sample", "--mask", files["edited"])
     assert "name the photograph with --image" in refused(capsys, weights, *sample, "--region", files["region"])
     editing = (*sample, "--image", files["photo"])
-    assert "nothing to generate" in refused(capsys, weights, *editing, "--image_mask", files["edited"])
+    nothing = refused(capsys, weights, *editing, "--image_mask", files["edited"])
+    assert "nothing to generate" in nothing
+    assert f"Error: {files['edited']}: " in nothing
     both = ("--image_mask", files["before"], "--region", files["region"])
     assert "either image_mask" in refused(capsys, weights, *editing, *both)
     assert "margin must be" in refused(capsys, weights, *editing, *both[:2], "--margin", -1)

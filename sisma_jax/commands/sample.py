@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Annotated
 
 import jax
@@ -14,7 +15,7 @@ from sisma_jax.config import Config, Sampling
 from sisma_jax.data import masks as masks_lib
 from sisma_jax.data import photos
 from sisma_jax.data.classes import ClassSet
-from sisma_jax.data.mask_files import find_masks
+from sisma_jax.data.mask_files import MaskFile, find_masks
 from sisma_jax.data.photo_files import Photo, read_photo, save_photo, to_8_bits
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import grids
@@ -114,7 +115,7 @@ class Sample:
                     num_samples=self.num,
                     sampling=self.sampling,
                 )
-                faces = [edit(mask) for mask in given]
+                faces = [_named(file, edit, mask) for file, mask in zip(files, given, strict=True)]
                 originals = np.stack([photos.resize_image(to_8_bits(photo.pixels), size)] * len(masks))
             if not is_primary():
                 return
@@ -138,3 +139,11 @@ class Sample:
         if run is not None:
             return pipeline.from_run(run, checkpoint=self.checkpoint, mesh=mesh)
         return pipeline.from_exported(self.weights, config, mesh=mesh)
+
+
+def _named(file: MaskFile, edit: Callable[[np.ndarray], np.ndarray], mask: np.ndarray) -> np.ndarray:
+    """Returns the edits of a mask; an error names its file."""
+    try:
+        return edit(mask)
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error

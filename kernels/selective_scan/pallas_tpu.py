@@ -8,7 +8,6 @@ inside the kernels: outside, each would read and write sequences in HBM once mor
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -19,18 +18,24 @@ from jax.experimental.pallas import tpu as pltpu
 
 from ..partition import vary_as
 from ..typing import Array, Float, Ref, ScanArrays
-from .pallas_tpu_kernels import BackwardRefs, ForwardRefs, backward_kernel, forward_kernel
-from .pallas_tpu_layout import LANES, SUBLANES, BlockSizes, Config, Layout, padded_state
+from .pallas_tpu_kernels import LOG2_E, BackwardRefs, ForwardRefs, backward_kernel, forward_kernel
+from .pallas_tpu_layout import GROUP, LANES, PARTS, SUBLANES, BlockSizes, Config, Layout, padded_state
+from .pallas_tpu_tiles import TURNED_ROWS
 from .reference import first_state, skip_and_gate
 
 Refs = TypeVar("Refs", ForwardRefs, BackwardRefs)
 
 FLOAT32 = jnp.dtype("float32")
-LOG2_E = math.log2(math.e)
 # VMEM of one core is 128 MiB on v5e and v6e and 64 MiB on v7x. XLA keeps other arrays in it too, so the kernels plan
 # for half of the smaller one. The limit given to the compiler leaves room for its own temporaries and register spills.
 VMEM_BUDGET_BYTES = 32 * 2**20
 VMEM_LIMIT_BYTES = 48 * 2**20
+# The backward pass holds three registers for each one of a strip's state, in A, dh and dA, of the 64 that a core has.
+# At d_state 16, strips of six tiles gained nothing over four: the compiler spilled more.
+MAX_STATE_REGISTERS = 8
+MAX_STRIP_TILES = 4
+# 2,304 channels, the widest preset. Loops over tiles are unrolled, so that this limits the size of the kernel's code.
+MAX_BLOCK_TILES = 18
 
 
 def selective_scan_pallas_tpu(
@@ -77,7 +82,8 @@ def selective_scan_pallas_tpu(
     # A grid without programs would leave the outputs unwritten.
     if 0 in u.shape or 0 in A.shape:
         return skip_and_gate(jnp.zeros(u.shape, FLOAT32), u, D, z), state
-    sizes = block_sizes(u.shape[1], u.shape[2], A.shape[1], u.dtype.itemsize)
+    batch, length, d_inner = u.shape
+    sizes = block_sizes(batch, length, d_inner, A.shape[1], u.dtype.itemsize)
     config = Config(sizes, delta_softplus, reverse, interpret)
     arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
     # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
@@ -104,55 +110,62 @@ def check_supported_by_pallas_tpu(
     for name, x in arrays.items():
         if x is not None and x.dtype not in (jnp.float32, jnp.bfloat16):
             raise NotImplementedError(f"{name}: got dtype {x.dtype}, pallas_tpu supports float32 and bfloat16")
-    block_sizes(u.shape[1], u.shape[2], A.shape[1], u.dtype.itemsize)
+    batch, length, d_inner = u.shape
+    block_sizes(batch, length, d_inner, A.shape[1], u.dtype.itemsize)
 
 
-def block_sizes(length: int, d_inner: int, d_state: int, itemsize: int) -> BlockSizes:
-    """Returns blocks of at most 1,024 channels, and the most steps up to 128 whose states fit in VMEM.
-
-    A register holds 1,024 channels, and a narrower block takes as many instructions. So the number of blocks is as
-    small as possible, and their width is the smallest for that number: 1,536 channels are two blocks of 768.
+def block_sizes(batch: int, length: int, d_inner: int, d_state: int, itemsize: int) -> BlockSizes:
+    """Returns the widths of blocks and strips with the least padding, and the most steps up to 128 that fit in VMEM.
 
     Args:
+      batch: number of examples, at least 1.
       length: steps of the sequence, at least 1.
       d_inner: number of channels, at least 1.
-      d_state: states per channel.
+      d_state: states per channel, at least 1.
       itemsize: bytes per entry of u.
 
     Raises:
       NotImplementedError: the states of 16 steps exceed the VMEM budget.
     """
     all_tiles = pl.cdiv(d_inner, LANES)
-    blocks = pl.cdiv(all_tiles, SUBLANES)
-    tiles = pl.cdiv(all_tiles, blocks)
-    # A power of two, so that the 16 rows of a bfloat16 tile divide it, and no longer than the sequence needs. Longer
-    # chunks keep fewer states in HBM and need more VMEM; above 128 steps the states in HBM are small beside u.
-    steps = min(128, max(16, pl.next_power_of_2(length)))
-    while _vmem_bytes(BlockSizes(tiles, steps), d_state, itemsize) > VMEM_BUDGET_BYTES:
-        if steps == 16:
+    # Each block of channels repeats the work on B and C, so there are as few as possible. But a single example has two,
+    # one for each core of a v4 or v5p chip.
+    blocks = max(pl.cdiv(all_tiles, MAX_BLOCK_TILES), 2 if batch == 1 and all_tiles > 1 else 1)
+    block_tiles = pl.cdiv(all_tiles, blocks)
+    # A wider strip has more independent operations to overlap, but less room for A, h and dA in registers. Among widths
+    # with the same padding, the widest.
+    widest = min(MAX_STRIP_TILES, max(1, MAX_STATE_REGISTERS * SUBLANES // padded_state(d_state)))
+    tiles = min(range(1, widest + 1), key=lambda tiles: (pl.cdiv(block_tiles, tiles) * tiles, -tiles))
+    strips = pl.cdiv(block_tiles, tiles)
+    # A power of two, so that groups of 16 steps divide it, and no longer than the sequence needs. Longer chunks keep
+    # fewer states in HBM and need more VMEM; above 128 steps the states in HBM are small beside u.
+    steps = min(128, max(GROUP, pl.next_power_of_2(length)))
+    while _vmem_bytes(BlockSizes(tiles, strips, steps), d_state, itemsize) > VMEM_BUDGET_BYTES:
+        if steps == GROUP:
             raise NotImplementedError(
                 f"A: got {d_state} states per channel, which do not fit in VMEM for pallas_tpu; use implementation "
                 "'xla'"
             )
         steps //= 2
-    return BlockSizes(tiles, steps)
+    return BlockSizes(tiles, strips, steps)
 
 
 def _vmem_bytes(sizes: BlockSizes, d_state: int, itemsize: int) -> int:
     """The VMEM of the backward pass, which is larger than that of the forward pass.
 
-    It consists of the scratch of `_backward`, and two buffers for each of the seven sequences that are copied in or
-    out: u, delta, z, dy and the gradients of u, delta and z.
+    It consists of the scratch of `_backward`, and two buffers for each operand that is copied in or out: the seven
+    sequences u, delta, z, dy and the gradients of u, delta and z; A, dA, and a chunk's first state and the gradients of
+    the first and last state; B, C and their gradients; D, delta_bias and theirs, which take 8 rows each.
     """
-    # Entries of a sequence's block; then bytes of the row of partial sums of dB, or dC, for one step.
-    sequence = sizes.steps * sizes.tiles * LANES
-    rows = padded_state(d_state) * LANES * 4
-    # A register of 8 sublanes per step and state index, of which `tiles` are used. Eight more steps stand for the
-    # blocks of the size of a state: A, a chunk's first state, the gradients of the first and last state, and dA.
-    states = (sizes.steps + 8) * d_state * SUBLANES * LANES * 4
-    # Eight rows for each of the 8 steps of a group and each state index.
-    products = SUBLANES * d_state * SUBLANES * LANES * 4
-    return states + products + 2 * sizes.steps * rows + 6 * sequence * 4 + 2 * 7 * sequence * itemsize
+    steps, rows = sizes.steps, padded_state(d_state)
+    projection_lanes = pl.cdiv(PARTS * rows, LANES) * LANES
+    # Entries of float32.
+    states = steps * rows * sizes.tiles * LANES
+    by_step = 6 * steps * sizes.channels
+    by_entry = 4 * steps * rows * LANES
+    by_group = 3 * TURNED_ROWS * sizes.tiles * LANES
+    operands = (5 * rows + 4 * SUBLANES) * sizes.channels + 2 * steps * (projection_lanes + rows)
+    return 4 * (states + by_step + by_entry + by_group + 2 * operands) + 2 * 7 * steps * sizes.channels * itemsize
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -166,7 +179,7 @@ def _scan_fwd(
     config: Config, arrays: ScanArrays
 ) -> tuple[
     tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-    tuple[ScanArrays, Float[Array, "B chunks blocks N tiles 128"]],
+    tuple[ScanArrays, Float[Array, "B chunks rows channels"]],
 ]:
     outputs = _forward(config, arrays, keep_chunk_states=True)
     # Kept: the inputs, which are alive anyway, and one float32 state per chunk, 1/128 of all states at the usual chunk
@@ -177,7 +190,7 @@ def _scan_fwd(
 
 def _scan_bwd(
     config: Config,
-    residuals: tuple[ScanArrays, Float[Array, "B chunks blocks N tiles 128"]],
+    residuals: tuple[ScanArrays, Float[Array, "B chunks rows channels"]],
     cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
 ) -> tuple[ScanArrays]:
     arrays, chunk_states = residuals
@@ -196,11 +209,11 @@ def _kernel_inputs(layout: Layout, arrays: ScanArrays) -> dict[str, tuple[Array,
         inputs["z"] = (arrays["z"], "sequence")
     # A is scaled once here, so that exp(Δ A) is 2^(Δ A log2 e): the hardware's exponential has base 2, and `exp` would
     # multiply each of its arguments by log2 e.
-    inputs["A"] = (layout.to_blocks(arrays["A"].astype(jnp.float32).T) * LOG2_E, "matrix")
+    inputs["A"] = (layout.pad_state(arrays["A"].T) * LOG2_E, "matrix")
     inputs |= {name: (layout.to_projection(arrays[name]), "projection") for name in ("B", "C")}
     for name, x in (("D", arrays["D"]), ("delta_bias", arrays["delta_bias"])):
         if x is not None:
-            inputs[name] = (layout.to_blocks(x), "vector")
+            inputs[name] = (layout.pad_vector(x), "vector")
     return inputs
 
 
@@ -209,22 +222,22 @@ def _forward(config: Config, arrays: ScanArrays, keep_chunk_states: bool) -> dic
     u = arrays["u"]
     layout = Layout.of(config, u, arrays["A"], backward=False)
     inputs = _kernel_inputs(layout, arrays)
-    inputs["initial_state"] = (layout.to_blocks(jnp.swapaxes(arrays["initial_state"], 1, 2)), "state")
+    inputs["initial_state"] = (layout.pad_state(jnp.swapaxes(arrays["initial_state"], 1, 2)), "state")
     outputs = {"y": ("sequence", u.dtype), "final_state": ("state", FLOAT32)}
     if keep_chunk_states:
         outputs["chunk_states"] = ("chunk_states", FLOAT32)
-    # A row of 128 channels for each step and tile; `pallas_tpu_layout` gives the order of rows.
-    by_step = (layout.steps * layout.tiles, LANES)
-    scratch: dict[str, tuple[int, ...]] = {name: by_step for name in ("step_size", "drive", "y_sum")}
+    scratch = {name: _by_entry(layout) for name in ("B_rows", "C_rows")}
+    scratch |= {name: _by_step(layout) for name in ("step_size", "drive", "y_sum")}
+    scratch["y_turned"] = _by_group(layout)
     # Per entry of a state: Δ A, its product with h, drive B, their sum, and multiplication by C and addition to y.
     result = _call(forward_kernel, ForwardRefs, layout, inputs, outputs, scratch, operations=6)
-    return result | {"final_state": jnp.swapaxes(layout.from_blocks(result["final_state"]), 1, 2)}
+    return result | {"final_state": layout.from_state(result["final_state"])}
 
 
 def _backward(
     config: Config,
     arrays: ScanArrays,
-    chunk_states: Float[Array, "B chunks blocks N tiles 128"],
+    chunk_states: Float[Array, "B chunks rows channels"],
     dy: Float[Array, "B L D"],
     d_final_state: Float[Array, "B D N"],
 ) -> ScanArrays:
@@ -236,7 +249,7 @@ def _backward(
     inputs = _kernel_inputs(layout, arrays) | {
         "d_out": (dy, "sequence"),
         "chunk_states": (chunk_states, "chunk_states"),
-        "d_final_state": (layout.to_blocks(jnp.swapaxes(d_final_state, 1, 2)), "state"),
+        "d_final_state": (layout.pad_state(jnp.swapaxes(d_final_state, 1, 2)), "state"),
     }
     # dA is accumulated per example, because examples are on a parallel axis of the grid.
     outputs = {
@@ -247,16 +260,10 @@ def _backward(
         "dC": ("projection_sums", FLOAT32),
         "d_initial_state": ("state", FLOAT32),
     }
-    by_step = (layout.steps * layout.tiles, LANES)
-    # A row of 128 partial sums over channels for each step and state index.
-    by_row = (layout.steps * layout.padded_state, LANES)
-    scratch: dict[str, tuple[int, ...]] = {
-        **{name: by_step for name in ("step_size", "drive", "dy", "d_drive", "d_step_size")},
-        "dB_rows": by_row,
-        "dC_rows": by_row,
-        "states": (layout.steps, layout.d_state, layout.tiles, LANES),
-        "products": (SUBLANES * layout.d_state * SUBLANES, LANES),
-    }
+    scratch = {name: _by_entry(layout) for name in ("B_rows", "C_rows", "dB_rows", "dC_rows")}
+    scratch |= {name: _by_step(layout) for name in ("step_size", "drive", "dy", "d_drive", "d_step_size")}
+    scratch |= {name: _by_group(layout) for name in ("d_drive_turned", "d_step_size_turned")}
+    scratch["states"] = (layout.steps * layout.tiles * layout.padded_state, LANES)
     if arrays["D"] is not None:
         outputs["dD"] = ("vector_sums", FLOAT32)
     if arrays["delta_bias"] is not None:
@@ -264,21 +271,36 @@ def _backward(
     # The gradient of z needs the gate's input, which is recomputed with the states and not kept.
     if arrays["z"] is not None:
         outputs["dz"] = ("sequence", arrays["z"].dtype)
-        scratch["y_sum"] = by_step
+        scratch |= {"y_sum": _by_step(layout), "y_turned": _by_group(layout)}
     # About 20 operations per entry of a state: to recompute it, for its adjoint, and for the products in the gradients.
     d = _call(backward_kernel, BackwardRefs, layout, inputs, outputs, scratch, operations=20)
     # XLA finishes the sums: those of parameters over the examples, and those of dB and dC over the blocks of channels.
     return ScanArrays(
         u=d["du"],
         delta=d["d_delta"],
-        A=layout.from_blocks(d["dA"]).sum(axis=0).T,
+        A=layout.from_state(d["dA"]).sum(axis=0),
         B=layout.from_projection_sums(d["dB"]),
         C=layout.from_projection_sums(d["dC"]),
         D=layout.from_vector_sums(d["dD"]) if "dD" in d else None,
         z=d.get("dz"),
         delta_bias=layout.from_vector_sums(d["d_delta_bias"]) if "d_delta_bias" in d else None,
-        initial_state=jnp.swapaxes(layout.from_blocks(d["d_initial_state"]), 1, 2),
+        initial_state=layout.from_state(d["d_initial_state"]),
     )
+
+
+def _by_entry(layout: Layout) -> tuple[int, int]:
+    """The shape of scratch with a row of 128 lanes for each step and state index."""
+    return layout.steps * layout.padded_state, LANES
+
+
+def _by_step(layout: Layout) -> tuple[int, int]:
+    """The shape of scratch with a row of 128 channels for each tile of the block and step."""
+    return layout.channels // LANES * layout.steps, LANES
+
+
+def _by_group(layout: Layout) -> tuple[int, int]:
+    """The shape of scratch with a register for each step of a group and tile of a strip."""
+    return layout.tiles * TURNED_ROWS, LANES
 
 
 def _call(
@@ -299,8 +321,7 @@ def _call(
       inputs: {name: (array, kind of operand)}, where the kinds are those of `Layout.operands`; absent arguments have no
         entry.
       outputs: {name: (kind of operand, dtype)}.
-      scratch: {name: shape} of float32 buffers in VMEM. They keep their contents from one program to the next, but no
-        kernel relies on that.
+      scratch: {name: shape} of float32 buffers in VMEM. They keep their contents from one program to the next.
       operations: arithmetic operations per entry of a state, for XLA's scheduler.
     """
     operands = layout.operands()

@@ -1,7 +1,7 @@
 """Loops, reads, writes and sums over blocks and scratch for the bodies of the TPU kernels, `pallas_tpu_kernels`.
 
-`pallas_tpu_layout` describes the blocks and how scratch stores a chunk. "Scratch" here means a buffer in VMEM with a
-row of 128 channels for each step and tile.
+`pallas_tpu_layout` describes blocks, strips and groups. "Scratch" here means a float32 buffer in VMEM of shape
+(tiles of the block * steps, 128), with a row of 128 channels for each tile and step, unless something else is said.
 """
 
 import functools
@@ -13,43 +13,86 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from ..typing import Array, Float, Index, Int, Ref
-from .pallas_tpu_layout import LANES, ROWS, SUBLANES, Layout
+from .pallas_tpu_layout import GROUP, LANES, PARTS, SUBLANES, Layout
 
 Carry = TypeVar("Carry")
 # What `pl.ds` returns: an ordinary slice if its start is a Python number.
 Slice = slice | pl.Slice
+# One array per register.
+Registers = list[Float[Array, "8 128"]]
 # How many steps and channels of the array remain from the start of a block, or None where no block is ragged.
 Remaining = tuple[Index | None, Index | None]
 
+# In the scratch of `sum_sublanes`, the rows from one sublane to the next, and those of a tile. The stride is odd: with
+# one of 16, sublanes would share the banks of VMEM, and a store would take four instructions.
+TURNED_STRIDE = GROUP + 1
+TURNED_ROWS = SUBLANES * TURNED_STRIDE
+
+
+class Strip:
+    """The channels whose recurrence a kernel computes at a time: a few tiles of 128."""
+
+    def __init__(self, layout: Layout, index: Index) -> None:
+        """Selects a strip.
+
+        Args:
+          layout: sizes of the pass.
+          index: of the strip within the block of channels.
+        """
+        self._layout = layout
+        self._first = index * layout.tiles
+
+    def row(self, scratch: Ref, g: Index, i: int, column: int) -> Float[Array, "1 128"]:
+        """Returns step i of group g and a tile's channels; a load that broadcasts this row to all sublanes."""
+        return scratch[pl.ds(self._start(g, column) + i, 1)]
+
+    def put(self, scratch: Ref, g: Index, column: int, x: Float[Array, "16 128"]) -> None:
+        """Writes the steps of group g and a tile's channels to scratch."""
+        scratch[pl.ds(self._start(g, column), GROUP)] = x
+
+    def load(self, state: Ref, *index: int) -> Registers:
+        """Returns this strip's part of a state: a register for each tile and, within it, for each 8 state indices.
+
+        Args:
+          state: a block (..., padded_state, channels).
+          index: of the block's leading axes.
+        """
+        return [state[(*index, *self._register(k))] for k in range(self._layout.strip_registers)]
+
+    def store(self, state: Ref, registers: Registers, *index: int) -> None:
+        """Writes what `load` returns."""
+        for k, register in enumerate(registers):
+            state[(*index, *self._register(k))] = register
+
+    def _start(self, g: Index, column: int) -> Index:
+        return _aligned((self._first + column) * self._layout.steps + g * GROUP, GROUP)
+
+    def _register(self, k: int) -> tuple[Slice, Slice]:
+        column, n = divmod(k, self._layout.state_registers)
+        return pl.ds(n * SUBLANES, SUBLANES), pl.ds(_aligned((self._first + column) * LANES, LANES), LANES)
+
 
 class Tile:
-    """16 steps by 128 channels of a chunk: contiguous in the blocks of sequences, two groups of 8 rows in scratch.
+    """16 steps by 128 channels of a chunk.
 
     Its methods load from VMEM to registers, always as float32, and store from registers to VMEM.
     """
 
-    def __init__(self, layout: Layout, remaining: Remaining, pair: Int[Array, ""], column: int) -> None:
-        """Selects the steps of groups 2 pair and 2 pair + 1, and channels 128 column ... 128 column + 127.
+    def __init__(self, layout: Layout, remaining: Remaining, g: Int[Array, ""], column: int) -> None:
+        """Selects the steps of group g, and channels 128 column ... 128 column + 127.
 
         Args:
           layout: sizes of the pass.
           remaining: from `remaining_entries`.
-          pair: index of the pair of groups within the chunk.
+          g: index of the group within the chunk.
           column: index of the tile within the block's channels.
         """
-        # `column` is a Python number, so lanes are static; `pair` is the counter of a loop, so rows are not.
-        self._column = column
-        starts = (pair * ROWS, column * LANES)
+        # `column` is a Python number, so lanes are static; `g` is the counter of a loop, so rows are not.
+        starts = (g * GROUP, column * LANES)
         self._remaining = [None if n is None else n - start for n, start in zip(remaining, starts, strict=True)]
-        # multiple_of tells the compiler that rows are aligned with tiles. Without it, each access would have to handle
-        # rows that begin inside a tile.
-        self._rows = pl.ds(pl.multiple_of(pair * ROWS, ROWS), ROWS)
+        self._rows = pl.ds(_aligned(g * GROUP, GROUP), GROUP)
         self._lanes = pl.ds(column * LANES, LANES)
-        # One slice per group: in scratch, a group's 8 steps of 128 channels are 8 adjacent rows.
-        self._scratch = [
-            pl.ds(pl.multiple_of(((2 * pair + half) * layout.tiles + column) * SUBLANES, SUBLANES), SUBLANES)
-            for half in range(2)
-        ]
+        self._scratch_rows = pl.ds(_aligned(column * layout.steps + g * GROUP, GROUP), GROUP)
 
     def get(self, block: Ref) -> Float[Array, "16 128"]:
         """Returns the tile of a sequence, with zeros beyond the end of the array, where the block is undefined."""
@@ -61,23 +104,21 @@ class Tile:
 
     def take(self, scratch: Ref) -> Float[Array, "16 128"]:
         """Returns the tile of a scratch buffer."""
-        return jnp.concatenate([scratch[rows] for rows in self._scratch])
+        return scratch[self._scratch_rows]
 
     def put(self, scratch: Ref, x: Float[Array, "16 128"]) -> None:
         """Writes x to the tile of a scratch buffer."""
-        for half, rows in enumerate(self._scratch):
-            scratch[rows] = x[half * SUBLANES : (half + 1) * SUBLANES]
+        scratch[self._scratch_rows] = x
 
     def vector(self, block: Ref) -> Float[Array, "1 128"]:
-        """Returns this tile's channels of a vector."""
-        # A slice of one row, because a vector register has two axes: (1, 128) is broadcast over the steps.
-        return block[0, self._column : self._column + 1]
+        """Returns this tile's channels of a vector; a load that broadcasts them to all steps."""
+        return block[:, self._lanes]
 
     def add(self, block: Ref, x: Float[Array, "16 128"]) -> None:
         """Adds the sum of x over the valid steps to this tile's channels of a vector sum."""
-        # This sum goes across sublanes, but only once per tile. It is float32, because it may run over the complete
-        # sequence.
-        block[0, 0, self._column : self._column + 1] += jnp.sum(self.valid(x), axis=0, keepdims=True)
+        # Float32, because it may run over the complete sequence. XLA adds up the eight rows.
+        x = self.valid(x)
+        block[0, :, self._lanes] += x[:SUBLANES] + x[SUBLANES:]
 
     def valid(self, x: Float[Array, "16 128"]) -> Float[Array, "16 128"]:
         """Returns x with zeros beyond the end of the array."""
@@ -87,6 +128,14 @@ class Tile:
             if remaining is not None:
                 x = jnp.where(jax.lax.broadcasted_iota(jnp.int32, x.shape, axis) < remaining, x, 0.0)
         return x
+
+
+def _aligned(start: Index, multiple: int) -> Index:
+    """Returns start, and tells the compiler that it is a multiple: of a register's rows or lanes.
+
+    Otherwise, an access to rows that a loop counts would have to handle those that begin inside a register.
+    """
+    return start if isinstance(start, int) else pl.multiple_of(start, multiple)
 
 
 def remaining_entries(layout: Layout) -> Remaining:
@@ -107,26 +156,40 @@ def remaining_entries(layout: Layout) -> Remaining:
     )
 
 
-def for_tiles(layout: Layout, remaining: Remaining, body: Callable[[Tile], None]) -> None:
-    """Calls the body for each tile of the chunk; the order does not matter.
-
-    This is a loop over pairs of groups. The tiles of a pair are unrolled, which gives the compiler independent work to
-    overlap.
+def for_tiles(layout: Layout, body: Callable[[Int[Array, ""], list[Tile]], None]) -> None:
+    """Calls the body for each group of the chunk, with the tiles of all channels of the block.
 
     Args:
       layout: sizes of the pass.
-      remaining: from `remaining_entries`.
-      body: reads and writes one tile.
+      body: called as body(g, tiles) for group g; the order does not matter. It unrolls its work on the tiles, which
+        gives the compiler independent work to overlap.
     """
+    # Outside the loop, because the interpreter knows the position in the grid only there.
+    remaining = remaining_entries(layout)
+    groups = layout.steps // GROUP
+    # Two groups per iteration, so that one's results, which arrive late from the matrix unit and the units that permute
+    # lanes, are stored while the other computes.
+    unrolled = min(2, groups)
 
-    @pl.loop(0, layout.steps // ROWS)
-    def _(pair: Int[Array, ""]) -> None:
-        for column in range(layout.tiles):
-            body(Tile(layout, remaining, pair, column))
+    @pl.loop(0, groups // unrolled)
+    def _(k: Int[Array, ""]) -> None:
+        for g in (k * unrolled + j for j in range(unrolled)):
+            body(g, [Tile(layout, remaining, g, column) for column in range(layout.channels // LANES)])
+
+
+def for_strips(layout: Layout, body: Callable[[Strip], None]) -> None:
+    """Calls the body for each strip of the block of channels; the order does not matter."""
+    if layout.sizes.strips == 1:
+        body(Strip(layout, 0))
+        return
+
+    @pl.loop(0, layout.sizes.strips)
+    def _(index: Int[Array, ""]) -> None:
+        body(Strip(layout, index))
 
 
 def for_groups(layout: Layout, body: Callable[[Int[Array, ""], Carry], Carry], carry: Carry, reverse: bool) -> Carry:
-    """Returns the carry after `carry = body(g, carry)` for each group g of 8 steps of the chunk.
+    """Returns the carry after `carry = body(g, carry)` for each group g of the chunk.
 
     Args:
       layout: sizes of the pass.
@@ -134,66 +197,98 @@ def for_groups(layout: Layout, body: Callable[[Int[Array, ""], Carry], Carry], c
       carry: the first carry.
       reverse: go from the last group to the first.
     """
-    # The carry, one array per state index, stays in registers from group to group.
-    groups = layout.steps // SUBLANES
+    # The carry, lists of registers, stays in them from group to group.
+    groups = layout.steps // GROUP
     return jax.lax.fori_loop(0, groups, lambda k, carry: body(groups - 1 - k if reverse else k, carry), carry)
 
 
 def in_order(reverse: bool) -> range:
-    """Returns the steps of a group, 0 ... 7, or 7 ... 0 if reverse. A range, so that loops over it are unrolled."""
-    return range(SUBLANES)[:: -1 if reverse else 1]
+    """Returns the steps of a group, 0 ... 15, or 15 ... 0 if reverse. A range, so that loops over it are unrolled."""
+    return range(GROUP)[:: -1 if reverse else 1]
 
 
-def step_rows(layout: Layout, g: Index, i: int) -> tuple[Slice, slice]:
-    """Returns the index of step i of group g in scratch: all channels of the block, as (tiles, 128)."""
-    # Row i of each of the group's tiles, which are 8 rows apart. The strided load assembles one register.
-    return pl.ds(g * SUBLANES * layout.tiles + i, layout.tiles, stride=SUBLANES), slice(None)
+def entry_rows(layout: Layout, g: Index, i: int, n: int) -> Slice:
+    """Returns the index of step i of group g and the n-th 8 state indices in rows for each step and state index."""
+    return pl.ds(_aligned((g * GROUP + i) * layout.padded_state + n * SUBLANES, SUBLANES), SUBLANES)
 
 
-def entry(layout: Layout, block: Ref, t: Index, n: int) -> Float[Array, ""]:
-    """Returns B_t[n] or C_t[n], a scalar from SMEM."""
-    return block[0, 0, 0, t * layout.d_state + n]
+def spread(layout: Layout, g: Int[Array, ""], block: Ref, rows: Ref) -> None:
+    """Broadcasts the entries of a projection at the steps of a group to all lanes.
 
-
-def product_rows(layout: Layout, i: int, n: int) -> Slice:
-    """Returns the index in `products` of step i of a group and state index n: `tiles` of the 8 reserved rows."""
-    return pl.ds((i * layout.d_state + n) * SUBLANES, layout.tiles)
-
-
-def sum_channels(layout: Layout, products: Ref, sums: Ref, g: Int[Array, ""], i: int) -> None:
-    """Sums each product of step i in group g over its tiles, to a row of 128 partial sums per state index.
-
-    Adding up the rows of one product, (tiles, 128), would be a sum across sublanes, which takes several shifts per
-    register. Instead, the products of eight state indices are read back transposed: a load with a stride of 8 rows
-    returns one tile of all eight as a register, and the sum over tiles adds registers.
+    A broadcast along lanes would occupy the units that permute lanes for several cycles per register. The matrix unit,
+    which has no other work here, multiplies rows that are zero except for the parts of one entry by ones. The result is
+    exact: parts are exact in bfloat16, and their sum is one in float32.
 
     Args:
       layout: sizes of the pass.
-      products: scratch, (8 * d_state * 8, 128), indexed by `product_rows`.
-      sums: scratch, (steps * padded_state, 128); receives the row of each step and state index.
-      g: index of the group within the chunk.
-      i: step within the group, 0 to 7.
+      g: index of the group.
+      block: (1, 1, steps, lanes), as described by `Layout.to_projection`.
+      rows: scratch, (steps * padded_state, 128), indexed by `entry_rows`.
     """
-    # Eight state indices at a time; the last time there may be fewer.
-    for n in range(0, layout.d_state, SUBLANES):
-        count = min(SUBLANES, layout.d_state - n)
-        first = (i * layout.d_state + n) * SUBLANES
-        transposed = (products[pl.ds(first + tile, count, stride=SUBLANES)] for tile in range(layout.tiles))
-        # Rows start at multiples of 8, because each step has padded_state rows; those of the padding are never used.
-        row = pl.multiple_of((g * SUBLANES + i) * layout.padded_state + n, SUBLANES)
-        sums[pl.ds(row, count)] = functools.reduce(jnp.add, transposed)
+    # In the row of state index n, the parts of entry n.
+    shape = (layout.padded_state, layout.projection_lanes)
+    difference = jax.lax.broadcasted_iota(jnp.int32, shape, 1) - jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+    is_part = functools.reduce(jnp.logical_or, (difference == k * layout.padded_state for k in range(PARTS)))
+    # The load of a step broadcasts its row to all state indices.
+    diagonals = jnp.concatenate(
+        [jnp.where(is_part, block[0, 0, pl.ds(g * GROUP + i, 1), :], 0.0) for i in range(GROUP)]
+    )
+    ones = jnp.ones((layout.projection_lanes, LANES), jnp.bfloat16)
+    size = GROUP * layout.padded_state
+    # The precision is given because a caller's `jax.default_matmul_precision` must not ask for more passes.
+    rows[pl.ds(_aligned(g * size, size), size)] = jnp.dot(
+        diagonals.astype(jnp.bfloat16),
+        ones,
+        precision=jax.lax.Precision.DEFAULT,
+        preferred_element_type=jnp.float32,
+    )
 
 
-def add_lanes(rows: Ref, sums: Ref) -> None:
-    """Completes the sums over channels: adds up each row of 128 partial sums to one entry of `sums`.
+def turned_rows(i: int, column: int) -> Slice:
+    """Returns the index at which `sum_sublanes` expects the register of a group's step i and a tile."""
+    return pl.ds(column * TURNED_ROWS + i, SUBLANES, stride=TURNED_STRIDE)
 
-    It transposes 128 rows at a time. The sum then adds registers, and not the lanes of one register, and its results
-    lie along the lanes, as a row of the output.
+
+def sum_sublanes(turned: Ref, column: int) -> Float[Array, "16 128"]:
+    """Returns the sums over sublanes of 16 registers, one per step of a group, with a row per step.
+
+    A sum across the sublanes of one register takes several rotations and additions. Instead, the strided stores of
+    the registers have collected equal sublanes in adjacent rows, and the sum adds registers.
 
     Args:
-      rows: scratch, (steps * padded_state, 128), written by `sum_channels`.
+      turned: scratch, (tiles * TURNED_ROWS, 128), written through `turned_rows`.
+      column: index of the tile within the strip.
+    """
+    starts = (column * TURNED_ROWS + n * TURNED_STRIDE for n in range(SUBLANES))
+    return functools.reduce(jnp.add, (turned[pl.ds(start, GROUP)] for start in starts))
+
+
+def add_lanes(layout: Layout, g: Int[Array, ""], rows: Ref, sums: Ref) -> None:
+    """Completes the sums over channels at the steps of a group, and clears their rows for the next chunk.
+
+    It adds up each row of 128 partial sums to one entry, transposing 128 rows at a time. The sum then adds registers,
+    and not the lanes of one register, and its results lie along the lanes, as a row of the output.
+
+    Args:
+      layout: sizes of the pass.
+      g: index of the group.
+      rows: scratch, (steps * padded_state, 128), indexed by `entry_rows`.
       sums: output block, (1, 1, 1, steps * padded_state / 128, 128).
     """
-    for k in range(rows.shape[0] // LANES):
-        block = rows[k * LANES : (k + 1) * LANES]
-        sums[0, 0, 0, k : k + 1] = jnp.sum(jnp.swapaxes(block, 0, 1), axis=0, keepdims=True)
+    # The 16 steps of a group have 128 rows per 8 state indices.
+    for n in range(layout.state_registers):
+        k = g * layout.state_registers + n
+        block = pl.ds(_aligned(k * LANES, LANES), LANES)
+        sums[0, 0, 0, pl.ds(k, 1)] = jnp.sum(jnp.swapaxes(rows[block], 0, 1), axis=0, keepdims=True)
+        rows[block] = jnp.zeros((LANES, LANES), jnp.float32)
+
+
+def clear(layout: Layout, *buffers: Ref) -> None:
+    """Writes zeros to scratch buffers, (steps * padded_state, 128)."""
+
+    # A loop, because unrolled stores would be a large part of the kernel's code.
+    @pl.loop(0, layout.steps // GROUP)
+    def _(g: Int[Array, ""]) -> None:
+        size = GROUP * layout.padded_state
+        for rows in buffers:
+            rows[pl.ds(_aligned(g * size, size), size)] = jnp.zeros((size, LANES), jnp.float32)

@@ -18,6 +18,7 @@ from sisma_jax.config import PRESETS
 from sisma_jax.kernels import selective_scan
 from sisma_jax.kernels.selective_scan import pallas_tpu
 from sisma_jax.kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
+from sisma_jax.kernels.selective_scan.pallas_tpu_layout import Config, Layout
 from tests.kernels.scan_cases import (
     ARGUMENTS,
     BFLOAT16,
@@ -57,10 +58,16 @@ def short_chunks(monkeypatch, compile_soon):
         Case(2, 37, 24, 3),
         Case(2, 37, 24, 3, reverse=True),
         Case(1, 32, 130, 2, optional=(), delta_softplus=False, reverse=True),
-        Case(1, 17, 1100, 1, optional=("z", "initial_state")),
+        Case(1, 17, 1400, 1, optional=("z", "initial_state")),
         Case(1, 1, 6, 9, optional=("D",), delta_softplus=False),
     ],
-    ids=["ragged", "ragged, reversed", "bare, two tiles", "two blocks of channels", "one step, many states"],
+    ids=[
+        "ragged",
+        "ragged, reversed",
+        "bare, two tiles",
+        "two blocks of two strips",
+        "one step, many states",
+    ],
 )
 def test_values_and_gradients_in_float32(case):
     assert_close(case.computed(interpreted), expected_results(case), **FLOAT32)
@@ -103,7 +110,7 @@ def test_an_empty_sequence_returns_the_initial_state():
 @hypothesis.given(
     case=st.builds(
         Case,
-        batch=st.integers(1, 2),
+        batch=st.integers(1, 3),
         length=st.integers(1, 50),
         d_inner=st.integers(1, 300),
         d_state=st.integers(1, 3),
@@ -164,26 +171,51 @@ def test_a_sharded_batch_stays_where_it_is():
 
 
 @hypothesis.given(
+    batch=st.integers(1, 9),
     length=st.integers(1, 100_000),
     d_inner=st.integers(1, 5000),
     d_state=st.integers(1, 128),
     itemsize=st.sampled_from([2, 4]),
 )
-def test_block_sizes_cover_the_channels_and_fit_in_vmem(length, d_inner, d_state, itemsize):
-    sizes = pallas_tpu.block_sizes(length, d_inner, d_state, itemsize)
-    width = 128 * sizes.tiles
-    assert 1 <= sizes.tiles <= 8
-    # No more blocks than the widest would make, and less than a tile too many in each.
-    assert -(-d_inner // width) == -(-d_inner // 1024)
-    assert width * -(-d_inner // width) - d_inner < 128 * -(-d_inner // width)
+def test_block_sizes_cover_the_channels_and_fit_in_vmem(batch, length, d_inner, d_state, itemsize):
+    sizes = pallas_tpu.block_sizes(batch, length, d_inner, d_state, itemsize)
+    blocks = -(-d_inner // sizes.channels)
+    # Less than a tile too many in each block; one block if it is not too wide, but two for one example.
+    assert 0 <= blocks * sizes.channels - d_inner < 128 * blocks
+    assert blocks == max(-(-d_inner // 2304), 2 if batch == 1 and d_inner > 128 else 1)
+    assert 1 <= sizes.tiles <= 4
+    # The registers of A, dh and dA.
+    assert sizes.tiles == 1 or 3 * sizes.tiles * -(-d_state // 8) <= 24
     assert sizes.steps in (16, 32, 64, 128)
     assert sizes.steps == 16 or sizes.steps < 2 * length
     assert pallas_tpu._vmem_bytes(sizes, d_state, itemsize) <= pallas_tpu.VMEM_BUDGET_BYTES
 
 
+@pytest.mark.parametrize("d_model", sorted({sizes["d_model"] for sizes in PRESETS.values()}))
+def test_no_preset_is_padded(d_model):
+    assert 2 * d_model % pallas_tpu.block_sizes(8, 1024, 2 * d_model, 16, 2).channels == 0
+
+
 def test_states_too_large_for_vmem_are_refused():
     with pytest.raises(NotImplementedError, match="4096 states per channel, which do not fit in VMEM"):
-        pallas_tpu.block_sizes(1024, 1024, 4096, 4)
+        pallas_tpu.block_sizes(2, 1024, 1024, 4096, 4)
+
+
+@pytest.mark.parametrize("d_state", [1, 16, 43])
+def test_projections_reach_the_matrix_unit_without_rounding(d_state):
+    rng = np.random.default_rng(0)
+    x = (rng.normal(size=(2, 37, d_state)) * 10.0 ** rng.integers(-20, 20, size=(2, 37, d_state))).astype(np.float32)
+    config = Config(pallas_tpu.BlockSizes(tiles=1, strips=1, steps=16), False, False, False)
+    layout = Layout.of(config, jnp.zeros((2, 37, 128)), jnp.zeros((128, d_state)), backward=False)
+    # Under jit, where XLA may replace a cast to bfloat16 and back by nothing.
+    lanes = np.asarray(jax.jit(layout.to_projection)(x)).reshape(2, 48, layout.projection_lanes)
+    np.testing.assert_array_equal(lanes, lanes.astype(jnp.bfloat16).astype(np.float32))
+    parts = lanes[:, :, : 3 * layout.padded_state].reshape(2, 48, 3, layout.padded_state)
+    total = parts[:, :, 2] + (parts[:, :, 1] + parts[:, :, 0])
+    np.testing.assert_array_equal(total[:, :37, :d_state], x)
+    assert not np.any(total[:, 37:])
+    assert not np.any(total[:, :, d_state:])
+    assert layout.projection_lanes % 128 == 0
 
 
 def test_float64_is_refused_by_name():
@@ -247,8 +279,8 @@ def test_every_preset_compiles_and_keeps_to_its_memory(topology, dtype, directio
     assert compiled.as_text().count("tpu_custom_call") >= len(widths) * (1 if direction == "forward" else 2)
     assert max(entries_of_buffers(compiled)) < batch * length * min(widths) * d_state
     memory = compiled.memory_analysis()
-    # A state a chunk of 128 steps, of which a sixth is padding in blocks of 768 channels.
-    states = sum(4 * batch * (length // 128) * d_state * width * 8 / 6 for width in widths)
+    # A state per chunk of 128 steps.
+    states = sum(4 * batch * (length // 128) * d_state * width for width in widths)
     assert memory.temp_size_in_bytes <= 1.25 * states + 0.1 * memory.argument_size_in_bytes
 
 

@@ -83,6 +83,8 @@ def subjects(options: Options, run: RunFolder, originals: SplitImages) -> list[S
     mesh = sharding.make_mesh(run.config.mesh)
     steps: Sequence[int | Literal["newest"]] = options.checkpoints or ("newest",)
     models = [pipeline.from_run(run, checkpoint=step, mesh=mesh) for step in steps]
+    for trained in models:
+        trained.mask_prior = None  # these are the data set's own masks, in its own order
     own_steps = run.config.sample.steps
     found += [
         Subject(f"samples of step {trained.step}", paint(trained, masks, own_steps, options)) for trained in models

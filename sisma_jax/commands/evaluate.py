@@ -206,6 +206,7 @@ def _evaluate(
     chosen = protocol(config, dataset.counts["test"])
     networks = load_networks(config.evaluate, chosen, parser)
     checksum = params_checksum(trained)
+    trained.mask_prior = None  # these are the data set's own masks, in its own order
     logger.info("Sampling faces for %d held-out masks.", chosen.num_masks)
     repetitions = [
         sample_faces(trained, checksum, dataset, out.cache, count=count, repetition=repetition)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
@@ -30,6 +31,7 @@ def with_gradient(
     save: Callable[[Arrays], tuple[Outputs, Saved]],
     gradient: Callable[[Arrays, Saved, Outputs], Any],
     plain: Callable[[Arrays], Outputs] | None = None,
+    name: str | None = None,
 ) -> Callable[[Arrays], Outputs]:
     """Returns `evaluate` with its own gradient, which can be transformed and differentiated again.
 
@@ -42,6 +44,8 @@ def with_gradient(
       gradient: from (arrays, saved, gradients of the outputs) to the gradients of the arrays, with their structure,
         shapes and dtypes; None for an array of integers or booleans. JAX does not differentiate it.
       plain: the same function as `evaluate`, of operations that JAX differentiates; `evaluate` itself if None.
+      name: of what `save` returns, for the policies of `jax.checkpoint` (see `jax.ad_checkpoint.checkpoint_name`). With
+        a policy that keeps this name, `save` runs once. No name if None.
     """
     plain = evaluate if plain is None else plain
 
@@ -53,6 +57,8 @@ def with_gradient(
         # As a primitive, because reverse mode would otherwise take apart the loops in `save`: it would move what is the
         # same in all iterations out of them, into memory.
         outputs, saved = linear_call(lambda inputs, _: save(*inputs), lambda *_: (), jax.lax.stop_gradient(primals), ())
+        if name is not None:
+            outputs, saved = jax.tree.map(lambda x: checkpoint_name(x, name), (outputs, saved))
         return differentiable(*primals, saved, outputs), derivative(*primals, saved, *tangents)
 
     # The outputs that `save` has computed, as a function of the arrays: a further derivative finds its rule here, and

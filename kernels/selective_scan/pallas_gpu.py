@@ -34,7 +34,7 @@ from ..derivatives import with_gradient
 from ..typing import Array, Float, Ref, ScanArrays
 from .pallas_gpu_kernels import Program, backward, combine, forward, summarize, summarize_adjoint
 from .pallas_gpu_layout import BlockSizes, Problem, block_sizes, operands
-from .reference import first_state, skip_and_gate
+from .reference import CHECKPOINT_NAME, first_state, skip_and_gate
 from .xla import selective_scan_xla
 
 __all__ = ["BlockSizes", "block_sizes", "check_supported_by_pallas_gpu", "selective_scan_pallas_gpu"]
@@ -104,6 +104,7 @@ def selective_scan_pallas_gpu(
         functools.partial(_gradient, problem),
         # Kernels have no forward mode: tangents are those of the loops in XLA.
         plain=lambda arrays: selective_scan_xla(**arrays, delta_softplus=delta_softplus, reverse=reverse),
+        name=CHECKPOINT_NAME,
     )
     return scan(arrays)
 

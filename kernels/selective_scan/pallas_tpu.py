@@ -21,7 +21,7 @@ from ..derivatives import with_gradient
 from ..typing import Array, Float, Ref, ScanArrays
 from .pallas_tpu_kernels import BackwardRefs, ForwardRefs, backward_kernel, forward_kernel
 from .pallas_tpu_layout import LANES, SUBLANES, BlockSizes, Config, Layout, padded_state
-from .reference import first_state, skip_and_gate
+from .reference import CHECKPOINT_NAME, first_state, skip_and_gate
 from .xla import selective_scan_xla
 
 Refs = TypeVar("Refs", ForwardRefs, BackwardRefs)
@@ -91,6 +91,7 @@ def selective_scan_pallas_tpu(
         functools.partial(_gradient, config),
         # Kernels have no forward mode: tangents are those of the loops in XLA.
         plain=lambda arrays: selective_scan_xla(**arrays, delta_softplus=delta_softplus, reverse=reverse),
+        name=CHECKPOINT_NAME,
     )
     return scan(arrays)
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 
 from ..derivatives import with_gradient
 from ..typing import Array, Float, Index
-from .reference import batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
+from .reference import CHECKPOINT_NAME, batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
 from .xla_windows import Window, at_step, for_windows, loop_into, pad_to_chunks, read, read_steps, write, write_steps
 
 # Two arrays that each chunk of the backward pass overwrites: h_t and carry_{t+1} of its steps; see `_backward_chunk`.
@@ -82,7 +82,7 @@ def selective_scan_xla(
     if 0 in u.shape or 0 in A.shape:
         return skip_and_gate(jnp.zeros(u.shape, dtype), u, D, z), state
     save, gradient = functools.partial(_forward, reverse), functools.partial(_backward, reverse)
-    scan = with_gradient(lambda inputs: save(inputs)[0], save, gradient)
+    scan = with_gradient(lambda inputs: save(inputs)[0], save, gradient, name=CHECKPOINT_NAME)
     y, final_state = scan(Inputs(u, step_size, A, B, C, state))
     return skip_and_gate(y, u, D, z), final_state
 

@@ -160,7 +160,7 @@ def _columns_to_rows(x: Float[Array, "B H w D"]) -> Float[Array, "B h W D"]:
 # are slower on a CPU. On a TPU, they move twice as many bytes at the batch sizes of training, and fewer bytes only at
 # batch size 1.
 def _permute(x: Float[Array, "B L D"], source: Indices, inverse: Indices) -> Float[Array, "B L D"]:
-    # The transpose is the inverse gather. Without this rule, JAX uses a scatter-add, which is ten times slower on a CPU.
+    # The transpose is the inverse gather. Without it, JAX uses a scatter-add, which is ten times slower on a CPU.
     return linear_call(
         lambda indices, x: _gather(x, indices[0]), lambda indices, grad: _gather(grad, indices[1]), (source, inverse), x
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,21 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
     assert none[0] > 1.5 * dots[0] > 1.5 * full[0]
     for recomputed in (dots, full):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), none[1], recomputed[1])
+
+
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_only_full_rematerialisation_repeats_the_scans(remat, forward_passes):
+    graph, params = nnx.split(make_model(dataclasses.replace(TINY, remat=remat, scan_implementation="pallas_tpu")))
+    xt, t, mask = make_inputs()
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        return (model(xt, t, model.encode({"mask": mask})) ** 2).mean()
+
+    program = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("tpu",)).as_text()
+    # All layers are one loop, whose body has two scans.
+    kernels = re.findall(r'kernel_name = "selective_scan_(\w+)"', program)
+    assert sorted(kernels) == ["backward"] * 2 + ["forward"] * 2 * forward_passes
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from tests.kernels.scan_cases import Case
 from tests.kernels.test_depthwise_conv import xla_convolution
 from tests.kernels.test_sequence_parallel import in_parts
 from tests.kernels.transforms import AUTO, CHECKS, EXPLICIT, ON_MESHES, Subject, check, first_derivatives
+from tests.processes import ROOT
 
 KERNELS = ("pallas_tpu", "pallas_gpu")
 PARAMETERS = ("A", "D", "delta_bias")
@@ -108,3 +110,14 @@ def test_derivatives_on_a_mesh(subject, mesh):
         parts_on_mesh_subject(mesh)()
     else:
         ON_MESHES[mesh](SUBJECTS[subject]())
+
+
+def test_the_documented_table_is_what_is_tested():
+    table = re.search(r"^\| \| jvp .*?(?=\n\n)", (ROOT / "docs/architecture.md").read_text(), re.M | re.S)
+    (_, *columns), _, *rows = (line.strip("| ").split(" | ") for line in ("| -" + table[0][1:]).splitlines())
+    assert columns == [*CHECKS, *ON_MESHES]
+    assert [name for name, *_ in rows] == [*SUBJECTS, "scan orders"]
+    for name, *cells in rows:
+        modes = "forward" if name in KERNELS else "both"
+        by_mode = {"vmap, unbatched parameters", "export", *ON_MESHES}
+        assert cells == [modes if column in by_mode else "yes" for column in columns]

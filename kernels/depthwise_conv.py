@@ -13,8 +13,12 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from .partition import SEQUENCE_AXIS, batch_axes, channel_axes, map_parts, row_parts, vary_as
+from .derivatives import with_gradient
+from .partition import SEQUENCE_AXIS, batch_axes, channel_axes, map_parts, row_parts
 from .typing import Array, Float, Index
+
+Inputs = tuple[Float[Array, "B H W D"], Float[Array, "KH KW D"]]
+"""Image and kernel, or their gradients."""
 
 
 def depthwise_conv2d(x: Float[Array, "B H W D"], kernel: Float[Array, "KH KW D"]) -> Float[Array, "B H W D"]:
@@ -22,8 +26,8 @@ def depthwise_conv2d(x: Float[Array, "B H W D"], kernel: Float[Array, "KH KW D"]
 
         y[b, h, w, d] = Σ_ij kernel[i, j, d] x[b, h + i - KH // 2, w + j - KW // 2, d]
 
-    The sum is accumulated in float32 and returned in the dtype of `x`. If the mesh in context (`jax.set_mesh`) has an
-    automatic axis `seq` that divides the rows, each device convolves its rows.
+    The sum is accumulated in float32, or in float64 if an argument is float64, and returned in the dtype of `x`. If the
+    mesh in context (`jax.set_mesh`) has an automatic axis `seq` that divides the rows, each device convolves its rows.
 
     Args:
       x: images, floating-point, channels last.
@@ -63,7 +67,7 @@ def depthwise_conv2d_of_rows(
       kernel: replicated; `jax.shard_map` sums its gradient over the devices.
       axis_name: the manual mesh axis over which the rows are sharded.
     """
-    return _shifted_sum(axis_name, x, vary_as(x, kernel))
+    return _shifted_sum(axis_name, x, kernel)
 
 
 def _pad(axis_name: str | None, x: Float[Array, "B H W D"], kernel_shape: tuple[int, ...]) -> Float[Array, "B HP WP D"]:
@@ -107,42 +111,43 @@ def _received(axis_name: str, x: Float[Array, "B H W D"], distance: int) -> Floa
 def _correlate(padded: Float[Array, "B HP WP D"], kernel: Float[Array, "KH KW D"]) -> Float[Array, "B H W D"]:
     """The sum over kernel positions of the padded image, shifted by the position, times the position's weights."""
     height, width = (padded.shape[i + 1] - kernel.shape[i] + 1 for i in range(2))
-    # Products and sum are float32 and are rounded to the image's dtype once. XLA fuses all terms into one loop over the
-    # output. The singleton axes make the broadcast explicit, since the tests forbid implicit rank promotion.
+    # Products and sum have the wider dtype and are rounded to the image's dtype once. XLA fuses all terms into one loop
+    # over the output. The singleton axes make the broadcast explicit, since the tests forbid implicit rank promotion.
+    dtype = _sum_dtype(padded, kernel)
     terms = (
-        padded[:, i : i + height, j : j + width].astype(jnp.float32)
-        * kernel[i, j][None, None, None].astype(jnp.float32)
+        padded[:, i : i + height, j : j + width].astype(dtype) * kernel[i, j][None, None, None].astype(dtype)
         for i in range(kernel.shape[0])
         for j in range(kernel.shape[1])
     )
     return functools.reduce(jnp.add, terms).astype(padded.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _shifted_sum(
     axis_name: str | None, x: Float[Array, "B H W D"], kernel: Float[Array, "KH KW D"]
 ) -> Float[Array, "B H W D"]:
     """The convolution; with an axis_name, of the device's rows of an image whose rows are sharded over that axis."""
-    return _correlate(_pad(axis_name, x, kernel.shape), kernel)
+
+    def evaluate(inputs: Inputs) -> Float[Array, "B H W D"]:
+        x, kernel = inputs
+        return _correlate(_pad(axis_name, x, kernel.shape), kernel)
+
+    # The gradient needs only the inputs, which are alive anyway. It pads the image again: exchanging a few rows again
+    # costs less than keeping a copy of the image that contains them.
+    convolve = with_gradient(
+        evaluate,
+        save=lambda inputs: (evaluate(inputs), ()),
+        gradient=lambda inputs, _, grad: _gradient(axis_name, inputs, grad),
+    )
+    return convolve((x, kernel))
 
 
-def _forward(
-    axis_name: str | None, x: Float[Array, "B H W D"], kernel: Float[Array, "KH KW D"]
-) -> tuple[Float[Array, "B H W D"], tuple[Float[Array, "B H W D"], Float[Array, "KH KW D"]]]:
-    # Kept: only the inputs, which are alive anyway. Recomputed: the padded image. Exchanging a few rows again costs
-    # less than keeping a copy of the image that contains them.
-    return _shifted_sum(axis_name, x, kernel), (x, kernel)
-
-
-def _backward(
-    axis_name: str | None,
-    residuals: tuple[Float[Array, "B H W D"], Float[Array, "KH KW D"]],
-    grad: Float[Array, "B H W D"],
-) -> tuple[Float[Array, "B H W D"], Float[Array, "KH KW D"]]:
-    x, kernel = residuals
+def _gradient(axis_name: str | None, inputs: Inputs, grad: Float[Array, "B H W D"]) -> Inputs:
+    """The gradients of the image and of the kernel, in their dtypes."""
+    x, kernel = inputs
     height, width = x.shape[1:3]
     kernel_height, kernel_width = kernel.shape[:2]
     padded = _pad(axis_name, x, kernel.shape)
+    dtype = _sum_dtype(x, kernel)
 
     # d kernel[i, j, d] = Σ_bhw padded[b, h + i, w + j, d] grad[b, h, w, d]
     # The loop goes over rows h. All products of a row stay in cache while they are added; one reduction over the
@@ -152,14 +157,14 @@ def _backward(
         grad_row = jax.lax.dynamic_slice_in_dim(grad, row, 1, axis=1)[:, 0]
         rows = jax.lax.dynamic_slice_in_dim(padded, row, kernel_height, axis=1)
         products = (
-            rows[:, i, j : j + width].astype(jnp.float32) * grad_row.astype(jnp.float32)
+            rows[:, i, j : j + width].astype(dtype) * grad_row.astype(dtype)
             for i in range(kernel_height)
             for j in range(kernel_width)
         )
         return tuple(total + product for total, product in zip(sums, products, strict=True))
 
-    # float32, because the sums have B x H x W terms.
-    zeros = jnp.zeros_like(grad[:, 0], jnp.float32)
+    # Not in bfloat16, because the sums have B x H x W terms.
+    zeros = jnp.zeros_like(grad[:, 0], dtype)
     sums = jax.lax.fori_loop(0, height, add_row, (zeros,) * (kernel_height * kernel_width))
     grad_kernel = jnp.stack([x.sum(axis=(0, 1)) for x in sums]).reshape(kernel.shape).astype(kernel.dtype)
     # The gradient of x is the correlation of grad with the kernel rotated by 180 degrees. Its padding is that of the
@@ -167,4 +172,5 @@ def _backward(
     return _correlate(_pad(axis_name, grad, kernel.shape), kernel[::-1, ::-1]), grad_kernel
 
 
-_shifted_sum.defvjp(_forward, _backward)
+def _sum_dtype(x: Array, kernel: Array) -> jnp.dtype:
+    return jnp.promote_types(jnp.promote_types(x.dtype, kernel.dtype), jnp.float32)

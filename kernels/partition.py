@@ -5,11 +5,13 @@ convolving its grid. The functions here choose the mesh axes for batch, channels
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
 from .typing import Array, Float, ScanArguments
+
+Arrays = TypeVar("Arrays")
 
 SEQUENCE_AXIS = "seq"
 """The mesh axis over which the tokens of an image are sharded. The batch is never sharded over it."""
@@ -120,16 +122,21 @@ def row_parts(*sides: int) -> int:
     return 1 if any(side % parts for side in sides) else parts
 
 
-def vary_as(varying: Array, x: Array) -> Array:
-    """Returns x, marked inside a `jax.shard_map` as varying over the manual axes over which `varying` does.
+def vary_alike(arrays: Arrays) -> Arrays:
+    """Returns the arrays, marked inside a `jax.shard_map` as varying over each manual axis over which one of them does.
 
     This makes the gradients of replicated parameters correct. Each device computes its part of such a gradient, and JAX
     sums the parts in the transpose of the cast from replicated to varying. JAX inserts that cast where the two kinds of
-    value meet in an operation, but it cannot see operations inside a custom VJP, so the cast is explicit here.
+    value meet in an operation, but it cannot see operations inside a function with its own gradient, so the cast is
+    explicit here.
 
     Args:
-      varying: the array whose mesh axes x gets.
-      x: of any shape; outside a `jax.shard_map` it is returned as it is.
+      arrays: pytree of arrays of any shapes; outside a `jax.shard_map` it is returned as it is.
     """
-    axes = jax.typeof(varying).manual_axis_type.varying - jax.typeof(x).manual_axis_type.varying
-    return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+    varying = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(arrays)))
+
+    def vary(x: Array) -> Array:
+        axes = varying - jax.typeof(x).manual_axis_type.varying
+        return jax.lax.pcast(x, tuple(axes), to="varying") if axes else x
+
+    return jax.tree.map(vary, arrays)

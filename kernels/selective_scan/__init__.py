@@ -5,6 +5,7 @@ sharded over a mesh axis.
 """
 
 from .api import selective_scan
+from .reference import CHECKPOINT_NAME
 from .sequence_parallel import sequence_parallel_scan
 
-__all__ = ["selective_scan", "sequence_parallel_scan"]
+__all__ = ["CHECKPOINT_NAME", "selective_scan", "sequence_parallel_scan"]

@@ -98,8 +98,9 @@ def selective_scan(
         y_t = (C_t · h_t + D u_t) silu(z_t)
 
     Inputs are bfloat16, float32 or float64. Exponentials, states and sums are float32, or float64 if one of u, delta,
-    A, B and C is float64. The function is differentiable in every array argument. The arguments are independent of
-    each other: B and delta may be computed from one sequence, C and z from another.
+    A, B and C is float64. The function is differentiable in every array argument, in forward and reverse mode and
+    to any order; `jax.checkpoint` finds outputs and saved states by the name `CHECKPOINT_NAME`. The arguments are
+    independent of each other: B and delta may be computed from one sequence, C and z from another.
 
     XLA cannot partition Pallas kernels. Under `jax.jit` with a sharded batch, set the mesh with `jax.set_mesh(mesh)`:
     each device then scans its part of the batch, and its part of the channels if the batch has too few examples for all

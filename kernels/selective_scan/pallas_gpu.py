@@ -30,11 +30,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from ..partition import vary_as
+from ..derivatives import with_gradient
 from ..typing import Array, Float, Ref, ScanArrays
 from .pallas_gpu_kernels import Program, backward, combine, forward, summarize, summarize_adjoint
 from .pallas_gpu_layout import BlockSizes, Problem, block_sizes, operands
-from .reference import first_state, skip_and_gate
+from .reference import CHECKPOINT_NAME, first_state, skip_and_gate
+from .xla import selective_scan_xla
 
 __all__ = ["BlockSizes", "block_sizes", "check_supported_by_pallas_gpu", "selective_scan_pallas_gpu"]
 
@@ -43,6 +44,10 @@ __all__ = ["BlockSizes", "block_sizes", "check_supported_by_pallas_gpu", "select
 MAX_D_STATE = 64
 
 FLOAT32 = jnp.dtype("float32")
+
+# (y, final_state), or their gradients.
+Outputs = tuple[Float[Array, "B L D"], Float[Array, "B D N"]]
+ChunkStates = Float[Array, "B chunks padN padD"]
 
 
 def selective_scan_pallas_gpu(
@@ -92,8 +97,16 @@ def selective_scan_pallas_gpu(
     sizes = block_sizes(batch, length, d_inner, d_state)
     problem = Problem(batch, length, d_inner, d_state, sizes, delta_softplus, reverse, interpret)
     arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
-    # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
-    return _scan(problem, jax.tree.map(functools.partial(vary_as, u), arrays))
+    save = functools.partial(_save, problem)
+    scan = with_gradient(
+        lambda arrays: save(arrays)[0],
+        save,
+        functools.partial(_gradient, problem),
+        # Kernels have no forward mode: tangents are those of the loops in XLA.
+        plain=lambda arrays: selective_scan_xla(**arrays, delta_softplus=delta_softplus, reverse=reverse),
+        name=CHECKPOINT_NAME,
+    )
+    return scan(arrays)
 
 
 def check_supported_by_pallas_gpu(
@@ -139,7 +152,7 @@ def _call(
       outputs: dtypes by name.
       each_chunk: each chunk has its own program; if False, one program goes through all chunks.
     """
-    # Inside a `jax.shard_map`, outputs vary over the mesh axes that shard the batch, as all inputs do by `vary_as`.
+    # Inside a `jax.shard_map`, outputs vary over the mesh axes that shard the batch, as all inputs do.
     layouts, varying = operands(problem), jax.typeof(inputs["A"]).manual_axis_type
 
     def body(inputs: dict[str, Ref], outputs: dict[str, Ref]) -> None:
@@ -165,18 +178,8 @@ def _call(
     )(dict(inputs))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(problem: Problem, arrays: ScanArrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """(y, final_state)."""
-    return _scan_fwd(problem, arrays)[0]
-
-
-def _scan_fwd(
-    problem: Problem, arrays: ScanArrays
-) -> tuple[
-    tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-    tuple[ScanArrays, Float[Array, "B chunks padN padD"]],
-]:
+def _save(problem: Problem, arrays: ScanArrays) -> tuple[Outputs, ChunkStates]:
+    """(y, final_state), and the states at chunk starts in the layout of the kernels."""
     inputs, first = _kernel_inputs(problem, arrays), _kernel_state(problem, arrays["initial_state"])
     if problem.chunks == 1:
         # The only chunk starts from the initial state, and neither `summarize` nor `combine` is needed.
@@ -187,18 +190,14 @@ def _scan_fwd(
         summaries = _call(summarize, problem, needed, _float32("end", "step_sum"))
         start = _combine_chunks(problem, inputs["A"], first, **summaries)["starts"]
     outputs = _call(forward, problem, inputs | {"start": start}, {"y": arrays["u"].dtype} | _float32("final_state"))
-    # Kept: the inputs, which are alive anyway, and one state per chunk. Recomputed: step sizes, decays and all other
-    # states, which would take d_state times the memory of u.
-    return (outputs["y"], _caller_state(problem, outputs["final_state"])), (arrays, start)
+    # The gradient needs the inputs, which are alive anyway, and one state per chunk. It recomputes step sizes, decays
+    # and all other states, which would take d_state times the memory of u.
+    return (outputs["y"], _caller_state(problem, outputs["final_state"])), start
 
 
-def _scan_bwd(
-    problem: Problem,
-    residuals: tuple[ScanArrays, Float[Array, "B chunks padN padD"]],
-    cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-) -> tuple[ScanArrays]:
+def _gradient(problem: Problem, arrays: ScanArrays, start: ChunkStates, cotangents: Outputs) -> ScanArrays:
     # Unlike the forward pass, this one needs `summarize_adjoint` even for one chunk, for the states of the groups.
-    (arrays, start), (dy, d_final_state) = residuals, cotangents
+    dy, d_final_state = cotangents
     inputs = _kernel_inputs(problem, arrays) | {"dy": dy}
     # Only the gradients of u and z need D.
     needed = {name: x for name, x in inputs.items() if name != "D"} | {"start": start}
@@ -233,10 +232,7 @@ def _scan_bwd(
         # The carry at the start of the first chunk is the gradient of the state before it.
         initial_state=_caller_state(problem, carries["last"]),
     )
-    return (jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays),)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays)
 
 
 def _float32(*names: str) -> dict[str, jnp.dtype]:

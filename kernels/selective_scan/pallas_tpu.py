@@ -16,12 +16,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from ..partition import vary_as
+from ..derivatives import with_gradient
 from ..typing import Array, Float, Ref, ScanArrays
 from .pallas_tpu_kernels import LOG2_E, BackwardRefs, ForwardRefs, backward_kernel, forward_kernel
 from .pallas_tpu_layout import GROUP, LANES, PARTS, SUBLANES, BlockSizes, Config, Layout, padded_state
 from .pallas_tpu_tiles import TURNED_ROWS
-from .reference import first_state, skip_and_gate
+from .reference import CHECKPOINT_NAME, first_state, skip_and_gate
+from .xla import selective_scan_xla
 
 Refs = TypeVar("Refs", ForwardRefs, BackwardRefs)
 
@@ -36,6 +37,10 @@ MAX_STATE_REGISTERS = 8
 MAX_STRIP_TILES = 4
 # 2,304 channels, the widest preset. Loops over tiles are unrolled, so that this limits the size of the kernel's code.
 MAX_BLOCK_TILES = 18
+
+# (y, final_state), or their gradients.
+Outputs = tuple[Float[Array, "B L D"], Float[Array, "B D N"]]
+ChunkStates = Float[Array, "B chunks rows channels"]
 
 
 def selective_scan_pallas_tpu(
@@ -86,8 +91,15 @@ def selective_scan_pallas_tpu(
     sizes = block_sizes(batch, length, d_inner, A.shape[1], u.dtype.itemsize)
     config = Config(sizes, delta_softplus, reverse, interpret)
     arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
-    # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
-    return _scan(config, jax.tree.map(functools.partial(vary_as, u), arrays))
+    scan = with_gradient(
+        functools.partial(_evaluate, config),
+        functools.partial(_save, config),
+        functools.partial(_gradient, config),
+        # Kernels have no forward mode: tangents are those of the loops in XLA.
+        plain=lambda arrays: selective_scan_xla(**arrays, delta_softplus=delta_softplus, reverse=reverse),
+        name=CHECKPOINT_NAME,
+    )
+    return scan(arrays)
 
 
 def check_supported_by_pallas_tpu(
@@ -168,38 +180,24 @@ def _vmem_bytes(sizes: BlockSizes, d_state: int, itemsize: int) -> int:
     return 4 * (states + by_step + by_entry + by_group + 2 * operands) + 2 * 7 * steps * sizes.channels * itemsize
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(config: Config, arrays: ScanArrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
+def _evaluate(config: Config, arrays: ScanArrays) -> Outputs:
     """(y, final_state). Without a gradient, the states at chunk starts are not written."""
     outputs = _forward(config, arrays, keep_chunk_states=False)
     return outputs["y"], outputs["final_state"]
 
 
-def _scan_fwd(
-    config: Config, arrays: ScanArrays
-) -> tuple[
-    tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-    tuple[ScanArrays, Float[Array, "B chunks rows channels"]],
-]:
+def _save(config: Config, arrays: ScanArrays) -> tuple[Outputs, ChunkStates]:
     outputs = _forward(config, arrays, keep_chunk_states=True)
-    # Kept: the inputs, which are alive anyway, and one float32 state per chunk, 1/128 of all states at the usual chunk
-    # of 128 steps. Recomputed: step sizes, decays and states. Keeping all states would take d_state times the memory of
-    # a float32 u, and the HBM traffic to write and read it.
-    return (outputs["y"], outputs["final_state"]), (arrays, outputs["chunk_states"])
+    # The gradient needs the inputs, which are alive anyway, and one float32 state per chunk, 1/128 of all states at the
+    # usual chunk of 128 steps. It recomputes step sizes, decays and states. Keeping all states would take d_state times
+    # the memory of a float32 u, and the HBM traffic to write and read it.
+    return (outputs["y"], outputs["final_state"]), outputs["chunk_states"]
 
 
-def _scan_bwd(
-    config: Config,
-    residuals: tuple[ScanArrays, Float[Array, "B chunks rows channels"]],
-    cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-) -> tuple[ScanArrays]:
-    arrays, chunk_states = residuals
+def _gradient(config: Config, arrays: ScanArrays, chunk_states: ChunkStates, cotangents: Outputs) -> ScanArrays:
     gradients = _backward(config, arrays, chunk_states, *cotangents)
     # Gradients that are sums come in float32, and are rounded to the argument's dtype here, after the last addition.
-    return (jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays),)
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
+    return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays)
 
 
 def _kernel_inputs(layout: Layout, arrays: ScanArrays) -> dict[str, tuple[Array, str]]:
@@ -237,7 +235,7 @@ def _forward(config: Config, arrays: ScanArrays, keep_chunk_states: bool) -> dic
 def _backward(
     config: Config,
     arrays: ScanArrays,
-    chunk_states: Float[Array, "B chunks rows channels"],
+    chunk_states: ChunkStates,
     dy: Float[Array, "B L D"],
     d_final_state: Float[Array, "B D N"],
 ) -> ScanArrays:

@@ -10,6 +10,9 @@ import jax.numpy as jnp
 
 from ..typing import Array, Float
 
+CHECKPOINT_NAME = "selective_scan"
+"""The name, for policies of `jax.checkpoint`, of a scan's outputs and of the states that its gradient needs."""
+
 
 def selective_scan_reference(
     u: Float[Array, "B L D"],

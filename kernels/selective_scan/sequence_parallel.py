@@ -18,7 +18,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from ..partition import SEQUENCE_AXIS, vary_as
+from ..derivatives import with_gradient
+from ..partition import SEQUENCE_AXIS
 from ..typing import Array, Bool, Float, Index, Int, ScanArrays
 from .api import check_arguments, selective_scan
 from .reference import batch_zeros, compute_dtype, discretization_step, first_state
@@ -27,8 +28,12 @@ from .reference import batch_zeros, compute_dtype, discretization_step, first_st
 # sixth of the time of two, four or eight (measured with 1,024 steps, 768 channels, 16 states and batch 2).
 UNROLLED_STEPS = 16
 
-Pullback = Callable[[tuple[Float[Array, "B L D"], Float[Array, "B D N"]]], tuple[ScanArrays]]
-"""From the gradients of (y, final_state) to those of the arrays: what `jax.vjp` returns."""
+# (y, final_state), or their gradients.
+_Outputs = tuple[Float[Array, "B L D"], Float[Array, "B D N"]]
+# The arrays, and parts_reversed, which is traced, because layers of both directions may share a program.
+_Inputs = tuple[ScanArrays, Bool[Array, ""]]
+# The pullback of the part's scan, as `jax.vjp` returns it, and the sums of step sizes of all parts.
+_Saved = tuple[Callable[[_Outputs], tuple[ScanArrays]], Float[Array, "P B D"]]
 
 
 def sequence_parallel_scan(
@@ -83,15 +88,16 @@ def sequence_parallel_scan(
     # All later functions take the dtype of the computation from the initial state.
     state = first_state(initial_state, u, A, compute_dtype(u, delta, A, B, C))
     arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
-    # Outside the custom VJP, so that the transpose of this cast sums the gradients of replicated arrays.
-    arrays = jax.tree.map(functools.partial(vary_as, u), arrays)
     options = _Options(axis_name, delta_softplus, reverse, implementation)
-    return _scan(options, arrays, jnp.asarray(reverse if parts_reversed is None else parts_reversed))
+    scan = with_gradient(
+        functools.partial(_evaluate, options), functools.partial(_save, options), functools.partial(_gradient, options)
+    )
+    return scan((arrays, jnp.asarray(reverse if parts_reversed is None else parts_reversed)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Options:
-    """The static arguments of `sequence_parallel_scan`, hashable as `nondiff_argnums` requires."""
+    """The static arguments of `sequence_parallel_scan`."""
 
     axis_name: str
     delta_softplus: bool
@@ -99,42 +105,29 @@ class _Options:
     implementation: str | None
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(
-    options: _Options, arrays: ScanArrays, parts_reversed: Bool[Array, ""]
-) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """(y, final_state). parts_reversed is a traced argument, because layers of both directions may share a program."""
-    return _scan_part(options, _with_start_state(options, arrays, parts_reversed)[0])
+def _evaluate(options: _Options, inputs: _Inputs) -> _Outputs:
+    """(y, final_state)."""
+    return _scan_part(options, _with_start_state(options, inputs)[0])
 
 
-def _scan_fwd(
-    options: _Options, arrays: ScanArrays, parts_reversed: Bool[Array, ""]
-) -> tuple[
-    tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-    tuple[Pullback, ScanArrays, Float[Array, "P B D"], Bool[Array, ""]],
-]:
-    # jax.vjp of the part's scan alone. `_scan_bwd` computes the gradient of the exchange between devices itself,
+def _save(options: _Options, inputs: _Inputs) -> tuple[_Outputs, _Saved]:
+    # jax.vjp of the part's scan alone. `_gradient` computes the gradient of the exchange between devices itself,
     # instead of differentiating through the gathers and the extra pass.
-    started, step_sums = _with_start_state(options, arrays, parts_reversed)
+    started, step_sums = _with_start_state(options, inputs)
     outputs, pullback = jax.vjp(functools.partial(_scan_part, options), started)
-    # Kept: what the implementation keeps (inside `pullback`), the inputs, which are alive anyway, and the sums of step
-    # sizes of all parts, (P, B, D), so that the backward pass does not gather them again. Recomputed: step sizes.
-    return outputs, (pullback, arrays, step_sums, parts_reversed)
+    # The gradient needs what the implementation keeps (inside `pullback`), the inputs, which are alive anyway, and the
+    # sums of step sizes of all parts, (P, B, D), so that they are not gathered again. It recomputes step sizes.
+    return outputs, (pullback, step_sums)
 
 
-def _scan_bwd(
-    options: _Options,
-    residuals: tuple[Pullback, ScanArrays, Float[Array, "P B D"], Bool[Array, ""]],
-    cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-) -> tuple[ScanArrays, None]:
+def _gradient(options: _Options, inputs: _Inputs, saved: _Saved, cotangents: _Outputs) -> tuple[ScanArrays, None]:
     """The pullback of the part's own scan, applied to the final state's gradient through all later parts.
 
     Let g be the gradient of the loss with respect to a part's final state, and r that with respect to its start state
     if g were zero. The gradient with respect to the start state is then exp(A Σ_t Δ_t) g + r, which is added to the g
     of the part before. This is the recurrence of the states again, from the last part to the first.
     """
-    pullback, arrays, step_sums, parts_reversed = residuals
-    dy, d_final_state = cotangents
+    (arrays, parts_reversed), (pullback, step_sums), (dy, d_final_state) = inputs, saved, cotangents
     step_size, A = _discretize(options, arrays)
     # The gradient with respect to C_t · h_t; the skip connection does not reach the state.
     d_sum = dy.astype(step_size.dtype)
@@ -156,9 +149,6 @@ def _scan_bwd(
     return gradients, None
 
 
-_scan.defvjp(_scan_fwd, _scan_bwd)
-
-
 def _scan_part(options: _Options, arrays: ScanArrays) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     return selective_scan(
         **arrays,
@@ -169,10 +159,9 @@ def _scan_part(options: _Options, arrays: ScanArrays) -> tuple[Float[Array, "B L
     )
 
 
-def _with_start_state(
-    options: _Options, arrays: ScanArrays, parts_reversed: Bool[Array, ""]
-) -> tuple[ScanArrays, Float[Array, "P B D"]]:
+def _with_start_state(options: _Options, inputs: _Inputs) -> tuple[ScanArrays, Float[Array, "P B D"]]:
     """The arrays with this part's start state as their initial state, and the sum of step sizes of each part."""
+    arrays, parts_reversed = inputs
     step_size, A = _discretize(options, arrays)
     drive = step_size * arrays["u"].astype(step_size.dtype)
     # A pass over the part that computes only its last state from zero. The scan itself cannot return it, because it
@@ -217,10 +206,12 @@ def _fold(
 
     def add(i: Index, h: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
         part = jnp.where(from_last, states.shape[0] - 1 - i, i)
-        return _decay(step_sums[part], A) * h + states[part]
+        return jnp.where(i < before, _decay(step_sums[part], A) * h + states[part], h)
 
-    # The trip count differs between devices. This is allowed because the loop contains no collective.
-    return jax.lax.fori_loop(0, _parts_before(options, from_last), add, start)
+    # All devices visit all parts, because reverse mode supports no loop with a traced number of steps. The last part
+    # comes before none.
+    before = _parts_before(options, from_last)
+    return jax.lax.fori_loop(0, states.shape[0] - 1, add, start)
 
 
 def _parts_before(options: _Options, from_last: Bool[Array, ""]) -> Int[Array, ""]:

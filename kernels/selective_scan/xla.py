@@ -18,13 +18,14 @@ vector registers better than the few entries of a state. No loop cuts the batch,
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..partition import vary_as
+from ..derivatives import with_gradient
 from ..typing import Array, Float, Index
-from .reference import batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
+from .reference import CHECKPOINT_NAME, batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
 from .xla_windows import Window, at_step, for_windows, loop_into, pad_to_chunks, read, read_steps, write, write_steps
 
 # Two arrays that each chunk of the backward pass overwrites: h_t and carry_{t+1} of its steps; see `_backward_chunk`.
@@ -40,16 +41,21 @@ BackwardOutputs = tuple[
     list[Float[Array, "B L D"]],
     list[Float[Array, "B L N"]],
 ]
-# (u, step_size, A, B, C, initial_state, the state at the start of each chunk).
-Residuals = tuple[
-    Float[Array, "B L D"],
-    Float[Array, "B L D"],
-    Float[Array, "D N"],
-    Float[Array, "B L N"],
-    Float[Array, "B L N"],
-    Float[Array, "B D N"],
-    Float[Array, "chunks B N D"],
-]
+
+
+class Inputs(NamedTuple):
+    """The arrays of the recurrence, or their gradients."""
+
+    u: Float[Array, "B L D"]
+    step_size: Float[Array, "B L D"]
+    A: Float[Array, "D N"]
+    B: Float[Array, "B L N"]
+    C: Float[Array, "B L N"]
+    initial_state: Float[Array, "B D N"]
+
+
+# (y, final_state) without skip and gate, in the dtype of the computation, or their gradients.
+Outputs = tuple[Float[Array, "B L D"], Float[Array, "B D N"]]
 
 
 def selective_scan_xla(
@@ -67,16 +73,17 @@ def selective_scan_xla(
     initial_state: Float[Array, "B D N"] | None = None,
 ) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
     """Returns (y, final_state); see `selective_scan` for the formula and the arguments."""
-    # Bias, softplus, skip and gate are elementwise. They are outside the custom VJP, where XLA fuses and JAX
-    # differentiates them.
+    # Bias, softplus, skip and gate are elementwise. They are outside the scan with its own gradient, where XLA fuses
+    # and JAX differentiates them.
     dtype = compute_dtype(u, delta, A, B, C)
     step_size = discretization_step(delta, delta_bias, delta_softplus, dtype)
     state = first_state(initial_state, u, A, dtype)
     # Nothing to loop over: y is the skip connection, and the state remains.
     if 0 in u.shape or 0 in A.shape:
         return skip_and_gate(jnp.zeros(u.shape, dtype), u, D, z), state
-    A = vary_as(u, A)
-    y, final_state = _scan(reverse, u, step_size, A, B, C, state)  # pyright: ignore[reportGeneralTypeIssues] JAX's type
+    save, gradient = functools.partial(_forward, reverse), functools.partial(_backward, reverse)
+    scan = with_gradient(lambda inputs: save(inputs)[0], save, gradient, name=CHECKPOINT_NAME)
+    y, final_state = scan(Inputs(u, step_size, A, B, C, state))
     return skip_and_gate(y, u, D, z), final_state
 
 
@@ -120,29 +127,9 @@ def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _scan(
-    reverse: bool,
-    u: Float[Array, "B L D"],
-    step_size: Float[Array, "B L D"],
-    A: Float[Array, "D N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    initial_state: Float[Array, "B D N"],
-) -> tuple[Float[Array, "B L D"], Float[Array, "B D N"]]:
-    """The recurrence alone: (y, final_state) without softplus, skip and gate, in the dtype of step_size."""
-    return _scan_fwd(reverse, u, step_size, A, B, C, initial_state)[0]
-
-
-def _scan_fwd(
-    reverse: bool,
-    u: Float[Array, "B L D"],
-    step_size: Float[Array, "B L D"],
-    A: Float[Array, "D N"],
-    B: Float[Array, "B L N"],
-    C: Float[Array, "B L N"],
-    initial_state: Float[Array, "B D N"],
-) -> tuple[tuple[Float[Array, "B L D"], Float[Array, "B D N"]], Residuals]:
+def _forward(reverse: bool, inputs: Inputs) -> tuple[Outputs, Float[Array, "chunks B N D"]]:
+    """The recurrence alone, without softplus, skip and gate; and the state at the start of each chunk."""
+    u, step_size, A, B, C, initial_state = inputs
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
     dtype = step_size.dtype
     sizes = block_sizes(batch, length, d_inner, d_state)
@@ -151,6 +138,8 @@ def _scan_fwd(
     padded_length = by_state[0].shape[1]
     # (d_state, d_inner), like the states: channels last.
     A_t = A.astype(dtype).T
+    # Reverse mode through these loops happens only in derivatives of derivatives. It then recomputes each chunk too.
+    forward_chunk = jax.checkpoint(functools.partial(_forward_chunk, reverse), prevent_cse=False)
 
     def block(channels: Window, outputs: ForwardOutputs) -> ForwardOutputs:
         A_block = read(A_t, None, channels)
@@ -164,7 +153,7 @@ def _scan_fwd(
             u, step_size = (read_steps(x, steps, channels, dtype) for x in by_channel)
             B, C = (read_steps(x, steps, None, dtype) for x in by_state)
             h_starts = write(h_starts, h[None], (steps[0] // sizes.steps, 1), None, None, channels)
-            h, y_chunk = _forward_chunk(reverse, A_block, h, u, step_size, B, C)
+            h, y_chunk = forward_chunk(A_block, h, u, step_size, B, C)
             return h, write_steps(y, y_chunk, steps, channels), h_starts
 
         # `state` holds the final states of the blocks before this one, and the initial states of the others.
@@ -177,25 +166,14 @@ def _scan_fwd(
     y = batch_zeros(u, (batch, padded_length, d_inner), dtype)
     h_starts = batch_zeros(u, (padded_length // sizes.steps, *state.shape), dtype, batch_axis=1)
     state, y, h_starts = for_windows(d_inner, sizes.d_inner, block, (state, y, h_starts))
-    # Kept: the inputs, which are alive anyway, and one state per chunk. Recomputed: the decays and states of all steps,
-    # which would take d_state times the memory of u each.
-    return (y[:, :length], jnp.swapaxes(state, 1, 2)), (u, step_size, A, B, C, initial_state, h_starts)
+    # The gradient needs the inputs, which are alive anyway, and one state per chunk. It recomputes the decays and
+    # states of all steps, which would take d_state times the memory of u each.
+    return (y[:, :length], jnp.swapaxes(state, 1, 2)), h_starts
 
 
-def _scan_bwd(
-    reverse: bool,
-    residuals: Residuals,
-    cotangents: tuple[Float[Array, "B L D"], Float[Array, "B D N"]],
-) -> tuple[
-    Float[Array, "B L D"],
-    Float[Array, "B L D"],
-    Float[Array, "D N"],
-    Float[Array, "B L N"],
-    Float[Array, "B L N"],
-    Float[Array, "B D N"],
-]:
-    """The gradients of `_scan`'s array arguments, in their order and dtypes. Chunks are visited in reverse order."""
-    u, step_size, A, B, C, initial_state, h_starts = residuals
+def _backward(reverse: bool, inputs: Inputs, h_starts: Float[Array, "chunks B N D"], cotangents: Outputs) -> Inputs:
+    """The gradients of the inputs, in their dtypes. Chunks are visited in reverse order."""
+    u, step_size, A, B, C, initial_state = inputs
     dy, d_final_state = cotangents
     (batch, length, d_inner), d_state = u.shape, A.shape[1]
     dtype = step_size.dtype
@@ -271,17 +249,14 @@ def _scan_bwd(
     else:
         d_step_size += jnp.concatenate([d_first, d_step_size_next[:, :-1]], axis=1)
     dB += C.astype(dtype) * jnp.sum(dy * step_size * u.astype(dtype), axis=2, keepdims=True)
-    return (
-        du,
-        d_step_size,
-        dA.astype(A.dtype),
-        dB.astype(B.dtype),
-        dC.astype(C.dtype),
-        jnp.swapaxes(dh, 1, 2).astype(initial_state.dtype),
+    return Inputs(
+        u=du,
+        step_size=d_step_size,
+        A=dA.astype(A.dtype),
+        B=dB.astype(B.dtype),
+        C=dC.astype(C.dtype),
+        initial_state=jnp.swapaxes(dh, 1, 2).astype(initial_state.dtype),
     )
-
-
-_scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def _forward_chunk(

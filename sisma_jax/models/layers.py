@@ -11,15 +11,20 @@ from jaxtyping import Array, Float, PyTree
 
 from sisma_jax.config import ModelConfig
 from sisma_jax.kernels.partition import row_parts
+from sisma_jax.kernels.selective_scan import CHECKPOINT_NAME
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid
 from sisma_jax.models.scan_orders import Paths, Rotation, paths_of_layers
 from sisma_jax.parallel import sharding
 
-# What the forward pass of a layer saves for its backward pass, which recomputes the rest.
+# What the forward pass of a layer saves for its backward pass, which recomputes the rest. "dots" saves the results of
+# matrix products and of scans, which take most of the time.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME),
+    ),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from sisma_jax.kernels.derivatives import linear_call
 from sisma_jax.kernels.partition import SEQUENCE_AXIS
 
 Indices = Int[Array | np.ndarray, " L"]
@@ -158,26 +159,15 @@ def _columns_to_rows(x: Float[Array, "B H w D"]) -> Float[Array, "B h W D"]:
 # Reshapes, flips and transposes would compute the same without indices. According to benchmarks/scan_orders.py, they
 # are slower on a CPU. On a TPU, they move twice as many bytes at the batch sizes of training, and fewer bytes only at
 # batch size 1.
-@jax.custom_vjp
 def _permute(x: Float[Array, "B L D"], source: Indices, inverse: Indices) -> Float[Array, "B L D"]:
+    # The transpose is the inverse gather. Without it, JAX uses a scatter-add, which is ten times slower on a CPU.
+    return linear_call(
+        lambda indices, x: _gather(x, indices[0]), lambda indices, grad: _gather(grad, indices[1]), (source, inverse), x
+    )
+
+
+def _gather(x: Float[Array, "B L D"], source: Indices) -> Float[Array, "B L D"]:
     return x.at[:, source].get(unique_indices=True, mode="promise_in_bounds")
-
-
-def _permute_forward(
-    x: Float[Array, "B L D"], source: Indices, inverse: Indices
-) -> tuple[Float[Array, "B L D"], tuple[Indices, Indices]]:
-    return _permute(x, source, inverse), (source, inverse)
-
-
-def _permute_backward(
-    residuals: tuple[Indices, Indices], grad: Float[Array, "B L D"]
-) -> tuple[Float[Array, "B L D"], None, None]:
-    # The inverse gather. Without this rule, JAX uses a scatter-add, which is ten times slower on a CPU.
-    source, inverse = residuals
-    return _permute(grad, inverse, source), None, None
-
-
-_permute.defvjp(_permute_forward, _permute_backward)
 
 
 Rotation = Literal["interleaved", "grouped"]

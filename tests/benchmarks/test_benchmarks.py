@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic and files. Nothing here depends on how fast anything is."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from benchmarks import (
     data,
     denoiser,
     depthwise_conv,
+    forward_mode,
     loop_overhead,
     measure,
     peers,
@@ -22,7 +24,7 @@ from benchmarks import (
     selective_scan,
     thin_parts,
 )
-from sisma_jax.config import Config, ModelConfig, preset
+from sisma_jax.config import Config, DataConfig, ModelConfig, preset
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.kernels.selective_scan import api
@@ -329,6 +331,21 @@ def test_the_denoiser_benchmark_measures_every_model(monkeypatch, tmp_path):
         assert result["median_secs"] > 0
         assert sum(part["secs"] for part in result["parts"].values()) > 0
     assert problem["results"][2]["parts"]["scan"] == {"secs": 0, "flops": 0}
+
+
+@pytest.mark.slow
+def test_forward_mode_is_measured_beside_the_function(monkeypatch, tmp_path):
+    config = Config(data=DataConfig(image_size=8), model=dataclasses.replace(SMALL, depth=1, patch_size=4))
+    monkeypatch.setattr(forward_mode.config_files, "load", lambda path: config)
+    forward_mode.main(batch=1, repeats=1, json=tmp_path / "report.json")
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    assert [result["name"] for result in results] == [
+        "function evaluation",
+        "with derivative",
+        "gradient of flow matching",
+        "gradient of mean flow",
+    ]
+    assert all(result["median_secs"] > 0 for result in results)
 
 
 def test_thin_parts_are_lost_by_resizing_and_kept_by_the_mask_encoder():

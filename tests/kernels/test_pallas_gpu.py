@@ -223,9 +223,11 @@ def lowered_gradient(implementation, case):
     shapes = {"u": sequence, "delta": sequence, "A": (case.d_inner, case.d_state), "B": projection, "C": projection}
     shapes |= {"D": sequence[2:], "z": sequence, "delta_bias": sequence[2:]}
     shapes |= {"initial_state": (case.batch, case.d_inner, case.d_state)}
-    inputs = {name: jax.ShapeDtypeStruct(shape, case.dtype_of(name)) for name, shape in shapes.items()}
+    mesh = h100_mesh(1)
+    whole = jax.NamedSharding(mesh, jax.P())
+    inputs = {name: jax.ShapeDtypeStruct(shape, case.dtype_of(name), sharding=whole) for name, shape in shapes.items()}
     function = jax.jit(functools.partial(case.results, implementation))
-    with jax.sharding.use_abstract_mesh(h100_mesh(1)):
+    with jax.sharding.use_abstract_mesh(mesh):
         trace = function.trace(inputs, (inputs["u"], inputs["initial_state"]))
         return trace.lower(lowering_platforms=("cuda",)).as_text()
 

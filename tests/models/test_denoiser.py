@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -172,6 +173,49 @@ def test_rematerialisation_saves_memory_and_changes_no_gradient():
     assert none[0] > 1.5 * dots[0] > 1.5 * full[0]
     for recomputed in (dots, full):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), none[1], recomputed[1])
+
+
+@pytest.mark.parametrize(("remat", "forward_passes"), [("none", 1), ("dots", 1), ("full", 2)])
+def test_only_full_rematerialisation_repeats_the_scans(remat, forward_passes):
+    graph, params = nnx.split(make_model(dataclasses.replace(TINY, remat=remat, scan_implementation="pallas_tpu")))
+    xt, t, mask = make_inputs()
+
+    def loss(params):
+        model = nnx.merge(graph, params)
+        return (model(xt, t, model.encode({"mask": mask})) ** 2).mean()
+
+    program = jax.jit(jax.grad(loss)).trace(params).lower(lowering_platforms=("tpu",)).as_text()
+    # All layers are one loop, whose body has two scans.
+    kernels = re.findall(r'kernel_name = "selective_scan_(\w+)"', program)
+    assert sorted(kernels) == ["backward"] * 2 + ["forward"] * 2 * forward_passes
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_forward_mode_agrees_with_finite_differences(remat, monkeypatch):
+    # Models compute in float32 at most, which is too coarse for differences.
+    monkeypatch.setattr(jnp, "float32", jnp.float64)
+    config = dataclasses.replace(TINY, orders_per_layer=2, remat=remat)
+    with jax.enable_x64(True):
+        graph, params = nnx.split(make_model(config, dtype=jnp.float64))
+        params, xt, t, mask = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, (params, *make_inputs())
+        )
+        keys = jax.random.split(jax.random.key(0), 2)
+        # Times move by -1 per unit, as they do along a path of the flow.
+        tangent = (jax.random.normal(keys[0], xt.shape, xt.dtype), -jnp.ones_like(t))
+
+        def run(xt, t):
+            return nnx.merge(graph, params)(xt, t, nnx.merge(graph, params).encode({"mask": mask}))
+
+        _, computed = jax.jit(lambda: jax.jvp(run, (xt, t), tangent))()
+        step = 1e-7
+        above, below = (
+            jax.jit(run)(*(x + sign * step * dx for x, dx in zip((xt, t), tangent, strict=True))) for sign in (1, -1)
+        )
+        expected = (above - below) / (2 * step)
+        assert computed.dtype == jnp.float64
+    # The differences lose seven of sixteen digits, and as many more to time features with frequencies up to 1,000.
+    np.testing.assert_allclose(computed, expected, rtol=0, atol=1e-7 * np.abs(expected).max())
 
 
 def test_graph_and_parameters_are_the_model():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -6,6 +8,7 @@ import pytest
 from hypothesis import strategies as st
 
 from sisma_jax.models.scan_orders import ORDERS, orders_of_layer, paths_of_layers
+from tests.kernels.transforms import AUTO, CHECKS, ON_MESHES, Subject, check, first_derivatives
 
 sides = st.integers(1, 9)
 
@@ -78,3 +81,44 @@ def test_layers_have_the_paths_of_their_orders():
         for stacked, order in zip(paths, orders_of_layer(layer, 2), strict=True):
             np.testing.assert_array_equal(stacked.tokens[place], order.path(4, 6).tokens)
             np.testing.assert_array_equal(stacked.places[place], order.path(4, 6).places)
+
+
+def grid_to_sequence_and_back():
+    path = ORDERS["interleaved"][3].path(3, 4)
+    inputs = {"x": np.random.default_rng(0).normal(size=(2, 3, 4, 2))}
+
+    def function(inputs):
+        sequence = path.to_sequence(inputs["x"])
+        return sequence, path.to_grid(sequence**2, 3, 4)
+
+    def plain(inputs):
+        return inputs["x"].reshape(2, 12, 2)[:, path.tokens], inputs["x"] ** 2
+
+    return Subject("scan order", function, plain, inputs)
+
+
+@pytest.mark.parametrize("transform", CHECKS | ON_MESHES)
+def test_every_transformation_of_an_order(transform):
+    (CHECKS | ON_MESHES)[transform](grid_to_sequence_and_back())
+
+
+@pytest.mark.parametrize("order", ORDERS["interleaved"][:4], ids=str)
+def test_derivatives_of_an_order_whose_rows_are_sharded(order):
+    """In forward and reverse mode, through the exchange of tokens between the devices."""
+    subject = grid_to_sequence_and_back()
+    path = order.split_path(4, 4, 2)
+    subject = dataclasses.replace(
+        subject,
+        formula=str(order),
+        plain=lambda inputs: inputs["x"] ** 2,
+        inputs={"x": np.random.default_rng(0).normal(size=(2, 4, 4, 2))},
+    )
+    mesh = jax.make_mesh((2,), ("seq",), (AUTO,), devices=jax.devices()[:2])
+    rows = jax.P(None, "seq")
+    mapped = jax.shard_map(
+        lambda x, path: path.to_rows(path.to_sequence(x) ** 2, 4),
+        mesh=mesh,
+        in_specs=(rows, path.specs()),
+        out_specs=rows,
+    )
+    check(subject, first_derivatives, function=lambda inputs: mapped(inputs["x"], path))

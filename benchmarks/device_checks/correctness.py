@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,14 +116,14 @@ def order_rows(side: int, d_inner: int, implementation: str) -> Iterator[Row]:
     @jax.jit
     def ordered(path: ScanPath, grids: dict[str, jax.Array], dy: jax.Array) -> dict[str, jax.Array]:
         def scan(grids: dict[str, jax.Array]) -> jax.Array:
-            sequences = {name: path.to_sequence(x) for name, x in grids.items()}
+            sequences: dict[str, Any] = {name: path.to_sequence(x) for name, x in grids.items()}
             y = selective_scan(**sequences, **parameters, delta_softplus=True, implementation=implementation)
             return path.to_grid(y, side, side)
 
         y, vjp = jax.vjp(scan, grids)
         return {"y": y} | {f"d {name}": x for name, x in vjp(dy)[0].items()}
 
-    parameters = {name: jnp.asarray(x, dtype) for name, x in inputs.items() if name not in tokenwise}
+    parameters: dict[str, Any] = {name: jnp.asarray(x, dtype) for name, x in inputs.items() if name not in tokenwise}
     grids = {name: grid(inputs[name]) for name in tokenwise}
     for order in ORDERS["interleaved"]:
         path = order.path(side, side)

@@ -163,7 +163,7 @@ def chosen_implementation(case: ScanCase, dtype: str) -> str:
       case: the problem.
       dtype: of the sequences.
     """
-    shapes = {
+    shapes: dict[str, Any] = {
         name: jax.ShapeDtypeStruct(x.shape, dtype if name in SEQUENCES else "float32")
         for name, x in case.inputs().items()
     }

@@ -59,7 +59,7 @@ class Compiled:
     Attributes:
       calls: per sample.
       temporary_bytes: peak memory in addition to arguments and results; None if the compiler does not report it.
-      result: of the first call, on the host, if the contender has a group.
+      result: of the first call, if the contender has a group.
 
     Raises:
       MemoryError: the device does not have the memory that the program needs.
@@ -76,7 +76,7 @@ class Compiled:
                 raise MemoryError(f"needs {needed / 2**30:.1f} GiB")
         self.calls = 1
         result = self.run()
-        self.result = jax.device_get(result) if contender.group else None
+        self.result = result if contender.group else None
         start = time.perf_counter()
         self.run()
         self.calls = min(max(math.ceil(SAMPLE_SECS / (time.perf_counter() - start)), 1), MAX_CALLS)
@@ -114,12 +114,14 @@ def rows(case: ScanCase, dtype: str, direction: Direction, repeats: int, budget_
             failed[contender.name] = Row(name, status, cells, reason(error), record)
             continue
         first = next((compiled[other.name] for other in contenders if _same_group(other, contender, compiled)), one)
-        error = measure.relative_error(one.result, first.result) if contender.group else 0.0
+        error = float(_relative_error(one.result, first.result)) if contender.group else 0.0
         if error <= TOLERANCES[dtype]:
             compiled[contender.name] = one
         else:
             note = f"differs from the first implementation by {error:.1e}"
             failed[contender.name] = Row(name, "FAIL", cells, note, record)
+    for one in compiled.values():
+        one.result = None  # frees its memory
     samples = measure.round_robin({name: one.run for name, one in compiled.items()}, repeats, budget_secs)
     secs = {name: [total / compiled[name].calls for total in totals] for name, totals in samples.items()}
     medians = {name: statistics.median(each) for name, each in secs.items()}
@@ -158,6 +160,17 @@ def rows(case: ScanCase, dtype: str, direction: Direction, repeats: int, budget_
         )
 
 
+@jax.jit
+def _relative_error(result: Any, expected: Any) -> jax.Array:
+    """`measure.relative_error` on the device, since the arrays are large; both trees have the same shapes."""
+
+    def error(got: jax.Array, want: jax.Array) -> jax.Array:
+        got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+        return jnp.max(jnp.abs(got - want)) / jnp.maximum(jnp.max(jnp.abs(want)), jnp.finfo(jnp.float32).tiny)
+
+    return jnp.max(jnp.stack(jax.tree.leaves(jax.tree.map(error, result, expected))))
+
+
 def _same_group(other: Contender, contender: Contender, compiled: dict[str, Compiled]) -> bool:
     return bool(contender.group) and other.group == contender.group and other.name in compiled
 
@@ -183,7 +196,7 @@ def _scans(case: ScanCase, dtype: str, backward: bool) -> list[Contender]:
         arguments += (scan_cases.on_device(case.cotangents(), dtype)["y"],)
     work = scan_work(case.batch, case.length, case.d_inner, case.d_state, jnp.dtype(dtype).itemsize, backward=backward)
 
-    def scan(implementation: str, inputs: dict[str, jax.Array]) -> jax.Array:
+    def scan(implementation: str, inputs: dict[str, Any]) -> jax.Array:
         return selective_scan(**inputs, delta_softplus=True, reverse=case.reverse, implementation=implementation)
 
     chosen = scan_cases.chosen_implementation(case, dtype)
@@ -267,7 +280,7 @@ def _tpu_splash(block: int, query: jax.Array, key: jax.Array, value: jax.Array) 
         block_kv_dq=block,
     )
     everything = splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((length, length))] * heads)
-    kernel = splash_attention_kernel.make_splash_mha(everything, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    kernel: Any = splash_attention_kernel.make_splash_mha(everything, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     query = query * jnp.asarray(query.shape[-1] ** -0.5, query.dtype)
     return jnp.swapaxes(jax.vmap(kernel)(*(jnp.swapaxes(x, 1, 2) for x in (query, key, value))), 1, 2)
 

@@ -227,12 +227,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     json = options.json or Path(f"{options.platform}_check.json")
     settings: dict[str, object] = {name: str(value) for name, value in vars(options).items()}
     # A check that does not end, such as a deadlocked kernel, is ended with a traceback of where it is.
-    faulthandler.dump_traceback_later(60 * options.minutes + 300, exit=True)
+    faulthandler.dump_traceback_later(60 * options.minutes + 300, exit=True, file=sys.__stderr__ or sys.stderr)
     session = Session(options.minutes, json, settings)
-    for check in small_checks() if backend == "cpu" else real_checks():
-        if check.section in options.sections:
-            session.run(check)
-    faulthandler.cancel_dump_traceback_later()
+    try:
+        for check in small_checks() if backend == "cpu" else real_checks():
+            if check.section in options.sections:
+                session.run(check)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     print_tables(session.rows)
     print(f"\n{session.failed} of {len(session.rows)} rows failed; report: {json}", flush=True)
     return int(session.failed > 0)

@@ -18,13 +18,13 @@ from jax.sharding import Mesh
 from benchmarks import measure
 from benchmarks.device_checks.peaks import PEAKS
 from benchmarks.device_checks.rows import Row
+from sisma_jax import flops
 from sisma_jax.config import Config, DataConfig, MeshConfig, ModelConfig, OptimConfig, Sampling, TrainConfig, preset
 from sisma_jax.diffusion.objectives import Batch, make_objective
 from sisma_jax.diffusion.sampling import sample
 from sisma_jax.models.autoencoder import IdentityAutoencoder
 from sisma_jax.models.factory import Params, make_graph
 from sisma_jax.parallel import sharding
-from sisma_jax.planning import flops
 from sisma_jax.training.state import TrainState, init_state
 from sisma_jax.training.step import jit_update, make_update
 

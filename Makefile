@@ -73,8 +73,8 @@ $(VENV)-cuda/installed: requirements-cuda.txt requirements.txt
 	$(VENV)-cuda/bin/python $(PIP) install --requirement requirements-cuda.txt
 	touch $@
 
-# Correctness and speed on this machine's accelerator, in about ten minutes. They run with the machine's own Python,
-# whose JAX knows the device, and need no package but jax, flax, optax and jaxtyping.
+# Correctness and speed on this machine's accelerator; no check starts after ten minutes. They run with the machine's own
+# Python, whose JAX knows the device, and need no package but jax, flax, optax and jaxtyping.
 gpu-check tpu-check:
 	$(PYTHON) benchmarks/device_check.py --platform $(@:-check=)
 

@@ -47,33 +47,32 @@ class ScanCase:
         name = f"scan {self.batch}x{self.length}x{self.d_inner}, N={self.d_state}"
         return name + ", reversed" * self.reverse + ", z and initial state" * self.with_options
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Returns the shapes of the arguments by name."""
+        by_channel, by_state = (self.batch, self.length, self.d_inner), (self.batch, self.length, self.d_state)
+        shapes: dict[str, tuple[int, ...]] = {"u": by_channel, "delta": by_channel, "A": (self.d_inner, self.d_state)}
+        shapes |= {"B": by_state, "C": by_state, "D": (self.d_inner,), "delta_bias": (self.d_inner,)}
+        if self.with_options:
+            shapes |= {"z": by_channel, "initial_state": (self.batch, self.d_inner, self.d_state)}
+        return shapes
+
     def inputs(self) -> Arrays:
         """Returns the arguments, of which sequences are exact in bfloat16, so that each dtype poses the same problem.
 
         A and delta_bias have the values with which Mamba's layers are initialised: most states decay slowly.
         """
         rng = np.random.default_rng(0)
-        by_channel, by_state = (self.batch, self.length, self.d_inner), (self.batch, self.length, self.d_state)
         step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), self.d_inner))
-        arrays = {
-            "u": rng.standard_normal(by_channel),
-            "delta": rng.standard_normal(by_channel),
-            "A": -np.tile(np.arange(1.0, self.d_state + 1)[None], (self.d_inner, 1)),
-            "B": rng.standard_normal(by_state),
-            "C": rng.standard_normal(by_state),
-            "D": rng.standard_normal(self.d_inner),
-            "delta_bias": step + np.log(-np.expm1(-step)),  # the inverse of softplus
-        }
-        if self.with_options:
-            arrays["z"] = rng.standard_normal(by_channel)
-            arrays["initial_state"] = rng.standard_normal((self.batch, self.d_inner, self.d_state))
+        arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in self.shapes().items()}
+        arrays["A"] = -np.tile(np.arange(1.0, self.d_state + 1)[None], (self.d_inner, 1))
+        arrays["delta_bias"] = step + np.log(-np.expm1(-step))  # the inverse of softplus
         return {name: rounded(x, "bfloat16" if name in SEQUENCES else "float32") for name, x in arrays.items()}
 
     def cotangents(self) -> Arrays:
         """Returns random cotangents of y and of the final state."""
         rng = np.random.default_rng(1)
         return {
-            "y": rounded(rng.standard_normal((self.batch, self.length, self.d_inner)), "bfloat16"),
+            "y": rounded(rng.standard_normal((self.batch, self.length, self.d_inner), np.float32), "bfloat16"),
             "final_state": rounded(rng.standard_normal((self.batch, self.d_inner, self.d_state)), "float32"),
         }
 
@@ -164,8 +163,8 @@ def chosen_implementation(case: ScanCase, dtype: str) -> str:
       dtype: of the sequences.
     """
     shapes: dict[str, Any] = {
-        name: jax.ShapeDtypeStruct(x.shape, dtype if name in SEQUENCES else "float32")
-        for name, x in case.inputs().items()
+        name: jax.ShapeDtypeStruct(shape, dtype if name in SEQUENCES else "float32")
+        for name, shape in case.shapes().items()
     }
     *kernels, portable = api.PREFERENCE.get(jax.default_backend(), ("xla",))
     for name in kernels:

@@ -63,7 +63,7 @@ class ScanCase:
         """
         rng = np.random.default_rng(0)
         step = np.exp(rng.uniform(np.log(1e-3), np.log(1e-1), self.d_inner))
-        arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in self.shapes().items()}
+        arrays: Arrays = {name: rng.standard_normal(shape, np.float32) for name, shape in self.shapes().items()}
         arrays["A"] = -np.tile(np.arange(1.0, self.d_state + 1)[None], (self.d_inner, 1))
         arrays["delta_bias"] = step + np.log(-np.expm1(-step))  # the inverse of softplus
         return {name: rounded(x, "bfloat16" if name in SEQUENCES else "float32") for name, x in arrays.items()}

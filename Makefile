@@ -9,7 +9,7 @@ PIP := -m pip --quiet --disable-pip-version-check
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 PYTEST := -m pytest --numprocesses 2 --dist loadfile
 
-.PHONY: demo check lint types test test-newest core-check tpu-compiler browser cuda-compile clean
+.PHONY: demo check lint types test test-newest core-check tpu-compiler browser cuda-compile gpu-check tpu-check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python run.py --config configs/demo.py
@@ -72,6 +72,11 @@ $(VENV)-cuda/installed: requirements-cuda.txt requirements.txt
 	$(PYTHON) -m venv --clear $(VENV)-cuda
 	$(VENV)-cuda/bin/python $(PIP) install --requirement requirements-cuda.txt
 	touch $@
+
+# Correctness and speed on this machine's accelerator; no check starts after ten minutes. They run with the machine's own
+# Python, whose JAX knows the device, and need no package but jax, flax, optax and jaxtyping.
+gpu-check tpu-check:
+	$(PYTHON) benchmarks/device_check.py --platform $(@:-check=)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-core $(VENV)-cuda runs data

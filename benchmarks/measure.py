@@ -13,8 +13,9 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -199,7 +200,13 @@ def _does_not_fit(candidate: Candidate) -> str:
 
 
 def available_bytes() -> int:
-    """Returns the memory that is available without swapping, or all memory if the system does not report this."""
+    """Returns the memory of the device, or on a CPU the memory that is available without swapping, if it is reported.
+
+    If it is not, the result is all memory of the machine.
+    """
+    stats = None if jax.default_backend() == "cpu" else jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"])
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
@@ -284,19 +291,22 @@ def floor(moved_bytes: int, exponentials: int, results: Sequence[Result], swept:
     }
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str] = ()) -> None:
     """Prints a title and aligned columns, the first one left-aligned and the others right-aligned.
 
     Args:
       title: the line above the table.
       columns: the headings.
       rows: each with one cell per column.
+      left: headings of further columns that are left-aligned.
     """
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    is_left = [i == 0 or column in left for i, column in enumerate(columns)]
     print(f"\n{title}")
     for row in [columns, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
-        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]).rstrip(), flush=True)
+        cells = zip(row, widths, is_left, strict=True)
+        print("  ".join(cell.ljust(width) if to_left else cell.rjust(width) for cell, width, to_left in cells).rstrip())
+    sys.stdout.flush()
 
 
 def milliseconds(result: Result) -> tuple[str, str]:
@@ -313,7 +323,10 @@ def mebibytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:.1f}"
 
 
-PACKAGES = ("jax", "jaxlib", "numpy", "torch", "mambapy", "transformers")
+PACKAGES = (
+    *("jax", "jaxlib", "libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "flax", "optax", "jaxtyping", "numpy"),
+    *("torch", "mambapy", "transformers"),
+)
 
 
 @functools.cache

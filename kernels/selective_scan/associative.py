@@ -51,4 +51,6 @@ def selective_scan_associative(
     first, last = (-1, 0) if reverse else (0, -1)
     drive = drive.at[:, first].add(decay[:, first] * state)
     _, h = jax.lax.associative_scan(compose, (decay, drive), axis=1, reverse=reverse)
-    return skip_and_gate(jnp.einsum("bldn,bln->bld", h, C), u, D, z), h[:, last]
+    # HIGHEST: by default TPUs and GPUs round the factors of an einsum to bfloat16 or TF32.
+    y = jnp.einsum("bldn,bln->bld", h, C, precision=jax.lax.Precision.HIGHEST)
+    return skip_and_gate(y, u, D, z), h[:, last]

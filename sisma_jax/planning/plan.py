@@ -8,10 +8,11 @@ import time
 import jax
 from jax.sharding import Mesh
 
+from sisma_jax import flops
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.parallel import sharding, topology
-from sisma_jax.planning import collectives, flops, memory, programs
+from sisma_jax.planning import collectives, memory, programs
 from sisma_jax.planning.report import Plan, Program
 from sisma_jax.planning.search import LargestBatch, Trial, largest_batch
 

@@ -4,8 +4,8 @@ import dataclasses
 import json
 from typing import Any
 
+from sisma_jax.flops import Flops
 from sisma_jax.planning.collectives import Traffic
-from sisma_jax.planning.flops import Flops
 from sisma_jax.planning.memory import Memory, StateBytes
 from sisma_jax.planning.search import LargestBatch
 

@@ -4,8 +4,8 @@ import dataclasses
 import json
 
 from benchmarks import plan_table
+from sisma_jax.flops import Flops
 from sisma_jax.planning.collectives import Collective, Traffic
-from sisma_jax.planning.flops import Flops
 from sisma_jax.planning.memory import Memory, StateBytes
 from sisma_jax.planning.report import Plan, Program
 from sisma_jax.planning.search import LargestBatch, Trial

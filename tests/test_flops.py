@@ -9,10 +9,10 @@ import pytest
 from jax.experimental import pallas as pl
 
 from sisma_jax.config import MeshConfig, preset
+from sisma_jax.flops import Flops, count
 from sisma_jax.kernels.selective_scan import selective_scan
 from sisma_jax.parallel import sharding
 from sisma_jax.planning import programs
-from sisma_jax.planning.flops import Flops, count
 from tests.tiny import tiny_config
 from tests.tpu import tpu_devices
 

@@ -313,7 +313,7 @@ def mebibytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:.1f}"
 
 
-PACKAGES = ("jax", "jaxlib", "numpy", "torch", "mambapy", "transformers")
+PACKAGES = ("jax", "jaxlib", "numpy", "torch", "mambapy", "transformers", "torchvision", "pytorch_fid")
 
 
 @functools.cache

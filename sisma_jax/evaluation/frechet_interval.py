@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
-from scipy.linalg import lapack
+from scipy.linalg import get_lapack_funcs
 
 from sisma_jax.evaluation.feature_arrays import checked, checked_pair
 from sisma_jax.evaluation.frechet import (
@@ -124,7 +124,8 @@ def _cholesky_factor(covariance: np.ndarray) -> np.ndarray:
     Args:
       covariance: as of `covariance_factor`.
     """
-    upper, pivots, rank, _ = lapack.dpstrf(covariance)
+    (decompose,) = get_lapack_funcs(("pstrf",), (covariance,))
+    upper, pivots, rank, _ = decompose(covariance)
     factor = np.empty((rank, len(covariance)))
     factor[:, pivots - 1] = np.triu(upper[:rank])
     return factor

@@ -5,8 +5,10 @@
 
 Both read the same PNG files of drawn faces and have the same random weights, so they must return the same distance.
 They run in turn. The table shows the seconds per 1,000 images of the features (reading and decoding files, resizing,
-the network) and of the whole distance, and the processor time, which other work on the machine hardly changes. The time
-from the features to the distance depends on their 2048 dimensions more than on the number of images.
+the network), the seconds from the features to the distance, which depend on their 2048 dimensions more than on the
+number of images, and both together per 1,000 images. Wall times come first, and then processor times, which other work
+on the machine hardly changes. If it is busy, give BLAS a single thread (OPENBLAS_NUM_THREADS=1), or all processes one
+core (taskset -c 0): threads that wait for one another spin.
 JSON: {"benchmark", "machine", "settings", "problems"}.
 """
 
@@ -16,7 +18,6 @@ import json as json_files
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -70,12 +71,11 @@ def measure_here(network: FeatureNetwork, first: Path, second: Path) -> Timed:
       first: folder of images.
       second: folder of images.
     """
-    start, start_cpu = time.perf_counter(), time.process_time()
-    features = [extract(network, FolderImages.open(folder)) for folder in (first, second)]
-    between = time.perf_counter()
-    fid = frechet_distance(*(FeatureStatistics.from_batches([x]) for x in features))
-    end = time.perf_counter()
-    return Timed(fid, between - start, end - between, time.process_time() - start_cpu)
+    start = fid_peer.clocks()
+    both = [extract(network, FolderImages.open(folder)) for folder in (first, second)]
+    features, start = fid_peer.since(start), fid_peer.clocks()
+    fid = frechet_distance(*(FeatureStatistics.from_batches([x]) for x in both))
+    return Timed(fid, features, fid_peer.since(start))
 
 
 def measure_all(num_images: int, rounds: int, size: int, folder: Path) -> dict[str, list[Timed]]:
@@ -97,17 +97,15 @@ def measure_all(num_images: int, rounds: int, size: int, folder: Path) -> dict[s
         np.savez(folder / "weights.npz", **cast(dict[str, Any], weights))
         peer = fid_peer.Peer(folder / "weights.npz")
         runs["pytorch-fid"] = peer.measure
-    few, many = ([folder / f"{count}-{seed}" for seed in range(2)] for count in (fid_peer.BATCH_SIZE, num_images))
-    for seed in range(2):
-        write_faces(few[seed], fid_peer.BATCH_SIZE, seed, size)
-        if many != few:
-            write_faces(many[seed], num_images, seed, size)
+    write_faces(folder / "one", 1, 2, size)
+    extract(network, FolderImages.open(folder / "one"))  # compiles
+    first, second = folder / "first", folder / "second"
+    for seed, path in enumerate((first, second)):
+        write_faces(path, num_images, seed, size)
     samples: dict[str, list[Timed]] = {name: [] for name in runs}
-    for run in runs.values():  # compiles, and loads libraries
-        run(few[0], few[1])
     for _ in range(rounds):
         for name, run in runs.items():
-            samples[name].append(run(many[0], many[1]))
+            samples[name].append(run(first, second))
     if peer is not None:
         peer.close()
     return samples
@@ -123,7 +121,7 @@ def main(num_images: int = 1000, rounds: int = 5, size: int = 256, json: Path | 
 
     Args:
       num_images: number of images of each of the two sets, at least 2.
-      rounds: number of timed rounds, after one with 50 images that is not timed.
+      rounds: number of timed rounds, after the compilation, which is not timed.
       size: height and width of the images in pixels.
       json: file for all samples.
     """
@@ -135,18 +133,19 @@ def main(num_images: int = 1000, rounds: int = 5, size: int = 256, json: Path | 
     if not abs(fids["sisma_jax"] - expected) <= TOLERANCE * expected:
         sys.exit(f"The distances differ by more than {TOLERANCE:.0e} of their value.")
     thousands = 2 * num_images / 1000
-    rows = [
-        [
-            name,
-            summary([one.features_secs / thousands for one in timed]),
-            summary([one.distance_secs for one in timed]),
-            summary([one.total_secs / thousands for one in timed]),
-            summary([one.cpu_secs / thousands for one in timed]),
-        ]
-        for name, timed in samples.items()
-    ]
-    columns = ["", "features, s/1000", "distance, s", "whole, s/1000", "processor, s/1000"]
-    measure.print_table(f"Two sets of {num_images} images: medians (ranges) of {rounds} rounds", columns, rows)
+    rows = []
+    for name, timed in samples.items():
+        row = [name]
+        for clock in range(2):
+            row += [
+                summary([one.features[clock] / thousands for one in timed]),
+                summary([one.distance[clock] for one in timed]),
+                summary([(one.features[clock] + one.distance[clock]) / thousands for one in timed]),
+            ]
+        rows.append(row)
+    columns = ["", "features per 1000", "distance", "whole per 1000"]
+    columns += [f"processor: {column}" for column in columns[1:]]
+    measure.print_table(f"Seconds for two sets of {num_images} images: medians (ranges)", columns, rows)
     if json:
         settings = {"num_images": num_images, "rounds": rounds, "size": size}
         records = [

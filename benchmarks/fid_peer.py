@@ -27,20 +27,25 @@ class Timed:
 
     Attributes:
       fid: the distance.
-      features_secs: wall time of the features of both sets.
-      distance_secs: wall time from the features to the distance.
-      cpu_secs: processor time of all threads and worker processes together.
+      features: wall time of the features of both sets, and processor time of all threads and worker processes, seconds.
+      distance: the same, from the features to the distance.
     """
 
     fid: float
-    features_secs: float
-    distance_secs: float
-    cpu_secs: float
+    features: tuple[float, float]
+    distance: tuple[float, float]
 
-    @property
-    def total_secs(self) -> float:
-        """Wall time of the whole."""
-        return self.features_secs + self.distance_secs
+
+def clocks() -> tuple[float, float]:
+    """Returns the time, and the processor time of this process and its child processes that have ended, in seconds."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(one.ru_utime + one.ru_stime for one in used)
+
+
+def since(start: tuple[float, float]) -> tuple[float, float]:
+    """Returns the seconds by both clocks since `start`."""
+    now = clocks()
+    return now[0] - start[0], now[1] - start[1]
 
 
 def absent() -> str:
@@ -93,12 +98,6 @@ class Peer:
         return json.loads(line)
 
 
-def processor_secs() -> float:
-    """Returns the processor time of this process and of those of its child processes that have ended."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
-
-
 def _serve(weights: Path, answers: TextIO) -> None:
     """Reads pairs of folders from standard input, one JSON list a line, and writes a `Timed` for each."""
     import numpy as np
@@ -109,19 +108,20 @@ def _serve(weights: Path, answers: TextIO) -> None:
         state = {name: torch.from_numpy(file[name]) for name in file.files}
     inception.load_state_dict_from_url = lambda *args, **kwargs: state  # in place of the download
     model = inception.InceptionV3([inception.InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 3, 299, 299))  # loads libraries
     print("{}", file=answers, flush=True)
     num_workers = min(len(os.sched_getaffinity(0)), 8)  # as the command of pytorch-fid chooses it
     for line in sys.stdin:
-        start, start_cpu = time.perf_counter(), processor_secs()
+        start = clocks()
         activations = [
             fid_score.get_activations(sorted(Path(folder).glob("*.png")), model, BATCH_SIZE, num_workers=num_workers)
             for folder in json.loads(line)
         ]
-        between = time.perf_counter()
+        features, start = since(start), clocks()
         moments = [(np.mean(x, axis=0), np.cov(x, rowvar=False)) for x in activations]
         fid = float(fid_score.calculate_frechet_distance(*moments[0], *moments[1]))
-        end = time.perf_counter()
-        timed = Timed(fid, between - start, end - between, processor_secs() - start_cpu)
+        timed = Timed(fid, features, since(start))
         print(json.dumps(dataclasses.asdict(timed)), file=answers, flush=True)
 
 

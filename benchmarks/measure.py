@@ -325,7 +325,7 @@ def mebibytes(count: float | None) -> str:
 
 PACKAGES = (
     *("jax", "jaxlib", "libtpu", "jax_cuda12_plugin", "jax_cuda13_plugin", "flax", "optax", "jaxtyping", "numpy"),
-    *("torch", "mambapy", "transformers"),
+    *("torch", "mambapy", "transformers", "torchvision", "pytorch_fid"),
 )
 
 

@@ -4,6 +4,7 @@ A `FeatureNetwork` maps images to vectors. `extract` runs it over a set of image
 result in a cache, so that an interrupted evaluation resumes and the features of a reference are computed once.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -25,8 +26,8 @@ from sisma_jax.models.factory import Params
 from sisma_jax.parallel import sharding
 from sisma_jax.runs import flat_trees
 
-# Images per call of a network.
-_BATCH_SIZE = 32
+# Images per call of a network. CPUs are slower with more, whose activations do not fit in the cache.
+_BATCH_SIZE, _CPU_BATCH_SIZE = 32, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +97,21 @@ def extract(network: FeatureNetwork, images: ImageSet, cache: AnyPath | None = N
 
 
 def _run(network: FeatureNetwork, images: Iterator[np.ndarray]) -> np.ndarray:
-    """Returns the features of images, which are batched as long as their shapes are equal."""
-    features = []
-    for _, same in itertools.groupby(images, key=np.shape):
-        while batch := list(itertools.islice(same, _BATCH_SIZE)):
-            # A batch that is not full is padded, so that one shape is compiled per size of the images.
-            filled = np.stack(batch + [batch[-1]] * (_BATCH_SIZE - len(batch)))
-            features.append(np.asarray(network.features(filled), np.float32)[: len(batch)])
+    """Returns the features of images. The next batch is read while the network computes."""
+    batches, features = _batches(images), []
+    with concurrent.futures.ThreadPoolExecutor(1) as reader:
+        upcoming = reader.submit(next, batches, None)
+        while (batch := upcoming.result()) is not None:
+            upcoming = reader.submit(next, batches, None)
+            filled, count = batch
+            features.append(np.asarray(network.features(filled), np.float32)[:count])
     return np.concatenate(features)
+
+
+def _batches(images: Iterator[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
+    """Yields batches of images of equal shapes, and how many of its images each batch has."""
+    size = min(_BATCH_SIZE, _CPU_BATCH_SIZE) if jax.default_backend() == "cpu" else _BATCH_SIZE
+    for _, same in itertools.groupby(images, key=np.shape):
+        while batch := list(itertools.islice(same, size)):
+            # A batch that is not full is padded, so that one shape is compiled per size of the images.
+            yield np.stack(batch + [batch[-1]] * (size - len(batch))), len(batch)

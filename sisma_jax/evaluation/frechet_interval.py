@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+from scipy.linalg import get_lapack_funcs
 
 from sisma_jax.evaluation.feature_arrays import checked, checked_pair
 from sisma_jax.evaluation.frechet import (
@@ -14,6 +15,9 @@ from sisma_jax.evaluation.frechet import (
     frechet_distance,
 )
 from sisma_jax.evaluation.intervals import Interval, percentile_interval
+
+# Images whose deviations from the mean are in memory at once: 64 MiB with 2048 dimensions.
+_ROWS_PER_BLOCK = 4096
 
 
 def num_frechet_resamples(dimensions: int) -> int:
@@ -42,9 +46,9 @@ def frechet_interval(
     how the distance would vary with other images, as many as these; it does not contain the distance of infinitely many
     images.
 
-    A resample takes a QR decomposition of the drawn features of each set, O(N D^2), and the singular values of a matrix
-    of at most D x D. A set with fewer images than dimensions needs no decomposition. With 2048 dimensions and thousands
-    of images, expect seconds or tens of seconds per resample on a CPU.
+    A resample takes the covariance of the drawn features of each set, O(N D^2), its Cholesky decomposition, and the
+    singular values of a matrix of at most D x D. A set with fewer images than dimensions needs no covariance. With 2048
+    dimensions, expect a second per resample of 2,000 images on a CPU, and a few seconds of 50,000.
 
     Args:
       first: real numbers (N, D), features of at least 2 images.
@@ -97,13 +101,34 @@ def _gaussian(features: np.ndarray, indices: np.ndarray) -> _Gaussian:
     weights = np.bincount(indices, minlength=len(features))
     # More than a third of the images are not drawn. The others contribute once, with their weights.
     drawn = np.flatnonzero(weights)
-    shares, rows = weights[drawn] / count, features[drawn]
-    mean = shares @ rows
-    factor = np.sqrt(shares * (count / (count - 1)))[:, np.newaxis] * (rows - mean)
-    if len(factor) > factor.shape[1]:
-        # R of the QR decomposition has the same R^T R. It is cheaper than the eigenvectors of the covariance.
-        factor = np.asarray(np.linalg.qr(factor, mode="r"))
-    return _Gaussian(mean, factor)
+    mean = weights @ features / count
+    scales = np.sqrt(weights[drawn] / (count - 1))[:, np.newaxis]
+    dimensions = features.shape[1]
+    if len(drawn) <= dimensions:
+        return _Gaussian(mean, scales * (features[drawn] - mean))
+    # A quarter of the time of a QR decomposition of all rows, and of its memory only a part.
+    covariance = np.zeros((dimensions, dimensions))
+    for start in range(0, len(drawn), _ROWS_PER_BLOCK):
+        block = slice(start, start + _ROWS_PER_BLOCK)
+        rows = scales[block] * (features[drawn[block]] - mean)
+        covariance += rows.T @ rows
+    return _Gaussian(mean, _cholesky_factor(covariance))
+
+
+def _cholesky_factor(covariance: np.ndarray) -> np.ndarray:
+    """Returns a matrix R, float64 (rank, D), with R^T R equal to the covariance, as `covariance_factor`.
+
+    The Cholesky decomposition with pivoting takes a fifth of the time of the eigenvectors, and leaves out directions
+    without variance. Without pivoting, it would fail for them.
+
+    Args:
+      covariance: as of `covariance_factor`.
+    """
+    (decompose,) = get_lapack_funcs(("pstrf",), (covariance,))
+    upper, pivots, rank, _ = decompose(covariance)
+    factor = np.empty((rank, len(covariance)))
+    factor[:, pivots - 1] = np.triu(upper[:rank])
+    return factor
 
 
 def distance_of_resample(features: np.ndarray, reference: FeatureStatistics) -> Callable[[np.ndarray], float]:

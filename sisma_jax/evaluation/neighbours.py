@@ -75,7 +75,7 @@ class DistanceBlocks:
         centre = columns.mean(axis=0)
         reaches = (np.maximum(x.max(axis=0) - centre, centre - x.min(axis=0)).max() for x in (rows, columns) if len(x))
         self._scale = float(max(reaches)) or 1.0
-        self._scaled = tuple(((x - centre) / self._scale).astype(np.float32) for x in (rows, columns))
+        self._scaled = tuple(_scaled(x, centre, self._scale) for x in (rows, columns))
         self._norms = tuple(np.einsum("nd,nd->n", x, x, dtype=np.float64).astype(np.float32) for x in self._scaled)
 
     @property
@@ -118,6 +118,14 @@ class DistanceBlocks:
             differences = self._rows[rows[part]] - self._columns[columns[part]]
             squares[part] = (differences * differences).sum(axis=1)
         return squares
+
+
+def _scaled(features: np.ndarray, centre: np.ndarray, scale: float) -> np.ndarray:
+    """Returns (features - centre) / scale in float32. No second array of all images is in float64."""
+    scaled = np.empty(features.shape, np.float32)
+    for rows in _ranges(len(features), _ROWS_PER_BLOCK):
+        scaled[rows] = (features[rows] - centre) / scale
+    return scaled
 
 
 def square_bounds(

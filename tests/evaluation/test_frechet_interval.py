@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from sisma_jax.errors import InputError
+from sisma_jax.evaluation import frechet_interval as frechet_interval_module
 from sisma_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from sisma_jax.evaluation.frechet_interval import frechet_interval
 
@@ -30,6 +31,17 @@ def test_the_interval_equals_that_of_resampled_features(dimensions):
     limits = np.quantile(resampled, [0.05, 0.95]) - (np.mean(resampled) - value)
     actual = frechet_interval(first, second, seed=3, num_resamples=20, level=0.9)
     np.testing.assert_allclose(actual, (value, *limits, 0.9), rtol=1e-9)
+
+
+def test_dimensions_without_variance_of_their_own_do_not_matter(monkeypatch):
+    monkeypatch.setattr(frechet_interval_module, "_ROWS_PER_BLOCK", 7)
+    first, second = sets(0)
+    # A dimension that is constant, and one that another determines: the covariances have no full rank.
+    more = [np.column_stack([x, np.full(len(x), 3.0), x[:, 0] - x[:, 1]]) for x in (first, second)]
+    rotation = np.eye(6)[:, [4, 5, 0, 1, 2, 3]]
+    plain, rotated = (frechet_interval(*x, num_resamples=10) for x in (more, [x @ rotation for x in more]))
+    np.testing.assert_allclose(rotated, plain, rtol=1e-9)
+    assert plain.value == pytest.approx(distance(*more))
 
 
 def test_statistics_are_kept_as_they_are():

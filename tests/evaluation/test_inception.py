@@ -13,7 +13,8 @@ from sisma_jax.errors import InputError
 from sisma_jax.evaluation.features import FeatureNetwork
 from sisma_jax.evaluation.frechet import FeatureStatistics, frechet_distance
 from sisma_jax.evaluation.networks import inception_from_weights, load_inception, resizing
-from tests.evaluation.golden.random_weights import random_images, random_weights
+from sisma_jax.evaluation.networks.convolution import Convolution
+from tests.evaluation.golden.random_weights import random_images, random_weights, uniform
 
 GOLDEN = Path(__file__).parent / "golden" / "inception.npz"
 RESIZES = ("pytorch-fid", "torch-fidelity", "clean-fid")
@@ -75,6 +76,18 @@ def test_the_distance_of_the_features_is_that_of_pytorch_fid():
     features = np.concatenate([network().features(images[i : i + 2])[:, ::512] for i in range(0, 16, 2)])
     distance = frechet_distance(*(FeatureStatistics.from_batches([x]) for x in (features[:8], features[8:])))
     np.testing.assert_allclose(distance, golden()["fid"], rtol=1e-3)
+
+
+@pytest.mark.parametrize(("strides", "size"), [(1, (3, 3)), (2, (3, 3)), (1, (1, 1)), (2, (1, 1)), (3, (5, 2))])
+@pytest.mark.parametrize("shape", [(9, 12), (10, 7)])
+def test_a_convolution_without_padding_uses_no_pixels_beyond_the_image(strides, size, shape):
+    layer = Convolution(2, 4, size, strides, "VALID")
+    kernel, bias = uniform("kernel", (*size, 2, 4)), uniform("bias", (4,))
+    layer.kernel[...], layer.bias[...] = jnp.asarray(kernel), jnp.asarray(bias)
+    images = uniform("images", (2, *shape, 2))
+    windows = np.lib.stride_tricks.sliding_window_view(images, size, axis=(1, 2))[:, ::strides, ::strides]
+    want = np.maximum(np.einsum("bhwcyx,yxco->bhwo", windows, kernel) + bias, 0)
+    np.testing.assert_allclose(layer(jnp.asarray(images)), want, atol=1e-5)  # sums of 18 terms in float32
 
 
 def test_the_fingerprint_depends_on_weights_and_resizing_only():

@@ -35,18 +35,27 @@ def _conv(inputs: int, outputs: int, height: int, width: int, strides: int = 1, 
     return Convolution(inputs, outputs, (height, width), strides, padding or ("SAME" if strides == 1 else "VALID"))
 
 
+# Windows of 3x3 are pooled along one axis after the other: on CPUs, XLA takes several times as long for both at once.
+
+
 def _average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
     """Returns the means of windows of 3x3, without the padding at the borders.
 
     The numbers of pixels per window are constants: XLA takes seconds to fold the program that counts them.
     """
     counts = [1 + np.minimum(np.arange(size), 1) + np.minimum(np.arange(size)[::-1], 1) for size in x.shape[1:3]]
-    sums = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
+    columns = jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 1, 1), (1, 1, 1, 1), "SAME")
+    sums = jax.lax.reduce_window(columns, 0.0, jax.lax.add, (1, 1, 3, 1), (1, 1, 1, 1), "SAME")
     return sums / np.multiply.outer(*counts).astype(np.float32)[None, :, :, None]
 
 
+def _max_pool(x: Float[Array, "B H W C"], strides: int, padding: str) -> Float[Array, "B H2 W2 C"]:
+    columns = nnx.max_pool(x, (3, 1), strides=(strides, 1), padding=padding)
+    return nnx.max_pool(columns, (1, 3), strides=(1, strides), padding=padding)
+
+
 def _halving_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-    return nnx.max_pool(x, (3, 3), strides=(2, 2), padding="VALID")
+    return _max_pool(x, strides=2, padding="VALID")
 
 
 class _BlockA(nnx.Module):
@@ -152,7 +161,7 @@ class _BlockE(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C2"]:
         single = self.branch3x3_1(x)
         double = self.branch3x3dbl_2(self.branch3x3dbl_1(x))
-        pooled = nnx.max_pool(x, (3, 3), padding="SAME") if self.pools_maximum else _average_pool(x)
+        pooled = _max_pool(x, strides=1, padding="SAME") if self.pools_maximum else _average_pool(x)
         branches = (
             self.branch1x1(x),
             self.branch3x3_2a(single),

@@ -9,7 +9,6 @@ command prints the table of docs/ablation.md and writes all numbers to WORKDIR/a
 import concurrent.futures
 import dataclasses
 import logging
-import math
 import multiprocessing
 import os
 import statistics
@@ -101,7 +100,7 @@ def run(experiment: Config, workdir: Path) -> Scores:
     params = jax.eval_shape(lambda: init_params(experiment, jax.random.key(0)))
     return {
         "parameters": sum(x.size for x in jax.tree.leaves(params)),
-        "held_out_loss": report["held_out_loss"] or math.nan,
+        "held_out_loss": scores["held_out_loss"]["value"],
         "miou": scores["miou"]["value"],
         "pixel_accuracy": scores["pixel_accuracy"]["value"],
         "examples_per_sec": statistics.median(rates),

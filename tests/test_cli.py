@@ -36,7 +36,7 @@ def test_the_whole_job_leaves_all_that_it_promises(finished):
         assert (folder / name).stat().st_size > 0
     report = json.loads((folder / "evaluation.json").read_text())
     assert report["subject"]["step"] == 4
-    assert np.isfinite(report["held_out_loss"])
+    assert np.isfinite(report["held_out_loss"]["value"])
     assert {"samples", "ceiling", "floor"} <= set(report["mask_agreement"])
     (distances,) = report["distances"]
     assert distances["num_samples"] == distances["num_references"] == 6

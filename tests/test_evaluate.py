@@ -206,10 +206,11 @@ def test_runs_are_shown_side_by_side_with_paired_tests(finished, tmp_path, capsy
         assert f"{first[name]['value']:.4f} [" in row
         assert f"{second[name]['value']:.4f} [" in row
     tests = shown[shown.index("minus") :]
-    assert tests.count("p = ") == 4  # mIoU, accuracy, fd_parser and diversity
+    # mIoU, accuracy, fd_parser, precision, recall, density, coverage, held-out loss and diversity
+    assert tests.count("p = ") == 9
     command(finished, "evaluate", "--runs", finished[1], finished[1])
     same = capsys.readouterr().out
-    assert same.count("+0.0000 [+0.0000, +0.0000]  p = 1.0000") == 4
+    assert same.count("+0.0000 [+0.0000, +0.0000]  p = 1.0000") == 9
 
 
 def test_what_cannot_be_compared_is_refused(finished, tmp_path, capsys):

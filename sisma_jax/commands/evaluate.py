@@ -15,9 +15,16 @@ from sisma_jax.data.dataset import DataSet
 from sisma_jax.data.latents import LatentDataSet
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation import comparison, grids, mask_agreement, results
-from sisma_jax.evaluation.held_out_loss import held_out_loss
+from sisma_jax.evaluation.held_out_loss import held_out_losses
 from sisma_jax.evaluation.image_sets import FolderImages, FolderMasks, ImageSet, SplitImages
-from sisma_jax.evaluation.measurement import Measurements, load_networks, measure_faces, measure_folders, reconstruction
+from sisma_jax.evaluation.measurement import (
+    Measurements,
+    load_networks,
+    mean_score,
+    measure_faces,
+    measure_folders,
+    reconstruction,
+)
 from sisma_jax.evaluation.model_card import write_model_card
 from sisma_jax.evaluation.protocols import Protocol, protocol
 from sisma_jax.evaluation.report import Pictures, write_report
@@ -181,7 +188,7 @@ def evaluate(
     chosen = protocol(config, dataset.counts["test"])
     batch_size = sharding.round_up(config.sample.batch_size, trained.mesh)
     parser = run.parser if run.has_parser() else None
-    loss = held_out_loss(
+    losses = held_out_losses(
         make_held_out_loss(config, trained.mesh),
         trained.params,
         examples.eval_batches("test", batch_size, limit=chosen.num_masks),
@@ -190,7 +197,7 @@ def evaluate(
     )
     subject: results.Subject = {"kind": "run", "path": str(run.path), "checksum": ""}
     metrics = read_metrics(run.metrics) if is_primary() else []
-    _evaluate(subject, trained, dataset, parser, loss, metrics, out)
+    _evaluate(subject, trained, dataset, parser, losses, metrics, out)
 
 
 def _evaluate(
@@ -198,7 +205,7 @@ def _evaluate(
     trained: Pipeline,
     dataset: DataSet,
     parser: FaceParser | None,
-    loss: float | None,
+    losses: np.ndarray | None,
     metrics: list[dict[str, int | float]],
     out: EvaluationFolder,
 ) -> None:
@@ -222,6 +229,10 @@ def _evaluate(
         cache=out.cache,
         reference_cache=dataset.path.parent / "features",
     )
+    loss = None
+    if losses is not None:
+        measured.terms["held_out_loss"] = losses
+        loss = mean_score(losses, config.sample.seed)
     decoded = _reconstruction(trained, dataset, chosen.num_masks, config)
     if not is_primary():
         return
@@ -240,7 +251,13 @@ def _evaluate(
         "resize": networks.resizing,
     }
     parameters = sum(leaf.size for leaf in jax.tree.leaves(trained.params))
-    subject = {**subject, "step": trained.step, "checksum": checksum, "parameters": parameters}
+    subject = {
+        **subject,
+        "step": trained.step,
+        "checksum": checksum,
+        "parameters": parameters,
+        "objective": f"{config.flow.prediction} of {'pixels' if config.autoencoder.kind == 'identity' else 'latents'}",
+    }
     evaluation = _assemble(subject, record, networks.checksums, measured, loss, decoded)
     _write(out, evaluation, measured, {"ids": repetitions[0].ids})
     shown = _grid(repetitions, originals)
@@ -267,7 +284,7 @@ def _assemble(
     record: results.ProtocolRecord,
     checksums: dict[str, str],
     measured: Measurements,
-    loss: float | None,
+    loss: results.Score | None,
     decoded: dict[str, results.Score],
 ) -> results.Evaluation:
     return {
@@ -346,8 +363,9 @@ def _tell_results(out: EvaluationFolder, evaluation: results.Evaluation) -> None
         tell(f"{name}: {score['value']:.4f}   [{score['low']:.4f}, {score['high']:.4f}]")
     for name, reason in evaluation["not_computed"].items():
         tell(f"Not computed: {name}. {reason}")
-    if evaluation["held_out_loss"] is not None:
+    loss = evaluation["held_out_loss"]
+    if loss is not None:
         step = evaluation["subject"].get("step")
-        tell(f"Held-out loss at step {step}: {evaluation['held_out_loss']:.4f}")
+        tell(f"Held-out loss at step {step}: {loss['value']:.4f}   [{loss['low']:.4f}, {loss['high']:.4f}]")
     tell(f"Measurements: {out.result}")
     tell(f"Report: {out.report}")

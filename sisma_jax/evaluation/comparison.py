@@ -19,6 +19,7 @@ from sisma_jax.runs.folder import EvaluationFolder
 # Entries of the protocol that make every value incomparable if they differ.
 _SAME_IMAGES = ("data", "data_fingerprint", "num_masks", "num_references", "image_size")
 _SAME_DIVERSITY = ("diversity_masks", "samples_per_mask")
+_WITHOUT_NETWORK = ("held_out_loss", "pixel_diversity", "psnr", "ssim")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,9 @@ def _test(name: str, first: _Loaded, other: _Loaded, seed: int) -> PairedTest | 
     resizing = [one.evaluation["protocol"]["resize"].get(network) for one in (first, other)]
     if resizing[0] != resizing[1]:
         return f"not comparable: other resizing for {network}"
+    objectives = [one.evaluation["subject"].get("objective") for one in (first, other)]
+    if name == "held_out_loss" and objectives[0] != objectives[1]:
+        return f"not comparable: {objectives[0]} and {objectives[1]} are predicted"
     if name.endswith("_diversity"):
         counts = [[one.evaluation["protocol"][key] for key in _SAME_DIVERSITY] for one in (first, other)]
         if counts[0] != counts[1]:
@@ -126,7 +130,9 @@ def _distance(loaded: _Loaded, network: str) -> Callable[[np.ndarray], float]:
 
 
 def _network(name: str, evaluation: Evaluation) -> str:
-    """Returns the name of the network whose weights decide a metric."""
+    """Returns the name of the network whose weights decide a metric; "" for none."""
+    if name in _WITHOUT_NETWORK:
+        return ""
     if name == "fid":
         return "inception"
     if name.startswith("fd_"):

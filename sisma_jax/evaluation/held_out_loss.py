@@ -10,14 +10,14 @@ from sisma_jax.models.factory import Params
 from sisma_jax.parallel import sharding
 
 
-def held_out_loss(
+def held_out_losses(
     losses: Callable[[Params, dict[str, jax.Array], int], jax.Array],
     params: Params,
     batches: Iterable[dict[str, np.ndarray]],
     batch_size: int,
     mesh: Mesh,
-) -> float:
-    """Returns the mean loss over batches of the test split.
+) -> np.ndarray:
+    """Returns the loss of each example of the test split, float64 (N,); their mean is the held-out loss.
 
     Every call uses the same times and noise. The losses of two models, or of one model at two steps, are therefore
     comparable.
@@ -29,12 +29,10 @@ def held_out_loss(
       batch_size: examples per call of `losses`. A smaller batch is padded with repeated examples, which do not count.
       mesh: device mesh over which a batch is sharded; it is in context when `losses` is called.
     """
-    total, count = 0.0, 0
+    found = []
     with jax.set_mesh(mesh):
         for index, batch in enumerate(batches):
-            size = len(batch["mask"])
             filled = {name: np.resize(x, (batch_size, *x.shape[1:])) for name, x in batch.items() if name != "id"}
             loss = np.asarray(losses(params, sharding.to_devices(filled, mesh, batch_size), index))
-            total += float(loss[:size].sum(dtype=np.float64))
-            count += size
-    return total / count
+            found.append(loss[: len(batch["mask"])].astype(np.float64))
+    return np.concatenate(found)

@@ -3,16 +3,20 @@
 Unlike the Fréchet distance, its estimate has no bias, so that it can be used with few images.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.feature_arrays import checked_pair
+from sisma_jax.evaluation.intervals import Interval, percentile_interval, resample_weights
 
 _DEGREE = 3
 # Rows per block: 64 MiB per block of the kernel's matrix.
 _BLOCK_SIZE = 2896
+# Images of each set in a resample: three matrices of 32 MiB.
+_MOST_RESAMPLED = 2000
 
 
 class KernelDistance(NamedTuple):
@@ -107,3 +111,60 @@ def kernel_distance(
         for _ in range(num_subsets)
     ]
     return KernelDistance(float(np.mean(values)), float(np.std(values)))
+
+
+def kernel_interval(
+    first: np.ndarray,
+    second: np.ndarray,
+    value: float,
+    *,
+    seed: int = 0,
+    num_resamples: int = 1000,
+    level: float = 0.95,
+) -> Interval:
+    """Returns the interval of the kernel distance around its value.
+
+    A resample draws images of both sets with replacement, and omits the pairs of an image with itself. At most
+    2000 images of each set are resampled; the deviations from their own distance are then multiplied by the square root
+    of 2000 / N, since the standard error falls with the square root of the number of images.
+
+    Args:
+      first: real numbers (N, D).
+      second: real numbers (M, D).
+      value: the distance, around which the interval lies.
+      seed: seed of the resamples.
+      num_resamples: number of resamples, at least 1.
+      level: confidence level, between 0 and 1.
+
+    Raises:
+      ValueError, InputError: as `polynomial_mmd`.
+    """
+    first, second = checked_pair(first, second, ("first", "second"), least=2)
+    generator = np.random.default_rng(seed)
+    least = min(len(first), len(second))
+    drawn = [
+        features[generator.choice(len(features), min(len(features), _MOST_RESAMPLED), replace=False)]
+        for features in (first, second)
+    ]
+    scale = np.sqrt(min(1.0, _MOST_RESAMPLED / least))
+    x, y = drawn
+    dimensions = x.shape[1]
+    cross = _kernel(x @ y.T, dimensions)
+    within = [_kernel(features @ features.T, dimensions) for features in drawn]
+    for matrix in within:
+        np.fill_diagonal(matrix, 0.0)
+    weights = (resample_weights(len(z), num_resamples, seed + i) for i, z in enumerate(drawn))
+    resampled = [_weighted_mmd(v, w, within, cross) for v, w in zip(*weights, strict=True)]
+    own = _weighted_mmd(np.ones((1, len(x))), np.ones((1, len(y))), within, cross)[0]
+    return percentile_interval(value, value + scale * (np.concatenate(resampled) - own), level)
+
+
+def _weighted_mmd(v: np.ndarray, w: np.ndarray, within: Sequence[np.ndarray], cross: np.ndarray) -> np.ndarray:
+    """Returns the distance of each resample, float64 (R,), by the weights (R, N) and (R, M) of the images."""
+    means = []
+    for weights, matrix in zip((v, w), within, strict=True):
+        total = weights.sum(axis=1)
+        pairs = total**2 - (weights**2).sum(axis=1)
+        means.append(((weights @ matrix) * weights).sum(axis=1) / pairs)
+    between = ((v @ cross) * w).sum(axis=1) / (v.sum(axis=1) * w.sum(axis=1))
+    return means[0] + means[1] - 2 * between

@@ -12,7 +12,9 @@ import numpy as np
 
 from sisma_jax.data.classes import ClassSet
 from sisma_jax.evaluation import results
-from sisma_jax.evaluation.intervals import sum_interval
+from sisma_jax.evaluation.intervals import percentile_interval, resample_weights, sum_interval
+
+_RESAMPLES = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +130,26 @@ def scores(confusion: np.ndarray, classes: ClassSet, *, seed: int = 0) -> result
       classes: the K classes.
       seed: of the resamples.
     """
-    agreement = agreement_from_confusion(confusion.sum(axis=0, dtype=np.int64), classes)
     return {
         "miou": _score(confusion, mean_iou, seed),
         "pixel_accuracy": _score(confusion, pixel_accuracy, seed),
-        "iou_per_class": {
-            name: None if math.isnan(value) else value for name, value in agreement.iou_per_class.items()
-        },
+        "iou_per_class": _class_scores(confusion, classes, seed),
     }
+
+
+def _class_scores(confusion: np.ndarray, classes: ClassSet, seed: int) -> dict[str, results.Score | None]:
+    """Returns the score of each class. The interval is that of the resamples that contain the class."""
+    count, values = len(confusion), iou(confusion.sum(axis=0, dtype=np.int64))
+    flat = confusion.reshape(count, -1).astype(np.float64)
+    sums = [weights @ flat for weights in resample_weights(count, _RESAMPLES, seed)] if count > 1 else [flat]
+    resampled = iou(np.concatenate(sums).reshape(-1, *confusion.shape[1:]))
+    scores: dict[str, results.Score | None] = dict.fromkeys(classes.names)
+    for index, name in enumerate(classes.names):
+        if not math.isnan(values[index]):
+            of_class = resampled[:, index]
+            interval = percentile_interval(float(values[index]), of_class[~np.isnan(of_class)])
+            scores[name] = results.as_score(interval)
+    return scores
 
 
 def _score(confusion: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], seed: int) -> results.Score | None:
@@ -179,7 +193,7 @@ def format_report(report: results.MaskAgreement) -> str:
         "",
         f"{'IoU by class':{title_width}} " + " ".join(f"{name:>8}" for name in rows),
         *(
-            f"{name:{title_width}} " + " ".join(cell(one["iou_per_class"][name]) for _, one in rows.values())
+            f"{name:{title_width}} " + " ".join(cell(value(one["iou_per_class"][name])) for _, one in rows.values())
             for name in names
         ),
         "",

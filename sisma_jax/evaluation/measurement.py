@@ -150,7 +150,7 @@ def measure_faces(
     if len(repetitions) > 1 and protocol.diversity_masks > 1:
         terms = per_mask.diversity_terms(repetitions, protocol.diversity_masks, networks.lpips, cache=cache)
         measured.terms |= terms
-        measured.diversity = {name: _mean(values, seed) for name, values in terms.items()}
+        measured.diversity = {name: mean_score(values, seed) for name, values in terms.items()}
     _add_distances(measured, networks, faces, originals, seed, cache, reference_cache)
     if networks.features and networks.features[0].name == "parser" and count > LEAST_IMAGES:
         training = SplitImages(dataset, "train", min(dataset.counts["train"], _MOST_TRAINING_IMAGES))
@@ -215,7 +215,7 @@ def reconstruction(pairs: Iterable[tuple[np.ndarray, np.ndarray]], seed: int) ->
     for images, originals in pairs:
         values["psnr"].append(image_quality.psnr(images, originals))
         values["ssim"].append(image_quality.ssim(images, originals))
-    return {name: _mean(np.concatenate(parts), seed) for name, parts in values.items()}
+    return {name: mean_score(np.concatenate(parts), seed) for name, parts in values.items()}
 
 
 def _add_agreement(
@@ -237,7 +237,7 @@ def _paired(
     if lpips is None or len(faces) < 2:
         return {}
     measured.terms["lpips_distance"] = per_mask.lpips_terms(lpips, faces, originals, cache=cache)
-    return {"lpips_distance": _mean(measured.terms["lpips_distance"], seed)}
+    return {"lpips_distance": mean_score(measured.terms["lpips_distance"], seed)}
 
 
 def _add_distances(
@@ -257,12 +257,22 @@ def _add_distances(
             real = FeatureStatistics.from_batches([of_references])
             of_real = {"count": np.int64(real.count), "mean": real.mean, "scatter": real.scatter}
             measured.terms |= {f"real_{key}_{network.name}": np.asarray(x) for key, x in of_real.items()}
-            measured.distances.append(set_distances(network, of_samples, of_references, seed=seed))
+            distances, terms = set_distances(network, of_samples, of_references, seed=seed)
+            measured.distances.append(distances)
+            measured.terms |= {f"{network.name}_{name}": values for name, values in terms.items()}
         else:
             measured.not_computed[f"distances_{network.name}"] = (
                 f"Distances between sets need more than {LEAST_IMAGES} images of each."
             )
 
 
-def _mean(values: np.ndarray, seed: int) -> results.Score:
+def mean_score(values: np.ndarray, seed: int) -> results.Score:
+    """Returns the mean over images with its bootstrap interval; a single value is its own interval.
+
+    Args:
+      values: real numbers (N,), N at least 1.
+      seed: of the resamples.
+    """
+    if len(values) == 1:
+        return {"value": float(values[0]), "low": float(values[0]), "high": float(values[0]), "level": 0.0}
     return results.as_score(mean_interval(values, seed=seed))

@@ -267,7 +267,9 @@ def _per_class(evaluation: Evaluation) -> Iterator[str]:
     rows = []
     for name in agreement["samples"]["iou_per_class"]:
         values = [scores["iou_per_class"].get(name) for scores in columns.values()]
-        rows.append((_code(name), *("–" if value is None else format_number(value, like=1.0) for value in values)))
+        rows.append(
+            (_code(name), *("–" if value is None else format_number(value["value"], like=1.0) for value in values))
+        )
     yield "### Intersection over union by class\n"
     yield "Ceiling: the original photographs. Floor: samples with the masks of other faces.\n"
     yield _table(("Class", *columns), rows) + "\n"

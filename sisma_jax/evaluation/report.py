@@ -263,11 +263,10 @@ def _agreement(evaluation: Evaluation, classes: ClassSet | None) -> str:
         _class_row(label, "", *(_value(scores, name) for scores in (samples, ceiling, floor)), kind="total")
         for name, label in (("miou", "mIoU"), ("pixel_accuracy", "Pixel accuracy"))
     ]
-    for name, value in samples["iou_per_class"].items():
+    for name in samples["iou_per_class"]:
         swatch = image_strips.swatch(classes, name)
-        of_floor = None if floor is None else floor["iou_per_class"].get(name)
-        of_ceiling = None if ceiling is None else ceiling["iou_per_class"].get(name)
-        rows.append(_class_row(name, swatch, value, of_ceiling, of_floor))
+        values = [_class_value(scores, name) for scores in (samples, ceiling, floor)]
+        rows.append(_class_row(name, swatch, values[0], values[1], values[2]))
     head = (
         '<thead><tr><th scope="col">Class</th><th scope="col" class="bar"><span>0</span><span>1</span></th>'
         + "".join(
@@ -288,6 +287,11 @@ def _value(scores: AgreementScores | None, name: str) -> float | None:
     if scores is None:
         return None
     score: Score | None = scores["miou"] if name == "miou" else scores["pixel_accuracy"]
+    return None if score is None else score["value"]
+
+
+def _class_value(scores: AgreementScores | None, name: str) -> float | None:
+    score = None if scores is None else scores["iou_per_class"].get(name)
     return None if score is None else score["value"]
 
 

@@ -43,6 +43,7 @@ class Subject(TypedDict):
       step: training step of the parameters; absent for folders.
       checksum: CRC-32 of the EMA parameters, or a hash of the folder's files.
       parameters: number of parameters of the denoiser; absent for folders.
+      objective: what the held-out loss measures; absent for folders.
     """
 
     kind: str
@@ -50,6 +51,7 @@ class Subject(TypedDict):
     checksum: str
     step: NotRequired[int]
     parameters: NotRequired[int]
+    objective: NotRequired[str]
 
 
 class ProtocolRecord(TypedDict):
@@ -87,7 +89,7 @@ class AgreementScores(TypedDict):
 
     miou: Score | None
     pixel_accuracy: Score | None
-    iou_per_class: dict[str, float | None]
+    iou_per_class: dict[str, Score | None]
 
 
 class MaskAgreement(TypedDict):
@@ -115,16 +117,16 @@ class SetDistances(TypedDict):
       network: name of the network; the Fréchet distance is fid for Inception-v3, and fd_NAME for any other.
       num_samples: number of samples.
       num_references: number of real images.
-      scores: by name: fid or fd_NAME, precision, recall, density and coverage.
-      kernel_distance: mean and standard deviation of the kernel distance (KID) over subsets; all images are one subset
-        if there are fewer than 1000.
+      scores: by name: fid or fd_NAME, kernel_distance, precision, recall, density and coverage.
+      kernel_spread: standard deviation of the kernel distance (KID) over subsets of 1000 images, which other programs
+        report beside it; None if there are fewer images, of which all are one subset.
     """
 
     network: str
     num_samples: int
     num_references: int
     scores: dict[str, Score]
-    kernel_distance: dict[str, float]
+    kernel_spread: float | None
 
 
 class Memorization(TypedDict):
@@ -140,7 +142,7 @@ class Memorization(TypedDict):
 
     samples: Score
     held_out: Score
-    ratio: float | None
+    ratio: Score | None
     num_training_images: int
 
 
@@ -168,7 +170,7 @@ class Evaluation(TypedDict):
     protocol: ProtocolRecord
     networks: dict[str, str]
     versions: dict[str, str]
-    held_out_loss: float | None
+    held_out_loss: Score | None
     mask_agreement: MaskAgreement | None
     distances: list[SetDistances]
     diversity: dict[str, Score]
@@ -205,6 +207,8 @@ def flat_scores(evaluation: Evaluation) -> dict[str, Score]:
         for name, score in one["scores"].items():
             is_frechet = name == "fid" or name.startswith("fd_")
             scores[name if is_frechet else f"{one['network']}_{name}"] = score
+    if evaluation["held_out_loss"] is not None:
+        scores["held_out_loss"] = evaluation["held_out_loss"]
     scores |= evaluation["diversity"] | evaluation["paired"] | evaluation["reconstruction"]
     return scores
 
@@ -250,6 +254,7 @@ def write_terms(path: AnyPath, terms: Mapping[str, np.ndarray]) -> None:
     Args:
       path: of the file, `evaluation_terms.npz`.
       terms: by name: "ids", "confusion" (N, K, K), names of `Evaluation.diversity` (M,) and `Evaluation.paired` (N,),
+        "held_out_loss" (N,), "NETWORK_precision" and the like (N,),
         "features_NETWORK" (N, D), and the `FeatureStatistics` of the real images: "real_count_NETWORK",
         "real_mean_NETWORK" and "real_scatter_NETWORK".
 

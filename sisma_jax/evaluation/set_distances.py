@@ -5,21 +5,25 @@ import numpy as np
 from sisma_jax.errors import InputError
 from sisma_jax.evaluation.features import FeatureNetwork
 from sisma_jax.evaluation.frechet_interval import frechet_interval, num_frechet_resamples
-from sisma_jax.evaluation.intervals import mean_interval
-from sisma_jax.evaluation.kernel_distance import kernel_distance
+from sisma_jax.evaluation.intervals import mean_interval, percentile_interval, resample_weights
+from sisma_jax.evaluation.kernel_distance import kernel_distance, kernel_interval
 from sisma_jax.evaluation.manifold import density_coverage_per_image, precision_recall_per_image
 from sisma_jax.evaluation.neighbours import nearest_neighbours
-from sisma_jax.evaluation.results import Memorization, SetDistances, as_score
+from sisma_jax.evaluation.results import Memorization, Score, SetDistances, as_score
 
 _SUBSET_SIZE = 1000
+_RESAMPLES = 1000
 LEAST_IMAGES = 5
 """Each set needs more images than this: the number of neighbours that density and coverage use."""
 
 
 def set_distances(
     network: FeatureNetwork, samples: np.ndarray, references: np.ndarray, *, seed: int = 0
-) -> SetDistances:
-    """Returns the distances between the features of samples and those of real images.
+) -> tuple[SetDistances, dict[str, np.ndarray]]:
+    """Returns the distances between the features of samples and those of real images, and terms of some of them.
+
+    The terms are those whose mean is the value, float64: of precision and density per sample, and of recall and
+    coverage per real image.
 
     Args:
       network: that computed the features.
@@ -44,14 +48,19 @@ def set_distances(
     )
     frechet = "fid" if network.name == "inception" else f"fd_{network.name}"
     num_resamples = num_frechet_resamples(samples.shape[1])
-    scores = {frechet: as_score(frechet_interval(samples, references, seed=seed, num_resamples=num_resamples))}
-    return {
+    scores = {
+        frechet: frechet_interval(samples, references, seed=seed, num_resamples=num_resamples),
+        "kernel_distance": kernel_interval(samples, references, kernel.mean, seed=seed),
+        **{name: mean_interval(values, seed=seed) for name, values in terms.items()},
+    }
+    distances: SetDistances = {
         "network": network.name,
         "num_samples": len(samples),
         "num_references": len(references),
-        "scores": scores | {name: as_score(mean_interval(values, seed=seed)) for name, values in terms.items()},
-        "kernel_distance": {"mean": kernel.mean, "std": kernel.std},
+        "scores": {name: as_score(interval) for name, interval in scores.items()},
+        "kernel_spread": kernel.std if least >= _SUBSET_SIZE else None,
     }
+    return distances, terms
 
 
 def memorization(samples: np.ndarray, held_out: np.ndarray, training: np.ndarray, *, seed: int = 0) -> Memorization:
@@ -67,13 +76,24 @@ def memorization(samples: np.ndarray, held_out: np.ndarray, training: np.ndarray
       InputError: there are too few images.
     """
     near, far = (nearest_neighbours(features, training, 1).distances[:, 0] for features in (samples, held_out))
-    mean = float(far.mean())
     return {
         "samples": as_score(mean_interval(near, seed=seed)),
         "held_out": as_score(mean_interval(far, seed=seed)),
-        "ratio": float(near.mean()) / mean if mean else None,
+        "ratio": _ratio(near, far, seed),
         "num_training_images": len(training),
     }
+
+
+def _ratio(near: np.ndarray, far: np.ndarray, seed: int) -> Score | None:
+    """Returns the ratio of the means, whose resamples draw from both; None if it is not finite."""
+    means = [
+        np.concatenate([weights @ values for weights in resample_weights(len(values), _RESAMPLES, seed + index)])
+        / len(values)
+        for index, values in enumerate((near, far))
+    ]
+    if not (far.mean() > 0 and (means[1] > 0).all()):
+        return None
+    return as_score(percentile_interval(float(near.mean() / far.mean()), means[0] / means[1]))
 
 
 def format_distances(distances: SetDistances, memorized: Memorization | None = None) -> str:
@@ -94,6 +114,4 @@ def format_distances(distances: SetDistances, memorized: Memorization | None = N
     lines = [
         f"{name:{width}} {row['value']:9.4f}   [{row['low']:.4f}, {row['high']:.4f}]" for name, row in rows.items()
     ]
-    kernel = distances["kernel_distance"]
-    lines.insert(1, f"{'kernel distance (KID)':{width}} {kernel['mean']:9.4f}   \u00b1 {kernel['std']:.4f}")
     return "\n".join([title, f"{'':{width}} {'value':>9}   95 % interval", *lines]) + "\n"

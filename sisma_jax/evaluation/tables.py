@@ -68,7 +68,7 @@ def metric_groups(evaluation: Evaluation) -> list[MetricGroup]:
         ("Autoencoder", evaluation["reconstruction"]),
     ):
         groups.append(MetricGroup(title, tuple(_score_row(name, score, level) for name, score in scores.items())))
-    groups.append(MetricGroup("Training", tuple(_training_rows(evaluation))))
+    groups.append(MetricGroup("Training", tuple(_training_rows(evaluation, level))))
     return [group for group in groups if group.rows]
 
 
@@ -198,27 +198,28 @@ def _agreement_rows(agreement: MaskAgreement | None, level: float | None) -> Ite
 
 
 def _distance_rows(distances: SetDistances, level: float | None) -> Iterator[MetricRow]:
-    network, kernel = distances["network"], distances["kernel_distance"]
+    network, spread = distances["network"], distances["kernel_spread"]
     for name, score in distances["scores"].items():
         is_frechet = name == "fid" or name.startswith("fd_")
-        yield _score_row(name if is_frechet else f"{network}_{name}", score, level)
-        if is_frechet and kernel:
-            spread = f"± {format_number(kernel['std'], kernel['mean'])}"
-            yield _row(f"{network}_kernel_distance", kernel["mean"], spread)
+        row = _score_row(name if is_frechet else f"{network}_{name}", score, level)
+        if name == "kernel_distance" and spread is not None:
+            context = f" Its standard deviation over subsets of images is {format_number(spread, score['value'])}."
+            row = dataclasses.replace(row, meaning=row.meaning + context)
+        yield row
 
 
-def _training_rows(evaluation: Evaluation) -> Iterator[MetricRow]:
+def _training_rows(evaluation: Evaluation, level: float | None) -> Iterator[MetricRow]:
     memorization, loss = evaluation["memorization"], evaluation["held_out_loss"]
     if memorization is not None and memorization["ratio"] is not None:
         samples, held_out = memorization["samples"]["value"], memorization["held_out"]["value"]
-        row = _row("memorization_ratio", memorization["ratio"], "")
+        row = _score_row("memorization_ratio", memorization["ratio"], level)
         context = (
             f" Samples: {format_number(samples)}, held-out originals: {format_number(held_out, samples)}, in the "
             f"features of the face parser, among {memorization['num_training_images']:,} training images."
         )
         yield dataclasses.replace(row, meaning=row.meaning + context)
     if loss is not None:
-        yield _row("held_out_loss", loss, "")
+        yield _score_row("held_out_loss", loss, level)
 
 
 def _score_row(name: str, score: Score, level: float | None) -> MetricRow:

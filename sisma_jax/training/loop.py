@@ -18,7 +18,7 @@ from tqdm import tqdm
 from sisma_jax.config import Config
 from sisma_jax.data.dataset import Batch, BatchSource, Share
 from sisma_jax.errors import InputError, Preempted
-from sisma_jax.evaluation.held_out_loss import held_out_loss
+from sisma_jax.evaluation.held_out_loss import held_out_losses
 from sisma_jax.models.factory import Params, init_params
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary
@@ -119,7 +119,7 @@ def train(
 
     def held_out(step: int, params: Params) -> dict[str, float]:
         batches = examples.eval_batches("test", settings.batch_size, limit=config.evaluate.num_samples)
-        loss = held_out_loss(losses, params, batches, settings.batch_size, mesh)
+        loss = float(held_out_losses(losses, params, batches, settings.batch_size, mesh).mean())
         return {"held_out_loss": loss} | ({} if evaluate is None else evaluate(step, params))
 
     job = Job(

@@ -28,7 +28,7 @@ def example_evaluation(**parts: Any) -> Evaluation:
         return {
             "miou": score(miou, 0.012),
             "pixel_accuracy": score(accuracy, 0.006),
-            "iou_per_class": of_classes | absent,
+            "iou_per_class": {name: score(iou, 0.02) for name, iou in of_classes.items()} | absent,
         }
 
     evaluation = {
@@ -55,7 +55,7 @@ def example_evaluation(**parts: Any) -> Evaluation:
         },
         "networks": {"parser": "crc32:1b2c3d4e", "vgg16": "sha256:9b50f1c2"},
         "versions": {"python": "3.11.9", "platform": "cpu", "sisma_jax": "0.1.0", "jax": "0.10.2", "numpy": "2.4.6"},
-        "held_out_loss": 0.1874,
+        "held_out_loss": score(0.1874, 0.002),
         "mask_agreement": {
             "num_images": 2000,
             "samples": agreement(0.5231, 0.9012, 1.0),
@@ -69,12 +69,13 @@ def example_evaluation(**parts: Any) -> Evaluation:
                 "num_references": 2000,
                 "scores": {
                     f"fd_{network}": score(frechet, 0.4),
+                    "kernel_distance": score(0.00412, 0.0004),
                     "precision": score(0.713, 0.02),
                     "recall": score(0.482, 0.02),
                     "density": score(0.934, 0.03),
                     "coverage": score(0.801, 0.02),
                 },
-                "kernel_distance": {"mean": 0.00412, "std": 0.00038},
+                "kernel_spread": 0.00038,
             }
             for network, frechet in (("parser", 8.713), ("vgg16", 21.42))
         ],
@@ -84,7 +85,7 @@ def example_evaluation(**parts: Any) -> Evaluation:
         "memorization": {
             "samples": score(12.41, 0.2),
             "held_out": score(12.93, 0.2),
-            "ratio": 0.9598,
+            "ratio": score(0.9598, 0.02),
             "num_training_images": 5000,
         },
         "not_computed": {

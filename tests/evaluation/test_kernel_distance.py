@@ -92,3 +92,30 @@ def test_bad_input_is_refused():
         kernel_distance(first, second, num_subsets=0, subset_size=10)
     with pytest.raises(ValueError, match="real numbers"):
         polynomial_mmd(first + 1j, second)
+
+
+def test_the_interval_is_as_wide_as_the_spread_of_estimates_over_fresh_sets():
+    generator = np.random.default_rng(0)
+
+    def sets(count):
+        return generator.normal(size=(count, 4)), generator.normal(0.3, 1, size=(count, 4))
+
+    estimates = [module.polynomial_mmd(*sets(80)) for _ in range(300)]
+    widths = []
+    for seed in range(10):
+        first, second = sets(80)
+        value = module.polynomial_mmd(first, second)
+        interval = module.kernel_interval(first, second, value, seed=seed)
+        assert interval.low < value < interval.high
+        widths.append(interval.high - interval.low)
+    low, high = np.quantile(estimates, [0.025, 0.975])
+    assert 0.7 < np.median(widths) / (high - low) < 1.4
+
+
+def test_the_interval_of_many_images_is_that_of_some_of_them_scaled(monkeypatch):
+    generator = np.random.default_rng(1)
+    first, second = generator.normal(size=(400, 3)), generator.normal(0.3, 1, size=(400, 3))
+    whole = module.kernel_interval(first, second, 0.0)
+    monkeypatch.setattr(module, "_MOST_RESAMPLED", 100)
+    some = module.kernel_interval(first, second, 0.0)
+    assert 0.6 < (some.high - some.low) / (whole.high - whole.low) < 1.6

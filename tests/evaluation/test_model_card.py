@@ -87,7 +87,7 @@ def test_names_of_users_are_text_in_yaml_and_markdown(tmp_path):
     classes = dataclasses.replace(CELEBAMASK_HQ, title=HOSTILE, names=(HOSTILE, *CELEBAMASK_HQ.names[1:]))
     config = Config(data=DataConfig(name="celebamask_hq", root="faces", classes=classes))
     for scores in ("samples", "ceiling", "floor"):
-        plain["mask_agreement"][scores]["iou_per_class"] = {HOSTILE: 0.5}
+        plain["mask_agreement"][scores]["iou_per_class"] = {HOSTILE: score(0.5, 0.1)}
     evaluation = plain | {
         "subject": plain["subject"] | {"kind": "exported", "path": HOSTILE},
         "protocol": plain["protocol"] | {"data": HOSTILE, "references": HOSTILE, "sampling": {HOSTILE: HOSTILE}},

@@ -135,7 +135,7 @@ def test_every_text_is_escaped(tmp_path, small):
     plain = example_evaluation()
     agreement = plain["mask_agreement"]
     for scores in (agreement["samples"], agreement["ceiling"], agreement["floor"]):
-        scores["iou_per_class"] = {HOSTILE: 0.5}
+        scores["iou_per_class"] = {HOSTILE: score(0.5, 0.1)}
     evaluation = plain | {
         "subject": plain["subject"] | {"path": HOSTILE, "checksum": HOSTILE},
         "protocol": plain["protocol"]
@@ -196,7 +196,8 @@ def test_the_values_of_the_bars_are_beside_them(tmp_path):
     evaluation = example_evaluation()
     page = report(tmp_path, evaluation)
     bars = [float(rect["width"]) for rect in page.all("rect") if rect["class"] == "value"]
-    ious = [iou for iou in evaluation["mask_agreement"]["samples"]["iou_per_class"].values() if iou is not None]
+    of_classes = evaluation["mask_agreement"]["samples"]["iou_per_class"].values()
+    ious = [one["value"] for one in of_classes if one is not None]
     np.testing.assert_allclose(bars[2:], np.array(ious) * 100, atol=0.005)
     for iou in ious:
         assert f"{iou:.2f}" in page.text
@@ -286,7 +287,7 @@ def test_a_browser_shows_the_page(browser, tmp_path, small, width, dark):  # noq
     long = "_".join(["left_eyebrow"] * 6)
     classes = dataclasses.replace(CELEBAMASK_HQ, names=(long, *CELEBAMASK_HQ.names[1:]))
     evaluation = example_evaluation()
-    evaluation["mask_agreement"]["samples"]["iou_per_class"][long] = 0.5
+    evaluation["mask_agreement"]["samples"]["iou_per_class"][long] = score(0.5, 0.1)
     evaluation["subject"]["path"] = "runs/" + "a" * 90
     evaluation["subject"]["checksum"] = "sha256:" + "0" * 64
     report(tmp_path, evaluation, small, example_metrics(), classes)

@@ -256,7 +256,7 @@ def _evaluate(
         "step": trained.step,
         "checksum": checksum,
         "parameters": parameters,
-        "objective": f"{config.flow.prediction} of {'pixels' if config.autoencoder.kind == 'identity' else 'latents'}",
+        "objective": _objective(config),
     }
     evaluation = _assemble(subject, record, networks.checksums, measured, loss, decoded)
     _write(out, evaluation, measured, {"ids": repetitions[0].ids})
@@ -269,6 +269,12 @@ def _evaluate(
     write_model_card(out.model_card, evaluation, config)
     _tell_results(out, evaluation)
     tell(f"Sample grid (mask | samples | held-out original): {out.sample_grid(trained.step)}")
+
+
+def _objective(config: Config) -> str:
+    """Returns what the held-out loss measures; a prediction of data is converted to a velocity for it."""
+    generated, flow = "pixels" if config.autoencoder.kind == "identity" else "latents", config.flow
+    return f"velocity of {generated}, logit(t) with mean {flow.time_mean:g} and deviation {flow.time_std:g}"
 
 
 def _reconstruction(trained: Pipeline, dataset: DataSet, limit: int, config: Config) -> dict[str, results.Score]:

@@ -99,7 +99,7 @@ def _test(name: str, first: _Loaded, other: _Loaded, seed: int) -> PairedTest | 
         return f"not comparable: other resizing for {network}"
     objectives = [one.evaluation["subject"].get("objective") for one in (first, other)]
     if name == "held_out_loss" and objectives[0] != objectives[1]:
-        return f"not comparable: {objectives[0]} and {objectives[1]} are predicted"
+        return f"not comparable: of {objectives[0]}; of {objectives[1]}"
     if name.endswith("_diversity"):
         counts = [[one.evaluation["protocol"][key] for key in _SAME_DIVERSITY] for one in (first, other)]
         if counts[0] != counts[1]:

@@ -7,7 +7,7 @@ NEWEST_PYTHON ?= python3.13
 VENV := .venv
 PIP := -m pip --quiet --disable-pip-version-check
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
-PYTEST := -m pytest --numprocesses 2 --dist loadfile
+PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo check lint types test test-newest core-check tpu-compiler browser cuda-compile gpu-check tpu-check clean
 

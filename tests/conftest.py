@@ -37,7 +37,10 @@ hypothesis.settings.load_profile("default")
 
 
 # One process runs all tests of a file, so the longest files come first.
-_LONGEST = ("test_faults.py", "test_docs.py", "test_cli.py", "test_loop.py")
+_LONGEST = (
+    *("test_faults.py", "test_docs.py", "test_cli.py", "test_evaluate.py", "test_loop.py", "test_own_classes.py"),
+    *("test_pallas_tpu.py", "test_transforms.py"),
+)
 # The files of `make check`. Each takes a few seconds and tests a part that many changes touch.
 _FAST = (
     "test_config.py",

@@ -43,11 +43,25 @@ class Strip:
         self._first = index * layout.tiles
 
     def row(self, scratch: Ref, g: Index, i: int, column: int) -> Float[Array, "1 128"]:
-        """Returns step i of group g and a tile's channels; a load that broadcasts this row to all sublanes."""
+        """Returns step i of group g and a tile's channels; a load that broadcasts this row to all sublanes.
+
+        Args:
+          scratch: as `Tile.put` writes it.
+          g: index of the group.
+          i: step within the group.
+          column: index of the tile within the strip.
+        """
         return scratch[pl.ds(self._start(g, column) + i, 1)]
 
     def put(self, scratch: Ref, g: Index, column: int, x: Float[Array, "16 128"]) -> None:
-        """Writes the steps of group g and a tile's channels to scratch."""
+        """Writes the steps of group g and a tile's channels to scratch.
+
+        Args:
+          scratch: to write to.
+          g: index of the group.
+          column: index of the tile within the strip.
+          x: one row per step.
+        """
         scratch[pl.ds(self._start(g, column), GROUP)] = x
 
     def load(self, state: Ref, *index: int) -> Registers:
@@ -60,7 +74,13 @@ class Strip:
         return [state[(*index, *self._register(k))] for k in range(self._layout.strip_registers)]
 
     def store(self, state: Ref, registers: Registers, *index: int) -> None:
-        """Writes what `load` returns."""
+        """Writes what `load` returns.
+
+        Args:
+          state: a block (..., padded_state, channels).
+          registers: in the order of `load`.
+          index: of the block's leading axes.
+        """
         for k, register in enumerate(registers):
             state[(*index, *self._register(k))] = register
 
@@ -245,7 +265,12 @@ def spread(layout: Layout, g: Int[Array, ""], block: Ref, rows: Ref) -> None:
 
 
 def turned_rows(i: int, column: int) -> Slice:
-    """Returns the index at which `sum_sublanes` expects the register of a group's step i and a tile."""
+    """Returns the index at which `sum_sublanes` expects the register of a group's step i and a tile.
+
+    Args:
+      i: step within the group.
+      column: index of the tile within the strip.
+    """
     return pl.ds(column * TURNED_ROWS + i, SUBLANES, stride=TURNED_STRIDE)
 
 

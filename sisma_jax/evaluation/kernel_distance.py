@@ -156,15 +156,18 @@ def kernel_interval(
     weights = (resample_weights(len(z), num_resamples, seed + i) for i, z in enumerate(drawn))
     resampled = [_weighted_mmd(v, w, within, cross) for v, w in zip(*weights, strict=True)]
     own = _weighted_mmd(np.ones((1, len(x))), np.ones((1, len(y))), within, cross)[0]
-    return percentile_interval(value, value + scale * (np.concatenate(resampled) - own), level)
+    deviations = np.concatenate(resampled) - own
+    # A resample of a few images may have a single one, many times, and then no pair.
+    return percentile_interval(value, value + scale * deviations[~np.isnan(deviations)], level)
 
 
 def _weighted_mmd(v: np.ndarray, w: np.ndarray, within: Sequence[np.ndarray], cross: np.ndarray) -> np.ndarray:
-    """Returns the distance of each resample, float64 (R,), by the weights (R, N) and (R, M) of the images."""
+    """Returns the distance of each resample, float64 (R,), by the weights (R, N) and (R, M); NaN without a pair."""
     means = []
     for weights, matrix in zip((v, w), within, strict=True):
         total = weights.sum(axis=1)
         pairs = total**2 - (weights**2).sum(axis=1)
-        means.append(((weights @ matrix) * weights).sum(axis=1) / pairs)
+        sums = ((weights @ matrix) * weights).sum(axis=1)
+        means.append(np.divide(sums, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0))
     between = ((v @ cross) * w).sum(axis=1) / (v.sum(axis=1) * w.sum(axis=1))
     return means[0] + means[1] - 2 * between

@@ -119,3 +119,9 @@ def test_the_interval_of_many_images_is_that_of_some_of_them_scaled(monkeypatch)
     monkeypatch.setattr(module, "_MOST_RESAMPLED", 100)
     some = module.kernel_interval(first, second, 0.0)
     assert 0.6 < (some.high - some.low) / (whole.high - whole.low) < 1.6
+
+
+def test_a_few_images_have_an_interval_too():
+    generator = np.random.default_rng(2)
+    interval = module.kernel_interval(generator.normal(size=(2, 3)), generator.normal(size=(3, 3)), 0.5)
+    assert interval.low <= 0.5 <= interval.high

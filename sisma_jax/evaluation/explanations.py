@@ -81,7 +81,7 @@ _OF_NETWORK = {
     "coverage": Explanation("Coverage", "Fraction of real images that have a sample in their neighbourhood.", "higher"),
     "kernel_distance": Explanation(
         "Kernel distance",
-        "Squared maximum mean discrepancy between samples and real images; ± is the standard deviation over subsets.",
+        "Squared maximum mean discrepancy between samples and real images.",
         "lower",
     ),
     "diversity": Explanation(

@@ -219,7 +219,7 @@ def test_sigterm_in_a_program_of_ones_own_saves_and_raises(tmp_path, cache_dir, 
 
 def test_the_best_checkpoint_is_kept_besides_the_newest(tmp_path, cache_dir, monkeypatch):
     measured = iter([3.0, 1.0, 2.0, 4.0])
-    monkeypatch.setattr(loop, "held_out_loss", lambda *arguments: next(measured))
+    monkeypatch.setattr(loop, "held_out_losses", lambda *arguments: np.array([next(measured)]))
     config = tiny_config(cache_dir, num_steps=4, checkpoint_every_steps=1, keep_checkpoints=1)
     train(config, tmp_path)
     with Checkpoints(tmp_path / "checkpoints", best=BEST_METRICS["held_out_loss"], read_only=True) as checkpoints:

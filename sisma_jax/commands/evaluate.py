@@ -68,7 +68,8 @@ class Evaluate:
     """File that the command `export` wrote, to evaluate in place of a run; or, with `samples`, to use its face
     parser."""
     out: str = ""
-    """Folder for the results. If empty: WORKDIR/evaluations/NUMBER, or evaluations/NUMBER without a run."""
+    """Folder for the results, which all processes of a job must see. If empty: WORKDIR/evaluations/NUMBER, or
+    evaluations/NUMBER without a run."""
 
     def run(self, config: Config, workdir: AnyPath) -> None:
         """Runs the command on the run in `workdir`, on the file `weights`, or on folders.
@@ -149,7 +150,7 @@ class Evaluate:
                 "resize": networks.resizing,
             }
             subject: results.Subject = {"kind": "folders", "path": samples.name, "checksum": samples.fingerprint}
-            evaluation = _assemble(subject, record, networks.checksums, measured, None, {})
+            evaluation = _assemble(subject, record, networks.checksums, measured, None)
             _write(out, evaluation, measured, {"names": np.array([file.name for file in samples.files])})
             write_report(out.report, evaluation, None, [], None if parser is None else parser.classes)
             _tell_results(out, evaluation)
@@ -233,7 +234,7 @@ def _evaluate(
     if losses is not None:
         measured.terms["held_out_loss"] = losses
         loss = mean_score(losses, config.sample.seed)
-    decoded = _reconstruction(trained, dataset, chosen.num_masks, config)
+    measured.reconstruction = _reconstruction(trained, dataset, chosen.num_masks, config)
     if not is_primary():
         return
     originals = SplitImages(dataset, "test", chosen.num_masks)
@@ -258,7 +259,7 @@ def _evaluate(
         "parameters": parameters,
         "objective": _objective(config),
     }
-    evaluation = _assemble(subject, record, networks.checksums, measured, loss, decoded)
+    evaluation = _assemble(subject, record, networks.checksums, measured, loss)
     _write(out, evaluation, measured, {"ids": repetitions[0].ids})
     shown = _grid(repetitions, originals)
     make_folder(out.samples)
@@ -291,7 +292,6 @@ def _assemble(
     checksums: dict[str, str],
     measured: Measurements,
     loss: results.Score | None,
-    decoded: dict[str, results.Score],
 ) -> results.Evaluation:
     return {
         "format": results.FORMAT,
@@ -303,8 +303,8 @@ def _assemble(
         "mask_agreement": measured.mask_agreement,
         "distances": measured.distances,
         "diversity": measured.diversity,
-        "paired": {name: score for name, score in measured.paired.items() if name == "lpips_distance"},
-        "reconstruction": decoded | {name: s for name, s in measured.paired.items() if name != "lpips_distance"},
+        "paired": measured.paired,
+        "reconstruction": measured.reconstruction,
         "memorization": measured.memorization,
         "not_computed": measured.not_computed,
     }

@@ -1,7 +1,8 @@
 """A cache of arrays that are computed chunk by chunk, so that an interrupted evaluation resumes.
 
 Each chunk of images is one file, named by a hash of everything on which its arrays depend. The processes of a job share
-the chunks among them, so the folder must be one that all of them see.
+the chunks among them. A process that does not see the file of another one, because its disk is not shared or the folder
+cannot be written, computes the chunk itself.
 """
 
 import hashlib
@@ -49,12 +50,11 @@ def compute(
 
     Raises:
       InputError: an image cannot be read.
-      OSError: the cache cannot be written.
     """
     ranges = [(start, min(start + IMAGES_PER_CHUNK, count)) for start in range(0, count, IMAGES_PER_CHUNK)]
     chunks: list[Arrays | None] = [None] * len(ranges)
     share = range(len(ranges)) if cache is None else range(jax.process_index(), len(ranges), jax.process_count())
-    hidden = None if is_primary() else True
+    hidden, can_write = None if is_primary() else True, True
     with together(), tqdm(total=count, desc=title, unit=unit, disable=hidden) as progress:
         for index in share:
             start, stop = ranges[index]
@@ -62,27 +62,39 @@ def compute(
             chunk = None if file is None else _read(file, stop - start)
             if chunk is None:
                 chunk = make(start, stop)
-                if file is not None:
-                    _write(file, chunk)
+                if file is not None and can_write:
+                    can_write = _write(file, chunk)
             chunks[index] = chunk
             progress.update((stop - start) * (1 if cache is None else jax.process_count()))
-    if cache is not None:  # those of the other processes
-        chunks = [
-            _read(cache / _file_name(meaning, *span), span[1] - span[0]) if chunk is None else chunk
+    with together():
+        complete = [
+            _of_another_process(cache, meaning, span, make) if chunk is None else chunk
             for span, chunk in zip(ranges, chunks, strict=True)
         ]
-    complete = [chunk for chunk in chunks if chunk is not None]
     return {name: np.concatenate([chunk[name] for chunk in complete]) for name in complete[0]}
+
+
+def _of_another_process(
+    cache: AnyPath | None, meaning: tuple[object, ...], span: tuple[int, int], make: Callable[[int, int], Arrays]
+) -> Arrays:
+    chunk = None if cache is None else _read(cache / _file_name(meaning, *span), span[1] - span[0])
+    return make(*span) if chunk is None else chunk
 
 
 def _file_name(meaning: tuple[object, ...], start: int, stop: int) -> str:
     return f"{hashlib.sha256(repr((*meaning, start, stop)).encode()).hexdigest()[:24]}.npz"
 
 
-def _write(file: AnyPath, chunk: Arrays) -> None:
-    with bucket_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, to_npz(chunk))
+def _write(file: AnyPath, chunk: Arrays) -> bool:
+    """Writes a chunk, and returns whether it could be written."""
+    try:
+        with bucket_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, to_npz(chunk))
+    except OSError as error:
+        logger.warning("%s cannot be written (%s); what is computed is not kept.", file.parent, error)
+        return False
+    return True
 
 
 def _read(file: AnyPath, count: int) -> Arrays | None:

@@ -86,7 +86,6 @@ def extract(network: FeatureNetwork, images: ImageSet, cache: AnyPath | None = N
 
     Raises:
       InputError: an image is damaged.
-      OSError: the cache cannot be written.
     """
 
     def make(start: int, stop: int) -> dict[str, np.ndarray]:

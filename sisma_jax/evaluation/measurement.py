@@ -105,6 +105,7 @@ class Measurements:
     distances: list[results.SetDistances] = dataclasses.field(default_factory=list)
     diversity: dict[str, results.Score] = dataclasses.field(default_factory=dict)
     paired: dict[str, results.Score] = dataclasses.field(default_factory=dict)
+    reconstruction: dict[str, results.Score] = dataclasses.field(default_factory=dict)
     memorization: results.Memorization | None = None
     not_computed: dict[str, str] = dataclasses.field(default_factory=dict)
     terms: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
@@ -137,7 +138,6 @@ def measure_faces(
 
     Raises:
       InputError: an image is damaged.
-      OSError: a cache cannot be written.
     """
     faces, count = repetitions[0], len(repetitions[0])
     originals = SplitImages(dataset, "test", count)
@@ -187,7 +187,6 @@ def measure_folders(
 
     Raises:
       InputError: an image is damaged, or, of a pair, has another size; or there are too few images.
-      OSError: the cache cannot be written.
     """
     measured = Measurements(not_computed=dict(networks.missing))
     if networks.parser is not None and masks is not None:
@@ -196,7 +195,7 @@ def measure_folders(
     if is_paired:
         measured.paired = _paired(measured, networks.lpips, samples, references, seed, cache)
         pairs = zip(samples.images(0, len(samples)), references.images(0, len(references)), strict=True)
-        measured.paired |= reconstruction(((image[None], other[None]) for image, other in pairs), seed)
+        measured.reconstruction = reconstruction(((image[None], other[None]) for image, other in pairs), seed)
     _add_distances(measured, networks, samples, references, seed, cache, cache)
     return measured
 

@@ -37,7 +37,6 @@ def agreement_terms(
 
     Raises:
       InputError: an image or a mask is damaged, or a mask is not square.
-      OSError: the cache cannot be written.
     """
 
     def make(start: int, stop: int) -> chunk_cache.Arrays:
@@ -71,7 +70,6 @@ def lpips_terms(lpips: Lpips, images: ImageSet, others: ImageSet, *, cache: AnyP
 
     Raises:
       InputError: an image is damaged, or too small for the network.
-      OSError: the cache cannot be written.
     """
 
     def make(start: int, stop: int) -> chunk_cache.Arrays:
@@ -98,7 +96,6 @@ def diversity_terms(
 
     Raises:
       InputError: an image is damaged, or too small for the network.
-      OSError: the cache cannot be written.
     """
     if len(repetitions) < 2:
         raise InputError(f"Diversity needs at least 2 samples per mask, got {len(repetitions)}.")

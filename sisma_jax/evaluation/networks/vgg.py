@@ -36,8 +36,9 @@ class Vgg16(ConvStack):
     obtain = where_to_obtain("VGG16", "vgg16-397923af.pth")
 
     def __init__(self):
-        inputs = (3, *_CHANNELS[:-1])
-        self.convs = nnx.List([Convolution(*channels, (3, 3)) for channels in zip(inputs, _CHANNELS, strict=True)])
+        channels = _CHANNELS[: len(self.torch_layers)]
+        pairs = zip((3, *channels[:-1]), channels, strict=True)
+        self.convs = nnx.List([Convolution(*pair, (3, 3)) for pair in pairs])
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B _ _ _"], ...]:
         """Returns the last feature map of each stage after ReLU: relu1_2, relu2_2, relu3_3, relu4_3 and relu5_3.
@@ -55,19 +56,29 @@ class Vgg16(ConvStack):
         return tuple(taps)
 
 
+class Vgg16ToRelu33(Vgg16):
+    """The first three stages of VGG16, which end with relu3_3."""
+
+    torch_layers = Vgg16.torch_layers[:7]
+    tap_channels = Vgg16.tap_channels[:3]
+
+
 @functools.partial(jax.jit, static_argnames="graph")
-def _features(graph: nnx.GraphDef[Any], params: Params, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B 512"]:
+def _features(graph: nnx.GraphDef[Any], params: Params, images: UInt8[Array, "B H W 3"]) -> Float[Array, "B 256"]:
     pixels = bicubic(images, _SIZE) / 127.5 - 1
-    return nnx.merge(graph, params)(imagenet_normalize(pixels))[-1].mean(axis=(1, 2))
+    return nnx.merge(graph, params)(imagenet_normalize(pixels))[-1].std(axis=(1, 2))
 
 
 def vgg16_from_weights(weights: Weights, source: str) -> FeatureNetwork:
-    """Returns the network "vgg16" of the Fréchet distance fd_vgg16, 512 dimensions, with the given weights.
+    """Returns the network "vgg16" of the Fréchet distance fd_vgg16, 256 dimensions, with the given weights.
 
     Images are resized to 224x224 as by clean-fid (Pillow's bicubic filter with antialiasing, not rounded) and
-    normalised by ImageNet's mean and standard deviation. The features are the means of relu5_3, the last feature map
-    before the last pooling, over its 14x14 positions. The distance is not an FID, and there are no published values:
-    it compares models that are evaluated in the same way.
+    normalised by ImageNet's mean and standard deviation. The features are the standard deviations of the channels of
+    relu3_3 over its 56x56 positions. Such statistics describe an image's texture (Huang and Belongie, arXiv 1703.06868),
+    in which generated faces differ most from photographs. The usual means of the last feature map describe what an image
+    shows. That is a face in every case, and their distance prefers the mean of several samples to a sample.
+
+    The distance is not an FID, and there are no published values: it compares models that are evaluated in the same way.
 
     Args:
       weights: arrays by torchvision's names ("features.0.weight"); those of the classifier are ignored.
@@ -76,10 +87,10 @@ def vgg16_from_weights(weights: Weights, source: str) -> FeatureNetwork:
     Raises:
       InputError: an array is missing or has a wrong shape.
     """
-    graph, params = load_params(Vgg16, weights, source)
+    graph, params = load_params(Vgg16ToRelu33, weights, source)
 
     def features(images: np.ndarray) -> np.ndarray:
         return np.asarray(_features(graph, params, sharding.to_local_devices(images)))
 
-    checksum = torch_weights.checksum(weights, weight_shapes(Vgg16))
+    checksum = torch_weights.checksum(weights, weight_shapes(Vgg16ToRelu33))
     return FeatureNetwork("vgg16", features, checksum, f"clean-fid-{_SIZE}")

@@ -11,7 +11,7 @@ files of lpips have.
 
 The file holds `source`, the versions; and for each network: `<network>/shapes`, JSON of the names and shapes of all
 weights, and `<network>/distances` of `random_images("lpips", 3, 64, 72)` to `random_images("lpips others", 3, 64, 72)`.
-And `vgg/relu5_3`: the means by torchvision's VGG16 of `random_images("lpips", 1, 224, 224)`.
+And `vgg/relu3_3`: the standard deviations of the channels by torchvision's VGG16 for `random_images("lpips", 1, 224, 224)`.
 """
 
 import importlib.metadata
@@ -54,7 +54,8 @@ def main():
             stack = make(weights=None).features
             stack.load_state_dict({key.removeprefix("features."): x for key, x in state.items() if "features" in key})
             image = channels_first(random_images("lpips", 1, 224, 224)) / 255
-            arrays["vgg/relu5_3"] = stack[:30]((image - MEAN) / DEVIATION).mean(dim=(2, 3)).numpy()
+            features = stack[:16]((image - MEAN) / DEVIATION)
+            arrays["vgg/relu3_3"] = features.std(dim=(2, 3), correction=0).numpy()
     np.savez_compressed(Path(__file__).with_name("lpips.npz"), **arrays)
 
 

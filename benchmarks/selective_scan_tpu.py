@@ -2,6 +2,9 @@
 
     make tpu-compiler
     python benchmarks/selective_scan_tpu.py [--chips v5e v6e] [--d-inner 1536] [--tiles 2 3 4] [--steps 64 128]
+    python benchmarks/selective_scan_tpu.py --table sisma_jax/planning/scan_bundles.json
+
+The second command writes the table of bundles that `sisma_jax.planning` reads. It is due when the kernels change.
 
 A TPU core issues one bundle of instructions per cycle. The number of bundles in a compiled kernel, with those of a loop
 body multiplied by its iterations, is therefore the number of cycles that the kernel takes if it never waits for a copy.
@@ -10,6 +13,7 @@ The numbers serve to compare kernels; they are not times. The compiler's number 
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -221,6 +225,31 @@ def count(dump: Path, name: str, expected: list[Loop], scale: float) -> Kernel:
     return Kernel(*(scale * total for total in totals), registers=len(registers))
 
 
+def write_table(path: Path, choices: list[Choice]) -> None:
+    """Writes the bundles per time step of all channels of one example as JSON, for `sisma_jax.planning.scans`.
+
+    Args:
+      path: the file, which is replaced if it exists.
+      choices: of one problem for each number of channels.
+    """
+    devices = {choice.chip: tpu_compiler.device(choice.chip) for choice in choices}
+    kernels = [
+        {
+            "device_kind": devices[choice.chip].device_kind,
+            "dtype": choice.problem.dtype,
+            "d_state": choice.problem.d_state,
+            "d_inner": choice.problem.d_inner,
+            **{name: round(choice.kernels[name].bundles, 1) for name in PASSES},
+        }
+        for choice in choices
+    ]
+    lines = ",\n".join(f"  {json.dumps(kernel)}" for kernel in kernels)
+    # The last line of libtpu's version is its build.
+    compiler = {f"libtpu, {device.client.platform_version.splitlines()[-1]}" for device in devices.values()}
+    header = {"command": "python benchmarks/selective_scan_tpu.py --table PATH", "compiler": ", ".join(compiler)}
+    path.write_text(f'{json.dumps(header)[:-1]},\n"kernels": [\n{lines}\n]}}\n')
+
+
 def main(
     chips: tuple[str, ...] = ("v5e", "v5p", "v6e"),
     dtype: str = "bfloat16",
@@ -230,6 +259,7 @@ def main(
     d_state: int = 16,
     tiles: tuple[int, ...] = (),
     steps: tuple[int, ...] = (),
+    table: Path | None = None,
     json: Path | None = None,
 ) -> None:
     """Compiles the kernels for every chip, width and choice of block sizes and prints a table.
@@ -243,6 +273,7 @@ def main(
       d_state: states per channel.
       tiles: widths of a strip, in tiles of 128 channels; by default the one that the kernels choose.
       steps: time steps per chunk; by default the number that the kernels choose.
+      table: file for the bundles of the block sizes that the kernels choose.
       json: file for all numbers.
     """
     choices: list[Choice] = []
@@ -273,6 +304,8 @@ def main(
     )
     columns = [f"{name} {short}" for name in ("bundles", "exp", "spills", "registers") for short in ("fwd", "bwd")]
     measure.print_table(title, ["chip", "D", "block", *columns, "temp MiB"], rows)
+    if table:
+        write_table(table, [choice for choice in choices if choice.is_chosen])
     if json:
         records = [dataclasses.asdict(choice) for choice in choices]
         measure.write_json(json, "selective_scan_tpu", choices=records)

@@ -85,7 +85,7 @@ def _count_equation(equation: core.JaxprEqn) -> Flops:
         case _ if name in _REDUCTIONS and _is_float(equation.invars[0]):
             return Flops(elementwise=math.prod(_shape(equation.invars[0])))
         case _:
-            return sum((count(inner) for inner in _inner(params)), Flops())
+            return sum((count(inner) for inner in inner_functions(params)), Flops())
 
 
 def _products_per_output(equation: core.JaxprEqn) -> int:
@@ -104,8 +104,12 @@ def _is_float(x: core.Var | core.Literal) -> bool:
     return isinstance(x.aval, ShapedArray) and jnp.issubdtype(x.aval.dtype, jnp.floating)
 
 
-def _inner(params: dict[str, Any]) -> list[core.Jaxpr | core.ClosedJaxpr]:
-    """The functions that an equation calls, without derivative rules, which are part of the program where they run."""
+def inner_functions(params: dict[str, Any]) -> list[core.Jaxpr | core.ClosedJaxpr]:
+    """Returns the functions that an equation calls, without derivative rules, which are counted where they run.
+
+    Args:
+      params: of the equation.
+    """
     values = [value for name, value in params.items() if not name.endswith(("jvp_jaxpr_fun", "fwd_jaxpr_thunk"))]
     flat = [x for value in values for x in (value if isinstance(value, tuple | list) else [value])]
     return [x for x in flat if isinstance(x, core.Jaxpr | core.ClosedJaxpr)]

@@ -22,7 +22,7 @@ from ..derivatives import with_gradient
 from ..partition import SEQUENCE_AXIS
 from ..typing import Array, Bool, Float, Index, Int, ScanArrays
 from .api import check_arguments, selective_scan
-from .reference import batch_zeros, compute_dtype, discretization_step, first_state
+from .reference import CHECKPOINT_NAME, batch_zeros, compute_dtype, discretization_step, first_state
 
 # Steps in one iteration of the loop over time. XLA's CPU backend divides sixteen steps among the cores, and takes a
 # sixth of the time of two, four or eight (measured with 1,024 steps, 768 channels, 16 states and batch 2).
@@ -32,8 +32,10 @@ UNROLLED_STEPS = 16
 _Outputs = tuple[Float[Array, "B L D"], Float[Array, "B D N"]]
 # The arrays, and parts_reversed, which is traced, because layers of both directions may share a program.
 _Inputs = tuple[ScanArrays, Bool[Array, ""]]
-# The pullback of the part's scan, as `jax.vjp` returns it, and the sums of step sizes of all parts.
-_Saved = tuple[Callable[[_Outputs], tuple[ScanArrays]], Float[Array, "P B D"]]
+# Gradients of the outputs to those of the arrays, as `jax.vjp` returns it.
+_Pullback = Callable[[_Outputs], tuple[ScanArrays]]
+# The pullback of the part's scan, as a function of the inputs, and the sums of step sizes of all parts.
+_Saved = tuple[Callable[[_Inputs], _Pullback], Float[Array, "P B D"]]
 
 
 def sequence_parallel_scan(
@@ -57,6 +59,7 @@ def sequence_parallel_scan(
 
     All devices of the axis call this function, each with a part of the same length L. It is differentiable in every
     array argument. `jax.shard_map` sums the gradient of a replicated parameter or initial state over the devices.
+    `jax.checkpoint` finds what `selective_scan` names, and the part's start state, by the name `CHECKPOINT_NAME`.
 
     Args:
       u: this part's input of the scan; shapes and dtypes are those of `selective_scan`, with the length of the part.
@@ -90,7 +93,10 @@ def sequence_parallel_scan(
     arrays = ScanArrays(u=u, delta=delta, A=A, B=B, C=C, D=D, z=z, delta_bias=delta_bias, initial_state=state)
     options = _Options(axis_name, delta_softplus, reverse, implementation)
     scan = with_gradient(
-        functools.partial(_evaluate, options), functools.partial(_save, options), functools.partial(_gradient, options)
+        functools.partial(_evaluate, options),
+        functools.partial(_save, options),
+        functools.partial(_gradient, options),
+        name=CHECKPOINT_NAME,
     )
     return scan((arrays, jnp.asarray(reverse if parts_reversed is None else parts_reversed)))
 
@@ -114,10 +120,27 @@ def _save(options: _Options, inputs: _Inputs) -> tuple[_Outputs, _Saved]:
     # jax.vjp of the part's scan alone. `_gradient` computes the gradient of the exchange between devices itself,
     # instead of differentiating through the gathers and the extra pass.
     started, step_sums = _with_start_state(options, inputs)
-    outputs, pullback = jax.vjp(functools.partial(_scan_part, options), started)
-    # The gradient needs what the implementation keeps (inside `pullback`), the inputs, which are alive anyway, and the
-    # sums of step sizes of all parts, (P, B, D), so that they are not gathered again. It recomputes step sizes.
-    return outputs, (pullback, step_sums)
+    # Everything that is saved here gets the name CHECKPOINT_NAME, so it should be no more than the name stands for.
+    # With this policy, the pullback keeps what the implementation has named, and recomputes step sizes and the gate.
+    policy = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+    scan = jax.checkpoint(functools.partial(_scan_part, options), policy=policy, prevent_cse=False)
+    outputs, pullback = jax.vjp(scan, started)
+    # The gradient needs the states that the implementation keeps, the part's start state, the inputs, which are alive
+    # anyway, and the sums of step sizes of all parts, (P, B, D), so that they are not gathered again.
+    return outputs, (_without_inputs(pullback, inputs), step_sums)
+
+
+def _without_inputs(pullback: _Pullback, inputs: _Inputs) -> Callable[[_Inputs], _Pullback]:
+    """The pullback as a function of the inputs: a pytree of only those of its arrays that are not inputs."""
+    leaves, structure = jax.tree.flatten(pullback)
+    indices = {id(x): i for i, x in enumerate(jax.tree.leaves(inputs))}
+    sources = [indices.get(id(x)) for x in leaves]
+
+    def restore(kept: list[Array], inputs: _Inputs) -> _Pullback:
+        given, others = jax.tree.leaves(inputs), iter(kept)
+        return structure.unflatten([next(others) if i is None else given[i] for i in sources])
+
+    return jax.tree_util.Partial(restore, [x for x, i in zip(leaves, sources, strict=True) if i is None])
 
 
 def _gradient(options: _Options, inputs: _Inputs, saved: _Saved, cotangents: _Outputs) -> tuple[ScanArrays, None]:
@@ -127,7 +150,7 @@ def _gradient(options: _Options, inputs: _Inputs, saved: _Saved, cotangents: _Ou
     if g were zero. The gradient with respect to the start state is then exp(A Σ_t Δ_t) g + r, which is added to the g
     of the part before. This is the recurrence of the states again, from the last part to the first.
     """
-    (arrays, parts_reversed), (pullback, step_sums), (dy, d_final_state) = inputs, saved, cotangents
+    (arrays, parts_reversed), (pullback_of, step_sums), (dy, d_final_state) = inputs, saved, cotangents
     step_size, A = _discretize(options, arrays)
     # The gradient with respect to C_t · h_t; the skip connection does not reach the state.
     d_sum = dy.astype(step_size.dtype)
@@ -141,7 +164,7 @@ def _gradient(options: _Options, inputs: _Inputs, saved: _Saved, cotangents: _Ou
     d_starts = jax.lax.all_gather(d_start, options.axis_name)
     # The parts after this one come "before" it in the opposite order of parts.
     from_later = _fold(options, A, d_starts, step_sums, jnp.zeros_like(d_start), ~parts_reversed)
-    (gradients,) = pullback((dy, d_final_state + jnp.swapaxes(from_later, 1, 2)))
+    (gradients,) = pullback_of(inputs)((dy, d_final_state + jnp.swapaxes(from_later, 1, 2)))
     # Only the first part starts from the argument. The gradient of any other part's start state has been passed to the
     # part before it, by `_fold`.
     is_first = _parts_before(options, parts_reversed) == 0

@@ -98,9 +98,9 @@ class BlockSizes:
 def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSizes:
     """Returns the most channels whose states take up to 96 KiB, and the most steps whose states take up to 1.5 MiB.
 
-    The sizes are those of float32 states. The limits were measured on two Zen 4 cores with 1 MiB of second-level cache
-    each. The time of the gradient varies by a tenth between 12 and 96 KiB, and between 0.5 and 2 MiB, and is longer
-    beyond these ranges.
+    A block has at most 768 channels, unless the number of channels has no such divisor. The sizes are those of float32
+    states. The limits were measured on two Zen 4 cores with 1 MiB of second-level cache each. The time of the gradient
+    varies by a tenth between 12 and 96 KiB, and between 0.5 and 2 MiB, and is longer beyond these ranges.
 
     Args:
       batch: number of examples.
@@ -110,9 +110,12 @@ def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSiz
     """
     # Entries of 4 bytes: 96 KiB and 1.5 MiB.
     max_states, max_chunk_states = 24 * 1024, 384 * 1024
+    # At batch 1, 1,536 channels are within the limit for states, but two blocks of 768 with chunks of twice the length
+    # take the same time, and the gradient keeps half as many states.
+    max_width = 768
     # Only divisors of d_inner, so that no block is ragged. Blocks of fewer than 64 channels would not fill vectors.
     widths = [n for n in _divisors(d_inner) if n >= min(64, d_inner)]
-    width = max((n for n in widths if batch * d_state * n <= max_states), default=widths[0])
+    width = max((n for n in widths if n <= max_width and batch * d_state * n <= max_states), default=widths[0])
     # Between 8 and 32 steps. Shorter chunks keep more states and have more loop overhead. Longer chunks need more
     # memory for their decays and states.
     max_steps = min(max(max_chunk_states // (batch * d_state * width), 8), 32)
@@ -229,25 +232,19 @@ def _backward(reverse: bool, inputs: Inputs, h_starts: Float[Array, "chunks B N 
         jnp.swapaxes(d_final_state, 1, 2),
         batch_zeros(u, (batch, d_state, d_inner), dtype),
         (buffer, buffer),
-        [sequence.astype(u.dtype), sequence, sequence],
+        [sequence.astype(u.dtype), sequence],
         [projection, projection],
     )
     dh, dA, _, d_by_channel, d_by_state = for_windows(d_inner, sizes.d_inner, block, outputs)
-    du, d_step_size, d_step_size_next = (x[:, :length] for x in d_by_channel)
+    du, d_step_size = (x[:, :length] for x in d_by_channel)
     dB, dC = (x[:, :length] for x in d_by_state)
 
-    # The chunks leave out two terms (see `_backward_chunk`): d(Δ_t A) of the first scanned step, and in dB_t the
+    # The chunks leave out two terms (see `_backward_chunk`): in dA that of the first scanned step, and in dB_t the
     # product of C_t with the sum of dy_t Δ_t u_t over all channels.
     state = jnp.swapaxes(initial_state, 1, 2)
     first = -1 if reverse else 0
     step_size_padded = by_channel[1]
     dA = jnp.sum(dA + dh * state * step_size_padded[:, first, None, :], axis=0).T
-    d_first = _sum_states(dh, state, A_t[None])[:, None]
-    # A chunk writes the gradient of Δ_{t+1} at step t, so it moves by one step in the direction of the scan.
-    if reverse:
-        d_step_size += jnp.concatenate([d_step_size_next[:, 1:], d_first], axis=1)
-    else:
-        d_step_size += jnp.concatenate([d_first, d_step_size_next[:, :-1]], axis=1)
     dB += C.astype(dtype) * jnp.sum(dy * step_size * u.astype(dtype), axis=2, keepdims=True)
     return Inputs(
         u=du,
@@ -299,7 +296,7 @@ def _backward_chunk(
 ) -> tuple[
     ChunkCarry,
     Buffers,
-    tuple[Float[Array, "T B width"], Float[Array, "T B width"], Float[Array, "T B width"]],
+    tuple[Float[Array, "T B width"], Float[Array, "T B width"]],
     tuple[Float[Array, "T B N"], Float[Array, "T B N"]],
 ]:
     """The adjoint recurrence from a chunk's last step to its first.
@@ -330,8 +327,7 @@ def _backward_chunk(
       dy: the same window of the gradient of y.
 
     Returns:
-      carried; buffers; the gradients of u_t, of Δ_t through Δ_t u_t, and of Δ_{t+1} through Δ_{t+1} A; and dB and dC,
-      where dB lacks the term C_t Σ_d dy_t Δ_t u_t.
+      carried; buffers; the gradients of u_t and Δ_t; and dB and dC, where dB lacks the term C_t Σ_d dy_t Δ_t u_t.
     """
     carry, dA, step_size_end = carried
     h_all, carry_all = buffers
@@ -364,9 +360,13 @@ def _backward_chunk(
     dC = dot("tbnd,tbd->tbn", h_all, dy)
     dB = dot("tbnd,tbd->tbn", carry_all, drive)
     d_drive = dot("tbnd,tbn->tbd", carry_all, B) + dy * dot("tbn,tbn->tb", B, C)[:, :, None]
-    d_step_size_next = _sum_states(carry_all, h_all, A[None, None])
+    # The gradient of Δ_{t+1} through Δ_{t+1} A, at index t. That of the chunk's first step is computed from the states
+    # at the chunk's start, and that of the step after the chunk has been computed by the chunk after it.
+    d_next = _sum_states(carry_all, h_all, A[None, None])
+    d_first = _sum_states(carry, h_start, A[None])[None]
+    d_decay = jnp.concatenate([d_next[1:], d_first] if reverse else [d_first, d_next[:-1]])
     carried = (carry, dA, step_size[-1 if reverse else 0])
-    return carried, (h_all, carry_all), (d_drive * step_size, d_drive * u, d_step_size_next), (dB, dC)
+    return carried, (h_all, carry_all), (d_drive * step_size, d_drive * u + d_decay), (dB, dC)
 
 
 def _decay(step_size: Float[Array, "*steps D"], A: Float[Array, "N D"]) -> Float[Array, "*steps N D"]:

@@ -35,6 +35,16 @@ PEAK_FLOPS = {
 }
 """Dense bfloat16 FLOP per second and chip, by `jax.Device.device_kind`, from https://cloud.google.com/tpu/docs."""
 
+CLOCK_HZ = {"TPU v5 lite": 1.5e9, "TPU v5": 1.75e9, "TPU v6 lite": 1.75e9}
+"""Cycles per second, by `jax.Device.device_kind`, from the peak rates above and the FLOP per cycle.
+
+Of these, Google states that of v5e (https://jax-ml.github.io/scaling-book/tpus). A matrix unit multiplies a row of 128
+entries with 128 x 128 weights per cycle, two FLOP per weight. A v5e has one core of four such units (197e12 / 131,072 =
+1.503 GHz), and a v5p has two (459e12 / 262,144 = 1.751 GHz). A v6e has units of 256 x 256. Google's documentation says
+that there are two, which would need 3.5 GHz. But libtpu's estimate for a product of 4,096 x 4,096 bfloat16 matrices is
+301,616 cycles, which are 455,676 FLOP per cycle, and two units have 262,144. Four have 524,288 (1.751 GHz).
+"""
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40, "P": 2**50}
 
 # `make tpu-compiler` installs it here, outside of the import path: JAX looks for a TPU if it can import libtpu.

@@ -12,7 +12,7 @@ from sisma_jax import flops
 from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.parallel import sharding, topology
-from sisma_jax.planning import collectives, memory, programs
+from sisma_jax.planning import collectives, memory, programs, scans
 from sisma_jax.planning.report import Plan, Program
 from sisma_jax.planning.search import LargestBatch, Trial, largest_batch
 
@@ -141,15 +141,17 @@ def search_batch(config: Config, mesh: Mesh, limit: int, first: Program, fixed: 
 
 
 def _compile(traced: jax.stages.Traced, mesh: Mesh, batch_size: int, limit: int | None) -> Program:
+    device = mesh.devices.flat[0]
     start = time.perf_counter()
-    compiled = memory.compile_or_shortage(traced, mesh.devices.flat[0])
+    compiled = memory.compile_or_shortage(traced, device)
     secs = round(time.perf_counter() - start, 1)
     operations = flops.count(traced.jaxpr)
+    scan_secs = scans.least_secs(scans.kernel_steps(traced.jaxpr), device)
     if isinstance(compiled, memory.Shortage):
-        return Program(batch_size, False, None, compiled.needed, operations, None, secs)
+        return Program(batch_size, False, None, compiled.needed, operations, scan_secs, None, secs)
     used = memory.read_memory(compiled)
     fits = None if limit is None else used.total <= limit
     executable = compiled.runtime_executable()
     assert executable is not None, "XLA's compilers return an executable"
     (module,) = executable.hlo_modules()
-    return Program(batch_size, fits, used, used.total, operations, collectives.traffic(module), secs)
+    return Program(batch_size, fits, used, used.total, operations, scan_secs, collectives.traffic(module), secs)

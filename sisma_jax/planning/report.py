@@ -20,6 +20,8 @@ class Program:
       memory: bytes on each device; None if the compiler refused the program.
       needed: total bytes on each device. If the compiler refused the program, the lower bound that it states, or None.
       flops: operations, as a total over all devices.
+      scan_secs: least seconds that the scan kernels take on each device; None if their bundles are not known. See
+        `scans.least_secs`.
       traffic: communication between devices; None if the compiler refused the program.
       compile_secs: seconds that compilation took on this machine.
     """
@@ -29,6 +31,7 @@ class Program:
     memory: Memory | None
     needed: int | None
     flops: Flops
+    scan_secs: float | None
     traffic: Traffic | None
     compile_secs: float
 
@@ -67,10 +70,24 @@ class Plan:
 
     @property
     def least_secs(self) -> float | None:
-        """A lower bound of the seconds per training step: the time of its matrix products at the devices' peak rate.
+        """A lower bound of the seconds per training step of the compiled program.
 
-        None if the peak rate is not known, or if the training step does not compute in bfloat16.
+        It is the time of the matrix products at the devices' peak rate plus the time of the scan kernels at one bundle
+        per cycle. It is the sum and not the maximum, although they use different units of a core: the core has one
+        sequence of bundles, and XLA runs a kernel and the matrix products one after another in it. Copies and
+        collectives can overlap with both, and have no part in the bound. Nor has other elementwise work, which XLA
+        fuses with matrix products in part.
+
+        None if the peak rate is not known, or if the training step does not compute in bfloat16. If `train.scan_secs`
+        is None, the bound contains the matrix products alone.
         """
+        if (products := self.matmul_secs) is None:
+            return None
+        return products + (self.train.scan_secs or 0.0)
+
+    @property
+    def matmul_secs(self) -> float | None:
+        """The seconds of a training step's matrix products at the devices' peak rate; None as for `least_secs`."""
         if self.peak_flops is None or self.settings["train.compute_dtype"] != "bfloat16":
             return None
         return self.train.flops.matmul / (self.num_devices * self.peak_flops)
@@ -96,10 +113,15 @@ def format_plan(plan: Plan) -> str:
         _program(f"Training step, batch {plan.train.batch_size}", plan.train, plan.memory_limit),
         _program(f"Sampler, batch {plan.sampler.batch_size}", plan.sampler, plan.memory_limit),
     ]
-    if plan.least_secs is not None:
+    if plan.least_secs is not None and plan.matmul_secs is not None:
+        parts = f"{1e3 * plan.matmul_secs:.1f} ms of matrix products at the chips' peak rate"
+        if plan.train.scan_secs is None:
+            parts += " (the scans are left out, because their bundles are not known for these sizes)"
+        else:
+            parts += f" and {1e3 * plan.train.scan_secs:.1f} ms of scans at one bundle of instructions per cycle"
         sections.append(
-            f"No training step is shorter than {1e3 * plan.least_secs:.1f} ms, the time of its matrix products at the "
-            "chips' peak rate. The actual time can only be measured on a chip."
+            f"No training step is shorter than {1e3 * plan.least_secs:.1f} ms: {parts}. The actual time can only be "
+            "measured on a chip."
         )
     return "\n\n".join([*sections, _largest(plan)]) + "\n"
 

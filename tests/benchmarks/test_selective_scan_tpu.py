@@ -1,9 +1,17 @@
 """The counting of instructions in the TPU compiler's listings."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from benchmarks.selective_scan_tpu import count, loops
 from sisma_jax.kernels.selective_scan.pallas_tpu_layout import BlockSizes
+from tests.tpu import tpu_devices
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # A bundle before the grid, one of the grid, a loop of two bundles, a bundle of a loop around one with a spill, a bundle
 # after the loops, and one after the grid.
@@ -45,3 +53,17 @@ def test_a_single_strip_has_no_loop():
     assert loops("forward", BlockSizes(tiles=2, strips=1, steps=128), chunks=8) == [(4, []), (8, []), (4, [])]
     strips = loops("backward", BlockSizes(tiles=2, strips=3, steps=128), chunks=8)
     assert strips == [(1, []), (4, []), (3, [(8, []), (8, [])]), (4, [])]
+
+
+@pytest.mark.slow
+def test_the_table_for_plans_is_that_of_the_present_kernels(tmp_path):
+    """In a process of its own, because libtpu reads where to write its listings when it is loaded."""
+    tpu_devices("v5e:2x2")
+    script, table = ROOT / "benchmarks/selective_scan_tpu.py", tmp_path / "table.json"
+    arguments = ["--chips", "v5e", "--d-inner", "768", "--table", str(table)]
+    subprocess.run([sys.executable, str(script), *arguments], check=True, capture_output=True)
+    made = json.loads(table.read_text())
+    committed = json.loads((ROOT / "sisma_jax/planning/scan_bundles.json").read_text())
+    if made["compiler"] != committed["compiler"]:
+        pytest.skip(f"the table is that of another compiler: {committed['compiler']}")
+    assert made["kernels"] == [x for x in committed["kernels"] if x["device_kind"] == "TPU v5 lite"][:1]

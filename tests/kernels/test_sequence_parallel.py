@@ -13,7 +13,7 @@ import pytest
 from sisma_jax.kernels import depthwise_conv2d
 from sisma_jax.kernels.depthwise_conv import depthwise_conv2d_of_rows
 from sisma_jax.kernels.partition import split_scan
-from sisma_jax.kernels.selective_scan import api, sequence_parallel_scan
+from sisma_jax.kernels.selective_scan import CHECKPOINT_NAME, api, sequence_parallel_scan
 from sisma_jax.kernels.selective_scan.pallas_tpu import selective_scan_pallas_tpu
 from sisma_jax.kernels.selective_scan.xla import selective_scan_xla
 from tests.kernels.scan_cases import (
@@ -139,6 +139,24 @@ def test_a_kernel_scans_the_parts(monkeypatch):
     finally:
         jax.config.update("jax_disable_most_optimizations", False)
     assert_close(computed, expected_results(case), **CLOSE)
+
+
+@pytest.mark.parametrize(("implementation", "chunk_states"), [("xla", (4, 2, 5, 24)), ("pallas_tpu", (8, 1, 8, 128))])
+def test_the_checkpoint_name_stands_for_outputs_and_states_alone(implementation, chunk_states):
+    """Of two examples in four parts, one chunk each, whose axes lie on the batch axis of what is kept."""
+    case = Case(2, 64, 24, 5, optional=("D", "delta_bias"))
+    inputs = {name: jnp.asarray(x, "float32") for name, x in case.inputs().items()}
+    policy = jax.checkpoint_policies.save_only_these_names(CHECKPOINT_NAME)
+
+    @functools.partial(jax.checkpoint, policy=policy)
+    def loss(inputs):
+        y, final_states = case.scan(in_parts(4, implementation, check_vma=False), inputs)
+        return (y**2).sum() + (final_states**2).sum()
+
+    kept = jax.tree.leaves(jax.eval_shape(lambda inputs: jax.vjp(loss, inputs)[1], inputs))
+    y, final_state, start_state, step_sums = (8, 16, 24), (8, 24, 5), (8, 24, 5), (4 * 4, 2, 24)
+    expected = [y, final_state, start_state, step_sums, chunk_states, *(x.shape for x in inputs.values())]
+    assert sorted(x.shape for x in kept) == sorted(expected)
 
 
 @pytest.mark.parametrize(

@@ -185,6 +185,25 @@ def test_samples_are_those_of_one_device():
     assert np.abs(images.astype(int) - expected.astype(int)).max() <= 1
 
 
+def test_only_full_rematerialisation_repeats_the_scans_of_parts():
+    def count(remat: str) -> tuple[list[str], int]:
+        """The kernels, and the number of loops, in the gradient's program."""
+        config = dataclasses.replace(SMALL, remat=remat, scan_implementation="pallas_tpu", mlp_ratio=0.0)
+        graph, arguments = make_problem(config)
+        mesh = make_mesh(seq=4)
+        with jax.set_mesh(mesh):
+            arguments = jax.device_put(arguments, place(mesh, *arguments))
+            text = gradient_of(graph).trace(*arguments).lower(lowering_platforms=("tpu",)).as_text()
+        return sorted(re.findall(r'kernel_name = "selective_scan_(\w+)"', text)), text.count("stablehlo.while")
+
+    (none, loops), (dots, loops_of_dots), (full, loops_of_full) = map(count, ("none", "dots", "full"))
+    # All layers are one loop, whose body has two scans.
+    assert none == dots == ["backward"] * 2 + ["forward"] * 2
+    assert full == ["backward"] * 2 + ["forward"] * 4
+    # To find the state from which a part starts, a scan has two loops: over the part's steps, and over the parts.
+    assert loops == loops_of_dots == loops_of_full - 2 * 2
+
+
 def test_the_gradient_compiles_for_chips_that_share_images():
     mesh = sharding.make_mesh(MeshConfig(data=2, seq=2), tpu_devices("v5e:2x2"))
     config = dataclasses.replace(SMALL, d_model=64, scan_implementation="pallas_tpu", remat="full", mlp_ratio=0.0)

@@ -87,8 +87,13 @@ def test_a_plan_for_a_tpu(tmp_path):
     assert made.train.memory.code > 0
     assert made.train.traffic.collectives
     assert made.train.traffic.num_unknown_loops == 0
-    assert made.least_secs == made.train.flops.matmul / (4 * 197e12)
+    assert made.least_secs == made.matmul_secs == made.train.flops.matmul / (4 * 197e12)
+    assert made.train.scan_secs is None  # no preset is as narrow
+    assert "the scans are left out" in format_plan(made)
     assert "15.75 GiB: fits" in format_plan(made)
+    timed = dataclasses.replace(made, train=dataclasses.replace(made.train, scan_secs=0.25))
+    assert timed.least_secs == made.matmul_secs + 0.25
+    assert "250.0 ms of scans" in format_plan(timed)
     refused = dataclasses.replace(made.train, fits=False, memory=None, needed=2**35, traffic=None)
     assert "the compiler refuses it: it needs 32.00 GiB or more" in format_plan(
         dataclasses.replace(made, train=refused)

@@ -16,8 +16,8 @@ GIB = 2**30
 def _plan() -> Plan:
     memory = Memory(arguments=GIB, outputs=0, temporaries=8 * GIB, code=GIB // 4)
     traffic = Traffic((Collective("all-gather", 3, 4 * GIB, 3 * GIB),), 0)
-    train = Program(64, True, memory, memory.total, Flops(197 * 10**12, 10**12, 0), traffic, 60.0)
-    refused = Program(16, False, None, 20 * GIB, Flops(10**12, 0, 0), None, 5.0)
+    train = Program(64, True, memory, memory.total, Flops(197 * 10**12, 10**12, 0), 0.0614, traffic, 60.0)
+    refused = Program(16, False, None, 20 * GIB, Flops(10**12, 0, 0), None, None, 5.0)
     largest = LargestBatch(92, None, 96, (Trial(64, True, memory.total), Trial(92, True, 15 * GIB)))
     return Plan(
         topology="v5e:2x2",
@@ -40,7 +40,7 @@ def test_results_become_rows_of_the_document(tmp_path):
     record = {"preset": "B", "size": 256, "topology": "v5e:2x2", "plan": dataclasses.asdict(_plan())}
     results.write_text(json.dumps(record) + "\n")
     rows = plan_table.plans_table(plan_table.read(results))
-    expected = "16.00 | 1.00 | 1.00 + 8.00 + 0.25 | does not fit | 198.0 | 3.00 | 250 | 92 | (96) |"
+    expected = "16.00 | 1.00 | 1.00 + 8.00 + 0.25 | does not fit | 198.0 | 3.00 | 250 + 61 | 92 | (96) |"
     assert rows[2] == f"| SISMA-B | 256 | v5e:2x2 | {expected}"
     assert rows[3].startswith("| SISMA-B | 256 | v5e:4x4 | not made |")
     assert len({row.count("|") for row in rows}) == 1

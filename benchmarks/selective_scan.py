@@ -3,6 +3,7 @@
     python benchmarks/selective_scan.py                               the two standard problems
     python benchmarks/selective_scan.py --sweep --json scan.json      lengths 256 to 65536, too; all samples to a file
     python benchmarks/selective_scan.py --peers                       PyTorch packages and softmax attention, too
+    python benchmarks/selective_scan.py --jax_peers --clones FOLDER   other JAX projects, too; see jax_peers.py
 
 The lower bound ("floor") holds for every implementation on this machine. It is the larger of
 
@@ -31,6 +32,7 @@ import jax.numpy as jnp
 import tyro
 
 from benchmarks import measure
+from benchmarks.jax_peers import jax_peer_candidates
 from benchmarks.measure import Candidate
 from benchmarks.peers import absent, attention_candidates, peer_candidates
 from sisma_jax.kernels import selective_scan
@@ -158,13 +160,24 @@ class Benchmark:
     Args:
       repeats: number of rounds, as in `measure.measure`.
       budget_secs: as in `measure.measure`; a candidate is skipped if one run is predicted to take longer.
-      with_peers: measure other packages and attention, too.
+      with_peers: measure PyTorch packages and attention, too.
+      with_jax_peers: measure other JAX projects, too.
+      clones: folder with clones of those that have no package.
     """
 
-    def __init__(self, repeats: int, budget_secs: float, with_peers: bool):
+    def __init__(
+        self,
+        repeats: int,
+        budget_secs: float,
+        with_peers: bool,
+        with_jax_peers: bool = False,
+        clones: Path | None = None,
+    ):
         self.repeats = repeats
         self.budget_secs = budget_secs
         self.with_peers = with_peers
+        self.with_jax_peers = with_jax_peers
+        self.clones = clones
         self._secs_per_exponential: dict[tuple[str, str], float] = {}
 
     def measure(self, problem: Problem, direction: str) -> Record:
@@ -180,6 +193,8 @@ class Benchmark:
         if self.with_peers:
             candidates += peer_candidates(inputs, cotangent)
             candidates += attention_candidates(problem.batch, problem.length, problem.d_inner, backward)
+        if self.with_jax_peers:
+            candidates += jax_peer_candidates(inputs, cotangent, self.clones)
         candidates = [self._unless_too_slow(candidate, problem, direction) for candidate in candidates]
         floors = [measure.copy_candidate(), measure.exponentials_candidate(problem.exponentials)]
         results = measure.measure(floors + candidates, self.repeats, self.budget_secs, TOLERANCE)
@@ -270,6 +285,8 @@ def main(
     sweep: bool = False,
     lengths: tuple[int, ...] = (256, 1024, 4096, 16384, 65536),
     peers: bool = False,
+    jax_peers: bool = False,
+    clones: Path | None = None,
     repeats: int = 9,
     budget_secs: float = 60.0,
     json: Path | None = None,
@@ -280,7 +297,9 @@ def main(
       problems: sizes, each as BATCHxLENGTHxD_INNERxD_STATE.
       sweep: measure the time per token at several lengths, too, with batch 1, 768 channels and 16 states.
       lengths: lengths of the sweep, in increasing order.
-      peers: measure other packages and attention, too.
+      peers: measure PyTorch packages and attention, too.
+      jax_peers: measure other JAX projects, too.
+      clones: folder with clones of those JAX projects that have no package; see `jax_peers.py`.
       repeats: number of rounds; each round runs every candidate once.
       budget_secs: a candidate whose runs add up to more than this is left out of the remaining rounds. It is skipped
         in problems in which a single run would take longer.
@@ -291,7 +310,7 @@ def main(
     """
     if peers:
         print("\n".join(absent()))
-    benchmark = Benchmark(repeats, budget_secs, with_peers=peers)
+    benchmark = Benchmark(repeats, budget_secs, peers, jax_peers, clones)
     records = []
     for problem in [Problem.parse(text) for text in problems]:
         for direction in DIRECTIONS:
@@ -299,7 +318,7 @@ def main(
             print_record(records[-1])
     sweep_records = []
     if sweep:
-        benchmark = Benchmark(repeats, budget_secs, with_peers=peers)
+        benchmark = Benchmark(repeats, budget_secs, peers, jax_peers, clones)
         for length in lengths:
             for direction in DIRECTIONS:
                 sweep_records.append(benchmark.measure(Problem(1, length, 768, 16), direction))

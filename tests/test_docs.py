@@ -92,6 +92,6 @@ def test_a_run_is_started_again_until_it_is_done_or_wrong(tmp_path):
 
 
 def test_links_of_the_documentation_lead_somewhere():
-    for document in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+    for document in (ROOT / "README.md", ROOT / "kernels/README.md", *(ROOT / "docs").glob("*.md")):
         for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document.name}: {link}"

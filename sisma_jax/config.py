@@ -203,10 +203,13 @@ class AutoencoderConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig(Section):
-    """Flow matching (arXiv 2209.03003, 2210.02747) and classifier-free guidance (arXiv 2207.12598)."""
+    """The training objective: flow matching (arXiv 2209.03003, 2210.02747) or mean flows (arXiv 2505.13447, 2512.02012)."""
 
     section: ClassVar[str] = "flow"
 
+    objective: Literal["flow_matching", "mean_flow"] = "flow_matching"
+    """flow_matching learns velocities, which many solver steps integrate. mean_flow learns average velocities over
+    intervals of time, with guidance inside the network, so that one or a few evaluations give a face."""
     prediction: Literal["velocity", "data"] = "velocity"
     """What the network predicts. A prediction of data is converted to a velocity for the loss (arXiv 2511.13720).
     It suits narrow networks in pixel space, where the velocity is harder to learn than the data."""
@@ -215,7 +218,29 @@ class FlowConfig(Section):
     time_std: float = value(1.0, POSITIVE)
     """Standard deviation of logit(t)."""
     mask_dropout: float = value(0.1, DECAY)
-    """Probability that a training example loses its mask, for classifier-free guidance."""
+    """Probability that a training example loses its mask, for classifier-free guidance (arXiv 2207.12598)."""
+    same_time: float = value(0.5, FRACTION)
+    """Share of the examples whose interval is empty; the others train average velocities (mean_flow only)."""
+    max_guidance: float = value(3.0, Range(1, 100))
+    """Largest guidance scale that is trained, and that samples may have (mean_flow only)."""
+
+    def check_sampling(self, sampling: "Sampling") -> None:
+        """Checks that a model of this objective can sample with the settings.
+
+        Raises:
+          InputError: a setting is not possible with a mean flow.
+        """
+        if self.objective != "mean_flow":
+            return
+        if sampling.solver != "euler":
+            raise InputError(f"sample.solver must be euler for a mean flow, got {sampling.solver!r}.")
+        if not 1 <= sampling.guidance <= self.max_guidance:
+            raise InputError(
+                f"sample.guidance must be in [1, {self.max_guidance}], the scales with which the mean flow was trained "
+                f"(flow.max_guidance), got {sampling.guidance}."
+            )
+        if sampling.guidance_rescale:
+            raise InputError(f"sample.guidance_rescale must be 0 for a mean flow, got {sampling.guidance_rescale}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -448,6 +473,7 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
+        self.flow.check_sampling(self.sample)
         size, model = self.data.image_size, self.model
         multiple = self.autoencoder.downsampling * model.patch_size * 2 ** len(model.level_depths)
         if size % multiple:

@@ -38,6 +38,7 @@ def make_denoiser(config: Config, key: Key[Array, ""]) -> Denoiser:
         len(config.data.classes),
         config.autoencoder.channels,
         config.autoencoder.downsampling,
+        is_mean_flow=config.flow.objective == "mean_flow",
         dtype=jnp.dtype(config.train.compute_dtype),
         rngs=nnx.Rngs(key),
     )

@@ -203,7 +203,7 @@ class AutoencoderConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig(Section):
-    """The training objective: flow matching (arXiv 2209.03003, 2210.02747) or mean flows (arXiv 2505.13447, 2512.02012)."""
+    """The training objective: flow matching (arXiv 2209.03003, 2210.02747), or mean flows (arXiv 2512.02012)."""
 
     section: ClassVar[str] = "flow"
 

@@ -39,10 +39,10 @@ def guided(
       rescale: in [0, 1]; how far the guided data estimate is rescaled to the standard deviation of the unguided one,
         against over-exposure (see `_rescaled`).
     """
-    both = with_and_without(denoise, condition, null)
+    velocities = with_and_without(denoise, condition, null)
 
     def velocity(x: Point, t: Float[Array, " B"]) -> Point:
-        conditional, unconditional = both(x, t)
+        conditional, unconditional = velocities(x, t)
         extrapolated = unconditional + scale * (conditional - unconditional)
         low, high = interval
         is_guided = (low <= t) & (t < high)
@@ -56,7 +56,9 @@ def guided(
 def with_and_without(
     denoise: Callable[[Point, Float[Array, " B"], Condition], Point], condition: Condition, null: Condition
 ) -> Callable[[Point, Float[Array, " B"]], tuple[Point, Point]]:
-    """Returns (x, t) -> the velocities with the condition and with the null condition, from one batch of twice the size.
+    """Returns (x, t) -> the velocities with the condition and with the null condition.
+
+    Both function evaluations run as one batch of twice the size.
 
     Args:
       denoise: (x, t, condition) -> velocity.

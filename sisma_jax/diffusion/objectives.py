@@ -98,8 +98,8 @@ class MeanFlow(FlowMatching):
 
         x1 - x0 + (1 - 1/w) (u(x, t, 0) - u_null(x, t, 0))
 
-    at a time in the guidance interval, and else x1 - x0. Its fixed point is the velocity with guidance of scale w; w and
-    the interval are inputs of the network. Guidance therefore costs nothing when a face is sampled.
+    at a time in the guidance interval, and else x1 - x0. Its fixed point is the velocity with guidance of scale w. The
+    scale and the interval are inputs of the network. Guidance therefore costs nothing when a face is sampled.
 
     The weight of an example is 1 / (error + c) (arXiv 2505.13447, eq. 22, with p = 1). Without it, the training
     collapses to the mean face of each mask.

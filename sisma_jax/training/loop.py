@@ -187,8 +187,8 @@ def _new_state(job: Job, shardings: TrainState) -> TrainState:
 def initial_params(config: Config) -> Params:
     """Returns the parameters in the file `train.init_from`, from which a new run starts.
 
-    A mean flow can start from a model of flow matching. What this model lacks, the embeddings of the duration and of the
-    guidance, is initialised; both are zero at first.
+    A mean flow can start from a model of flow matching. What this model lacks is initialised: the embeddings of the
+    duration and of the guidance, which are zero at first.
 
     Raises:
       InputError: the file does not exist or is damaged, or its model differs from that of the configuration.

@@ -309,6 +309,9 @@ class TrainConfig(Section):
     """Parts of a batch whose gradients are computed in sequence and averaged: the same update in less memory."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and activations; parameters, norms and scan states stay float32."""
+    unroll_layers: Literal["auto", "on", "off"] = value("auto", may_change=True)
+    """Unroll the loop over the layers in the training step: on a CPU, steps are faster and compilation is slower.
+    auto unrolls on a CPU, for up to 8 layers."""
     init_from: str = value("", may_change=True)
     """File that the command `export` wrote; a new run of the same model starts from its parameters."""
     seed: int = value(0, SEED)

@@ -38,7 +38,7 @@ class FlowMatching:
 
     def __init__(self, config: Config):
         self._config = config.flow
-        self._graph = make_graph(config)
+        self._graph = make_graph(config, is_differentiated=True)
 
     def draw(self, batch: Batch, key: Key[Array, ""], mask_dropout: float) -> Examples:
         """Returns the conditions, latents x1, noise x0, times t, and which examples train with the null condition.

@@ -50,7 +50,7 @@ class Known(nnx.Module):
 def known_objective(average, monkeypatch, **values):
     """The objective of mean flows for velocities of a known network."""
     graph, _ = nnx.split(Known(average))
-    monkeypatch.setattr(objectives, "make_graph", lambda config: graph)
+    monkeypatch.setattr(objectives, "make_graph", lambda config, **_: graph)
     config = dataclasses.replace(FLOW, prediction="velocity", **values)
     return make_objective(dataclasses.replace(CONFIG, flow=config)), {}
 

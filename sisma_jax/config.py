@@ -245,12 +245,12 @@ class FlowConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Section):
-    """The optimizer: AdamW with gradient clipping, linear warm-up and optional cosine decay."""
+    """The optimizer, with gradient clipping, linear warm-up and optional cosine decay."""
 
     section: ClassVar[str] = "optim"
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer, as defined in sisma_jax/training/optimizers.py."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer: AdamW; or Muon (arXiv 2502.16982) for the matrices of the layers, and AdamW for all other parameters."""
     learning_rate: float = value(1e-4, POSITIVE)
     """Learning rate after warm-up; with a scaling rule, the rate for a batch of base_batch_size."""
     scaling_rule: Literal["none", "linear", "sqrt"] = "none"

@@ -12,8 +12,8 @@ from sisma_jax.config import Config, OptimConfig
 from sisma_jax.models.factory import Params
 from sisma_jax.parallel.sharding import has_layer_axis
 
-# The RMS of an update of Muon before the learning rate: that of AdamW, so that both have the same rate (arXiv 2502.16982,
-# section 2.2).
+# The RMS of an update of Muon before the learning rate: that of AdamW, so that both have the same rate
+# (arXiv 2502.16982, section 2.2).
 _MUON_RMS = 0.2
 # Parameters that are excluded from weight decay whatever their rank. A decayed A_log, for example, would change the
 # decay rates of the scan's state rather than regularise the model.

@@ -250,7 +250,7 @@ class OptimConfig(Section):
     section: ClassVar[str] = "optim"
 
     name: Literal["adamw", "muon"] = "adamw"
-    """Optimizer: AdamW; or Muon (arXiv 2502.16982) for the matrices of the layers, and AdamW for the other parameters."""
+    """Optimizer: AdamW; or Muon (arXiv 2502.16982) for the matrices of the layers, and AdamW for all the rest."""
     learning_rate: float = value(1e-4, POSITIVE)
     """Learning rate after warm-up; with a scaling rule, the rate for a batch of base_batch_size."""
     scaling_rule: Literal["none", "linear", "sqrt"] = "none"

@@ -74,11 +74,13 @@ def vgg16_from_weights(weights: Weights, source: str) -> FeatureNetwork:
 
     Images are resized to 224x224 as by clean-fid (Pillow's bicubic filter with antialiasing, not rounded) and
     normalised by ImageNet's mean and standard deviation. The features are the standard deviations of the channels of
-    relu3_3 over its 56x56 positions. Such statistics describe an image's texture (Huang and Belongie, arXiv 1703.06868),
-    in which generated faces differ most from photographs. The usual means of the last feature map describe what an image
-    shows. That is a face in every case, and their distance prefers the mean of several samples to a sample.
+    relu3_3 over its 56x56 positions. Such statistics describe an image's texture (Huang and Belongie,
+    arXiv 1703.06868), in which generated faces differ most from photographs. The usual means of the last feature map
+    describe what an image shows. That is a face in every case, and their distance prefers the mean of several samples
+    to a sample.
 
-    The distance is not an FID, and there are no published values: it compares models that are evaluated in the same way.
+    The distance is not an FID, and there are no published values. It compares models that are evaluated in the same
+    way.
 
     Args:
       weights: arrays by torchvision's names ("features.0.weight"); those of the classifier are ignored.

@@ -11,7 +11,8 @@ files of lpips have.
 
 The file holds `source`, the versions; and for each network: `<network>/shapes`, JSON of the names and shapes of all
 weights, and `<network>/distances` of `random_images("lpips", 3, 64, 72)` to `random_images("lpips others", 3, 64, 72)`.
-And `vgg/relu3_3`: the standard deviations of the channels by torchvision's VGG16 for `random_images("lpips", 1, 224, 224)`.
+And `vgg/relu3_3`: the standard deviations of the channels by torchvision's VGG16 for
+`random_images("lpips", 1, 224, 224)`.
 """
 
 import importlib.metadata

@@ -36,8 +36,8 @@ class ScalarEmbedding(nnx.Module):
 
     def __init__(self, d_model: int, num_scalars: int = 1, *, is_zero: bool = False, rngs: nnx.Rngs):
         self.up = nnx.Linear(num_scalars * TIME_FREQUENCIES, d_model, rngs=rngs)
-        last = {"kernel_init": nnx.initializers.zeros} if is_zero else {}
-        self.down = nnx.Linear(d_model, d_model, **last, rngs=rngs)
+        init = nnx.initializers.zeros if is_zero else nnx.initializers.lecun_normal()
+        self.down = nnx.Linear(d_model, d_model, kernel_init=init, rngs=rngs)
 
     def __call__(self, *scalars: Float[Array, " B"]) -> Float[Array, "B D"]:
         """Returns the embedding of numbers in [0, 1], float32."""

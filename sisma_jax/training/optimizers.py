@@ -47,7 +47,7 @@ def _muon(optim: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformat
         weight_decay=optim.weight_decay,
         adam_b1=optim.b1,
         adam_b2=optim.b2,
-        muon_weight_dimension_numbers=_muon_dimensions,
+        muon_weight_dimension_numbers=_muon_dimensions,  # pyright: ignore[reportArgumentType] a function of the parameters
         consistent_rms=_MUON_RMS,
     )
 

@@ -2,7 +2,9 @@
 
 import sys
 
+from sisma_jax.allocator import keep_freed_memory
 from sisma_jax.cli import main
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main(sys.argv[1:])

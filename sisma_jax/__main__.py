@@ -8,7 +8,7 @@ _PROGRAM = "sisma-jax"
 def main() -> None:
     """Runs the command line with the arguments of this process; exits with code 2 if a package is missing."""
     try:
-        from sisma_jax import cli
+        from sisma_jax import allocator, cli
     except ModuleNotFoundError as error:
         print(
             f"Error: the command line needs the package {error.name}: pip install 'sisma-jax[train]'. "
@@ -16,6 +16,7 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
+    allocator.keep_freed_memory()
     cli.main(sys.argv[1:], program=_PROGRAM)
 
 

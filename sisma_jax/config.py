@@ -203,10 +203,13 @@ class AutoencoderConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class FlowConfig(Section):
-    """Flow matching (arXiv 2209.03003, 2210.02747) and classifier-free guidance (arXiv 2207.12598)."""
+    """The training objective: flow matching (arXiv 2209.03003, 2210.02747), or mean flows (arXiv 2512.02012)."""
 
     section: ClassVar[str] = "flow"
 
+    objective: Literal["flow_matching", "mean_flow"] = "flow_matching"
+    """flow_matching learns velocities, which many solver steps integrate. mean_flow learns average velocities over
+    intervals of time, with guidance inside the network, so that one or a few evaluations give a face."""
     prediction: Literal["velocity", "data"] = "velocity"
     """What the network predicts. A prediction of data is converted to a velocity for the loss (arXiv 2511.13720).
     It suits narrow networks in pixel space, where the velocity is harder to learn than the data."""
@@ -215,17 +218,39 @@ class FlowConfig(Section):
     time_std: float = value(1.0, POSITIVE)
     """Standard deviation of logit(t)."""
     mask_dropout: float = value(0.1, DECAY)
-    """Probability that a training example loses its mask, for classifier-free guidance."""
+    """Probability that a training example loses its mask, for classifier-free guidance (arXiv 2207.12598)."""
+    same_time: float = value(0.5, FRACTION)
+    """Share of the examples whose interval is empty; the others train average velocities (mean_flow only)."""
+    max_guidance: float = value(3.0, Range(1, 100))
+    """Largest guidance scale that is trained, and that samples may have (mean_flow only)."""
+
+    def check_sampling(self, sampling: "Sampling") -> None:
+        """Checks that a model of this objective can sample with the settings.
+
+        Raises:
+          InputError: a setting is not possible with a mean flow.
+        """
+        if self.objective != "mean_flow":
+            return
+        if sampling.solver != "euler":
+            raise InputError(f"sample.solver must be euler for a mean flow, got {sampling.solver!r}.")
+        if not 1 <= sampling.guidance <= self.max_guidance:
+            raise InputError(
+                f"sample.guidance must be in [1, {self.max_guidance}], the scales with which the mean flow was trained "
+                f"(flow.max_guidance), got {sampling.guidance}."
+            )
+        if sampling.guidance_rescale:
+            raise InputError(f"sample.guidance_rescale must be 0 for a mean flow, got {sampling.guidance_rescale}.")
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(Section):
-    """The optimizer: AdamW with gradient clipping, linear warm-up and optional cosine decay."""
+    """The optimizer, with gradient clipping, linear warm-up and optional cosine decay."""
 
     section: ClassVar[str] = "optim"
 
-    name: Literal["adamw"] = "adamw"
-    """Optimizer, as defined in sisma_jax/training/optimizers.py."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """Optimizer: AdamW; or Muon (arXiv 2502.16982) for the matrices of the layers, and AdamW for all the rest."""
     learning_rate: float = value(1e-4, POSITIVE)
     """Learning rate after warm-up; with a scaling rule, the rate for a batch of base_batch_size."""
     scaling_rule: Literal["none", "linear", "sqrt"] = "none"
@@ -284,6 +309,9 @@ class TrainConfig(Section):
     """Parts of a batch whose gradients are computed in sequence and averaged: the same update in less memory."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of matrix products and activations; parameters, norms and scan states stay float32."""
+    unroll_layers: Literal["auto", "on", "off"] = value("auto", may_change=True)
+    """Unroll the loop over the layers in the training step: on a CPU, steps are faster and compilation is slower.
+    auto unrolls on a CPU, for up to 8 layers."""
     init_from: str = value("", may_change=True)
     """File that the command `export` wrote; a new run of the same model starts from its parameters."""
     seed: int = value(0, SEED)
@@ -448,6 +476,7 @@ class Config:
     evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
+        self.flow.check_sampling(self.sample)
         size, model = self.data.image_size, self.model
         multiple = self.autoencoder.downsampling * model.patch_size * 2 ** len(model.level_depths)
         if size % multiple:

@@ -15,7 +15,7 @@ from sisma_jax.config import Config
 from sisma_jax.errors import InputError
 from sisma_jax.files import AnyPath, to_path
 
-VERSION = 2
+VERSION = 3
 """Version of the JSON. It rises when an older configuration would mean something else, or parameters are stored
 differently."""
 

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Key, UInt8, UInt32
 
 from sisma_jax import config_files
 from sisma_jax.call_arguments import as_photo, finite_number, random_keys, whole_number
-from sisma_jax.config import Config, MeshConfig, Sampling
+from sisma_jax.config import Config, FlowConfig, MeshConfig, Sampling
 from sisma_jax.data import photos, regions
 from sisma_jax.data.classes import ClassSet, as_classes
 from sisma_jax.data.faces import Square, find_faces
@@ -250,7 +250,9 @@ class Pipeline:
         """Returns the given settings, or those of the configuration, with the overrides, which are checked here."""
         if "seed" in overrides:
             raise InputError("seed cannot be overridden in a call; give key=jax.random.key(seed).")
-        return dataclasses.replace(self.config.sample if given is None else given, **overrides)
+        settings = dataclasses.replace(self.config.sample if given is None else given, **overrides)
+        self.config.flow.check_sampling(settings)
+        return settings
 
     def _run(
         self,
@@ -326,7 +328,7 @@ def jit_sampler(
       mesh: of all devices.
     """
     return jax.jit(
-        functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow.prediction),
+        functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow),
         static_argnames="key_impl",
         out_shardings=sharding.replicated(mesh),
     )
@@ -335,7 +337,7 @@ def jit_sampler(
 def _sample(
     graph: nnx.GraphDef[Denoiser],
     autoencoder_graph: nnx.GraphDef[Autoencoder],
-    prediction: Literal["velocity", "data"],
+    flow: FlowConfig,
     params: Params,
     autoencoder_params: nnx.State[Any, Any],
     key_data: UInt32[Array, "B words"],
@@ -352,7 +354,7 @@ def _sample(
         inputs,
         settings,
         autoencoder=nnx.merge(autoencoder_graph, autoencoder_params),
-        prediction=prediction,
+        flow=flow,
         image=image,
         region=region,
     )

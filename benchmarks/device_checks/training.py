@@ -207,7 +207,7 @@ class Training:
                 {"mask": mask},
                 settings,
                 autoencoder=IdentityAutoencoder(),
-                prediction=config.flow.prediction,
+                flow=config.flow,
             )
 
         with jax.set_mesh(self._mesh):

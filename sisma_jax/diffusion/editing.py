@@ -1,28 +1,30 @@
 """Edits of a photograph: the path of the kept latents. `data/regions.py` owns the region and the blended result."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from sisma_jax.diffusion.solvers import Point, Velocity
+from sisma_jax.diffusion.solvers import Point
 
 
 def keeping(
-    velocity: Velocity, noise: Point, kept: Float[Array, "#B H W C"], is_generated: Bool[Array, "#B H W 1"]
-) -> Velocity:
+    velocity: Callable[..., Point], noise: Point, kept: Float[Array, "#B H W C"], is_generated: Bool[Array, "#B H W 1"]
+) -> Callable[..., Point]:
     """Returns a velocity that equals `velocity` where `is_generated`, and elsewhere leads from `noise` to `kept`.
 
     The kept part follows its straight path t kept + (1 - t) noise, whose velocity is constant. Every solver follows
     this path exactly, and at every time the network sees the kept part at the right noise level. The generated part
-    is therefore consistent with its surroundings.
+    is therefore consistent with its surroundings. At t = 0 it sees noise only, so an edit takes two steps or more.
 
     Args:
-      velocity: velocity of the generated part.
+      velocity: velocity, or average velocity, of the generated part; the result takes the same arguments.
       noise: point at t = 0, where the integration starts.
       kept: latent of the photograph; one for all examples, or one per example.
       is_generated: latent positions where `velocity` applies.
     """
     of_kept = kept - noise
-    return lambda x, t: jnp.where(is_generated, velocity(x, t), of_kept)
+    return lambda *at: jnp.where(is_generated, velocity(*at), of_kept)
 
 
 def to_latent_grid(region: Bool[Array, "B H W"], downsampling: int) -> Bool[Array, "B h w 1"]:

@@ -39,12 +39,10 @@ def guided(
       rescale: in [0, 1]; how far the guided data estimate is rescaled to the standard deviation of the unguided one,
         against over-exposure (see `_rescaled`).
     """
-    both_conditions = jax.tree.map(_in_turn, condition, null)
+    velocities = with_and_without(denoise, condition, null)
 
     def velocity(x: Point, t: Float[Array, " B"]) -> Point:
-        both = denoise(_in_turn(x, x), _in_turn(t, t), both_conditions)
-        pairs = both.reshape(-1, 2, *x.shape[1:])
-        conditional, unconditional = pairs[:, 0], pairs[:, 1]
+        conditional, unconditional = velocities(x, t)
         extrapolated = unconditional + scale * (conditional - unconditional)
         low, high = interval
         is_guided = (low <= t) & (t < high)
@@ -53,6 +51,27 @@ def guided(
         return jnp.where(is_guided[:, None, None, None], chosen, conditional)
 
     return velocity
+
+
+def with_and_without(
+    denoise: Callable[[Point, Float[Array, " B"], Condition], Point], condition: Condition, null: Condition
+) -> Callable[[Point, Float[Array, " B"]], tuple[Point, Point]]:
+    """Returns (x, t) -> the velocities with the condition and with the null condition.
+
+    Both function evaluations run as one batch of twice the size.
+
+    Args:
+      denoise: (x, t, condition) -> velocity.
+      condition: condition of each example.
+      null: the null condition.
+    """
+    conditions = jax.tree.map(_in_turn, condition, null)
+
+    def velocities(x: Point, t: Float[Array, " B"]) -> tuple[Point, Point]:
+        pairs = denoise(_in_turn(x, x), _in_turn(t, t), conditions).reshape(-1, 2, *x.shape[1:])
+        return pairs[:, 0], pairs[:, 1]
+
+    return velocities
 
 
 def _in_turn(x: Array, y: Array) -> Array:

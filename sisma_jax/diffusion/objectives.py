@@ -1,7 +1,7 @@
-"""Training objectives: random draws for a batch, and the loss of each example.
+"""Training objectives: random draws for a batch, and the loss of what is drawn.
 
-An objective has the methods `draw` and `losses`. `training/step.py` differentiates their composition. Each objective is
-a class in this module.
+An objective has the methods `draw` and `loss`, and `held_out_losses`, by which all objectives can be compared.
+`training/step.py` differentiates the loss of a draw. Each objective is a class in this module.
 """
 
 from typing import Any
@@ -13,7 +13,10 @@ from jaxtyping import Array, Float, Key
 
 from sisma_jax.config import Config
 from sisma_jax.diffusion import flow
+from sisma_jax.diffusion.guidance import with_and_without
+from sisma_jax.diffusion.solvers import Point
 from sisma_jax.models import autoencoder
+from sisma_jax.models.condition import Condition
 from sisma_jax.models.factory import Params, make_graph
 from sisma_jax.parallel import sharding
 
@@ -22,6 +25,8 @@ Batch = dict[str, Any]
 conditions, "mask", uint8 (B, H, W)."""
 Examples = dict[str, Any]
 """Inputs of a loss: the conditions of a batch and the random draws. The first axis of every array is the batch."""
+# The c in the weights of mean flows; the errors of an untrained network are about 1.
+_WEIGHT_OFFSET = 1e-3
 
 
 class FlowMatching:
@@ -33,7 +38,7 @@ class FlowMatching:
 
     def __init__(self, config: Config):
         self._config = config.flow
-        self._graph = make_graph(config)
+        self._graph = make_graph(config, is_differentiated=True)
 
     def draw(self, batch: Batch, key: Key[Array, ""], mask_dropout: float) -> Examples:
         """Returns the conditions, latents x1, noise x0, times t, and which examples train with the null condition.
@@ -57,8 +62,17 @@ class FlowMatching:
             "is_dropped": jax.random.bernoulli(drop_key, jnp.float32(mask_dropout), (batch_size,)),
         }
 
-    def losses(self, params: Params, examples: Examples) -> Float[Array, " B"]:
-        """Returns the loss of each example, float32.
+    def loss(self, params: Params, examples: Examples) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Returns the loss to minimise and further metrics, averaged over the examples, float32.
+
+        Args:
+          params: parameters of the denoiser.
+          examples: what `draw` returned.
+        """
+        return self.held_out_losses(params, examples).mean(), {}
+
+    def held_out_losses(self, params: Params, examples: Examples) -> Float[Array, " B"]:
+        """Returns the mean squared error of each example's velocity, without guidance, float32.
 
         Args:
           params: parameters of the denoiser.
@@ -66,11 +80,96 @@ class FlowMatching:
         """
         model = nnx.merge(self._graph, params)
         x0, x1, t = examples["x0"], examples["x1"], examples["t"]
-        condition = model.encode(examples, examples["is_dropped"])
+        condition = model.encode({"mask": examples["mask"]}, examples["is_dropped"])
         output = model(flow.interpolate(x0, x1, t), t, condition)
         return flow.loss_per_example(output, x0, x1, t, self._config.prediction)
 
 
+class MeanFlow(FlowMatching):
+    """Mean flows (arXiv 2505.13447) in their improved form (arXiv 2512.02012), with guidance inside the network.
+
+    The network gives the average velocity u(x, t, h) between the times t and t + h on the path through x at t. From
+    h u = ∫ v follows, for a fixed end t + h, that the velocity at t is
+
+        v = u - h du/dt,    du/dt = ∂u/∂x v + ∂u/∂t - ∂u/∂h,
+
+    where du/dt is a derivative in forward mode (`jax.jvp`), without gradient. The loss is the squared error of this
+    velocity. For h = 0, u is the velocity itself, which is the v in du/dt. The target of the velocity is
+
+        x1 - x0 + (1 - 1/w) (u(x, t, 0) - u_null(x, t, 0))
+
+    at a time in the guidance interval, and else x1 - x0. Its fixed point is the velocity with guidance of scale w. The
+    scale and the interval are inputs of the network. Guidance therefore costs nothing when a face is sampled.
+
+    The weight of an example is 1 / (error + c) (arXiv 2505.13447, eq. 22, with p = 1). Without it, the training
+    collapses to the mean face of each mask.
+    """
+
+    def draw(self, batch: Batch, key: Key[Array, ""], mask_dropout: float) -> Examples:
+        """Returns what flow matching draws, and for each example the "duration" h and its "guidance" (w, low, high).
+
+        Two times are drawn. The earlier one is t, and the later one t + h; in a share `flow.same_time` of the examples,
+        h is 0. 1 / w is uniform in [1 / max_guidance, 1]. The interval is [0, 1] at each end for half of the examples,
+        and else ends uniformly within the next half.
+        """
+        flow_key, time_key, same_key, scale_key, interval_key = jax.random.split(key, 5)
+        examples = super().draw(batch, flow_key, mask_dropout)
+        first, (size,) = examples["t"], examples["t"].shape
+        second = flow.sample_time(time_key, size, self._config.time_mean, self._config.time_std)
+        is_same = jax.random.bernoulli(same_key, jnp.float32(self._config.same_time), (size,))
+        t = jnp.where(is_same, first, jnp.minimum(first, second))
+        share = jax.random.uniform(scale_key, (size,), jnp.float32, maxval=1 - 1 / self._config.max_guidance)
+        low, high = jax.random.uniform(interval_key, (2, size), jnp.float32, minval=-0.5, maxval=0.5)
+        return examples | {
+            "t": t,
+            "duration": jnp.where(is_same, 0.0, jnp.maximum(first, second) - t),
+            "guidance": jnp.stack([1 / (1 - share), jnp.maximum(low, 0), jnp.minimum(high + 1, 1)], axis=-1),
+        }
+
+    def loss(self, params: Params, examples: Examples) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Returns the weighted loss, and the "velocity_error" without weights, averaged over the examples, float32.
+
+        Args:
+          params: parameters of the denoiser.
+          examples: what `draw` returned.
+        """
+        x0, x1, t, duration = (examples[name] for name in ("x0", "x1", "t", "duration"))
+        xt = flow.interpolate(x0, x1, t)
+        velocity, target = self._velocity_and_target(jax.lax.stop_gradient(params), examples, xt)
+        model = nnx.merge(self._graph, params)
+        condition = model.encode(examples, examples["is_dropped"])
+
+        def average(x: Point, t: Float[Array, " B"], duration: Float[Array, " B"]) -> Point:
+            return self._to_velocity(model(x, t, condition, duration), x, t)
+
+        ones = jnp.ones_like(t)
+        u, change = jax.jvp(average, (xt, t, duration), (velocity, ones, -ones))
+        estimate = u - duration[:, None, None, None] * jax.lax.stop_gradient(change)
+        error = jnp.mean((estimate - target) ** 2, axis=(1, 2, 3))
+        return jnp.mean(error / (jax.lax.stop_gradient(error) + _WEIGHT_OFFSET)), {"velocity_error": error.mean()}
+
+    def _velocity_and_target(self, params: Params, examples: Examples, xt: Point) -> tuple[Point, Point]:
+        """Returns the network's velocity with guidance, and the target of the velocity."""
+        model = nnx.merge(self._graph, params)
+        condition = model.encode(examples, examples["is_dropped"])
+
+        def denoise(x: Point, t: Float[Array, " B"], condition: Condition) -> Point:
+            return self._to_velocity(model(x, t, condition), x, t)
+
+        # A dropped example has the null condition on both sides, hence no guidance.
+        velocity, null = with_and_without(denoise, condition, model.null(condition))(xt, examples["t"])
+        scale, low, high = examples["guidance"].T
+        share = jnp.where((low <= examples["t"]) & (examples["t"] < high), 1 - 1 / scale, 0)
+        target = examples["x1"] - examples["x0"] + share[:, None, None, None] * (velocity - null)
+        return velocity, target
+
+    def _to_velocity(self, output: Point, x: Point, t: Float[Array, " B"]) -> Point:
+        return flow.to_velocity(output, x, t, self._config.prediction, flow.MIN_REMAINING_IN_LOSS)
+
+
+_OBJECTIVES: dict[str, type[FlowMatching]] = {"flow_matching": FlowMatching, "mean_flow": MeanFlow}
+
+
 def make_objective(config: Config) -> FlowMatching:
     """Returns the training objective of a configuration."""
-    return FlowMatching(config)
+    return _OBJECTIVES[config.flow.objective](config)

@@ -1,22 +1,25 @@
 """Sampling as one program: encodes the condition, integrates the guided flow, and decodes images."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
-from sisma_jax.config import Sampling
+from sisma_jax.config import FlowConfig, Sampling
 from sisma_jax.diffusion import editing
-from sisma_jax.diffusion.flow import to_velocity
+from sisma_jax.diffusion.flow import MIN_REMAINING_IN_LOSS, to_velocity
 from sisma_jax.diffusion.guidance import guided
-from sisma_jax.diffusion.solvers import Point, integrate, time_grid
+from sisma_jax.diffusion.solvers import Point, integrate, jump, time_grid
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, from_uint8, to_uint8
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.parallel import sharding
+
+# The first evaluation of an edit sees only noise of the photograph; see `editing.keeping`.
+_LEAST_STEPS_OF_EDIT = 2
 
 _TRACED = ("shift", "guidance_low", "guidance_high", "guidance_rescale")
 
@@ -51,19 +54,19 @@ def sample(
     settings: Sampling,
     *,
     autoencoder: IdentityAutoencoder | KlAutoencoder,
-    prediction: Literal["velocity", "data"],
+    flow: FlowConfig,
     image: UInt8[Array, "#B H W 3"] | None = None,
     region: Bool[Array, "B H W"] | None = None,
 ) -> UInt8[Array, "B H W 3"]:
-    """Samples one image per mask. A pure function for use under `jax.jit`, with `prediction` static.
+    """Samples one image per mask. A pure function for use under `jax.jit`, with `flow` static.
 
     Args:
       model: the denoiser with its parameters.
       keys: one random key per image. An image depends only on its own key and inputs, not on its position in the batch.
       inputs: the conditions: "mask", class indices (B, H, W).
       settings: sampling settings; a pytree whose numbers are traced.
-      prediction: what the network predicts.
       autoencoder: decodes latents to images; also encodes `image`.
+      flow: the objective with which the model was trained, and what the network predicts.
       image: RGB photograph to edit, resized to the resolution of the masks; one for all masks, or one per mask.
       region: pixels to generate, required with `image`. Elsewhere the result is the photograph as the autoencoder
         reconstructs it.
@@ -83,18 +86,34 @@ def sample(
     side, (_, height, width) = autoencoder.downsampling, inputs["mask"].shape
     shape = (height // side, width // side, autoencoder.channels)
     x0 = sharding.constrain(jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys))
+
+    def keeping(velocity: Callable[..., Point]) -> Callable[..., Point]:
+        if image is None or region is None:
+            return velocity
+        kept = autoencoder.encode(from_uint8(image))
+        return editing.keeping(velocity, x0, kept, editing.to_latent_grid(region, side))
+
+    if flow.objective == "mean_flow":
+        one = jnp.stack([guidance, low, high])[None]
+        condition = model.encode({**inputs, "guidance": jnp.broadcast_to(one, (len(x0), 3))})
+
+        def average(x: Point, t: Float[Array, " B"], duration: Float[Array, " B"]) -> Point:
+            # With the divisor of the loss, which is part of what the network was trained to predict.
+            return to_velocity(model(x, t, condition, duration), x, t, flow.prediction, MIN_REMAINING_IN_LOSS)
+
+        steps = settings.steps if image is None else max(settings.steps, _LEAST_STEPS_OF_EDIT)
+        x1 = jump(keeping(average), x0, time_grid(steps, shift))
+        return to_uint8(autoencoder.decode(x1))
+
     condition = model.encode(inputs)
 
     def denoise(x: Point, t: Float[Array, " B"], condition: Condition) -> Point:
-        return to_velocity(model(x, t, condition), x, t, prediction)
+        return to_velocity(model(x, t, condition), x, t, flow.prediction)
 
     if settings.is_guided:
         null = model.null(condition)
         velocity = guided(denoise, condition, null, guidance, interval=(low, high), rescale=rescale)
     else:
         velocity = functools.partial(denoise, condition=condition)
-    if image is not None and region is not None:
-        kept = autoencoder.encode(from_uint8(image))
-        velocity = editing.keeping(velocity, x0, kept, editing.to_latent_grid(region, side))
-    x1 = integrate(velocity, x0, time_grid(settings.steps, shift), settings.solver)
+    x1 = integrate(keeping(velocity), x0, time_grid(settings.steps, shift), settings.solver)
     return to_uint8(autoencoder.decode(x1))

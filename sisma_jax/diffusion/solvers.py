@@ -1,4 +1,7 @@
-"""Solvers of dx/dt = v(x, t) from noise (t = 0) to data (t = 1), each one `jax.lax.scan` over its evaluations."""
+"""Solvers of dx/dt = v(x, t) from noise (t = 0) to data (t = 1), each one `jax.lax.scan` over its evaluations.
+
+`integrate` takes the velocity v, and `jump` takes average velocities.
+"""
 
 from collections.abc import Callable
 
@@ -11,6 +14,9 @@ from sisma_jax.diffusion.flow import shift_time
 Point = Float[Array, "B H W C"]
 """A point of the flow: noise, data, or a point between them."""
 Velocity = Callable[[Point, Float[Array, " B"]], Point]
+"""(x, t) -> the velocity at time t."""
+AverageVelocity = Callable[[Point, Float[Array, " B"], Float[Array, " B"]], Point]
+"""(x, t, h) -> the average velocity between the times t and t + h, on the path through x at t."""
 
 # A solver is a table with one row per evaluation of the velocity: the time, and the factors of its slope in the point
 # of the next evaluation and in the next base; see `integrate`. The table has the dtype of the times, also under
@@ -72,6 +78,24 @@ def integrate(velocity: Velocity, x0: Point, times: Float[Array, " T"], solver: 
         return (base + to_point * slope, base + to_base * slope), None
 
     return jax.lax.scan(evaluate, (x0, x0), SOLVERS[solver](times))[0][0]
+
+
+def jump(average: AverageVelocity, x0: Point, times: Float[Array, " T"]) -> Point:
+    """Returns x at the last of `times` from `x0` at the first, with one evaluation between two times.
+
+    There is no error of discretization: one step is exact if the average velocity is.
+
+    Args:
+      average: (x, t, h) -> average velocity, with one t and one h per example.
+      x0: point at the first time; its dtype is that of the result.
+      times: increasing, at least two, float32 or wider.
+    """
+
+    def step(point: Point, row: tuple[Array, Array]) -> tuple[Point, None]:
+        time, duration = (jnp.full((point.shape[0],), x) for x in row)
+        return point + row[1] * average(point, time, duration), None
+
+    return jax.lax.scan(step, x0, (times[:-1], jnp.diff(times)))[0]
 
 
 def _euler(times: Float[Array, " T"]) -> Evaluations:

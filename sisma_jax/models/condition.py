@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from sisma_jax.config import ModelConfig
+from sisma_jax.models.embeddings import ScalarEmbedding
 from sisma_jax.models.mask_encoder import MaskEncoder, Stage
 from sisma_jax.models.patches import Grid
 
@@ -27,17 +28,19 @@ class Condition:
 
     Attributes:
       mask: mask features S_M, one per token.
+      guidance: embedding of the guidance that a mean flow contains; None in other models.
     """
 
     mask: Float[Array, "B h w D"]
+    guidance: Float[Array, "B D"] | None = None
 
     def embedding(self, time: Float[Array, "B D"]) -> Float[Array, "B D"]:
-        """Returns the vector per image that modulates the layers: the time embedding, as no condition adds to it yet.
+        """Returns the vector per image that modulates the layers.
 
         Args:
           time: time embedding of each image.
         """
-        return time
+        return time if self.guidance is None else time + self.guidance
 
 
 class ConditionEncoder(nnx.Module):
@@ -47,14 +50,25 @@ class ConditionEncoder(nnx.Module):
       config: sizes of the model.
       num_classes: number of classes of a mask.
       downsampling: side of a token in image pixels; a power of two.
+      is_guided: whether guidance is a condition, as in mean flows.
       dtype: type of the matrix products.
       rngs: randomness of the initial parameters.
     """
 
-    def __init__(self, config: ModelConfig, num_classes: int, downsampling: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModelConfig,
+        num_classes: int,
+        downsampling: int,
+        *,
+        is_guided: bool,
+        dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
         self.mask_encoder = MaskEncoder(
             downsampling, num_classes, config.d_label, config.d_model, dtype=dtype, rngs=rngs
         )
+        self.guidance = ScalarEmbedding(config.d_model, 3, is_zero=True, rngs=rngs) if is_guided else None
 
     @staticmethod
     def input_shapes(image_size: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -69,13 +83,15 @@ class ConditionEncoder(nnx.Module):
         """Returns the encoded inputs.
 
         Args:
-          inputs: {"mask": integer class indices (B, H, W)}.
+          inputs: {"mask": integer class indices (B, H, W)}, and for a mean flow {"guidance": (B, 3)}, the scale, at
+            least 1, and the times between which it applies; without it, there is no guidance.
           is_dropped: examples whose condition is replaced by `null`; None replaces none.
 
         Raises:
           ValueError: a side of the mask is not a multiple of `downsampling`.
         """
-        condition = Condition(mask=self.mask_encoder(inputs["mask"]))
+        mask = self.mask_encoder(inputs["mask"])
+        condition = Condition(mask, self._guidance(inputs.get("guidance"), len(mask)))
         if is_dropped is None:
             return condition
 
@@ -86,7 +102,17 @@ class ConditionEncoder(nnx.Module):
 
     def null(self, condition: Condition) -> Condition:
         """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
-        return Condition(mask=self.mask_encoder.null_features(condition.mask.shape))
+        shape = condition.mask.shape
+        return Condition(self.mask_encoder.null_features(shape), self._guidance(None, shape[0]))
+
+    def _guidance(self, given: Float[Array, "B 3"] | None, batch: int) -> Float[Array, "B D"] | None:
+        if self.guidance is None:
+            return None
+        if given is None:
+            given = jnp.broadcast_to(jnp.asarray([[1.0, 0.0, 1.0]], jnp.float32), (batch, 3))
+        scale, low, high = given.T
+        # The share of the guided velocity that is guidance is 1 - 1 / scale, which is in [0, 1); see `MeanFlow`.
+        return self.guidance(1 - 1 / scale, low, high)
 
 
 class CoarserCondition(nnx.Module):

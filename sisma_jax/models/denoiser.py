@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from sisma_jax.config import ModelConfig
 from sisma_jax.models.condition import ConcatenatedMask, Condition, ConditionEncoder, unmerged
-from sisma_jax.models.embeddings import FixedPositions, LearnedPositions, TimeEmbedding
+from sisma_jax.models.embeddings import FixedPositions, LearnedPositions, ScalarEmbedding
 from sisma_jax.models.layers import Block, LayerParts, Stack, layer_norm, make_block, modulate
 from sisma_jax.models.patches import Grid, depth_to_space, space_to_depth
 from sisma_jax.models.u_shape import UShape
@@ -53,6 +53,7 @@ class Denoiser(nnx.Module):
       num_classes: number of classes of a mask.
       latent_channels: channels of the latent.
       latent_downsampling: side of a latent position in image pixels (1 for pixels, 8 for f8 latents).
+      is_mean_flow: whether the network also predicts for intervals of time, and takes the guidance as a condition.
       dtype: type of the matrix products; parameters, norms and scan carries stay float32.
       rngs: randomness of the initial parameters; the module does not store it.
 
@@ -69,6 +70,7 @@ class Denoiser(nnx.Module):
         latent_channels: int,
         latent_downsampling: int,
         *,
+        is_mean_flow: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
@@ -81,10 +83,16 @@ class Denoiser(nnx.Module):
         self.num_halvings = len(config.level_depths)
         self.dtype = dtype
         self.condition_encoder = ConditionEncoder(
-            config, num_classes, config.patch_size * latent_downsampling, dtype=dtype, rngs=rngs
+            config,
+            num_classes,
+            config.patch_size * latent_downsampling,
+            is_guided=is_mean_flow,
+            dtype=dtype,
+            rngs=rngs,
         )
         self.embed = nnx.Linear(d_patch, d_model, dtype=dtype, rngs=rngs)
-        self.time = TimeEmbedding(d_model, rngs=rngs)
+        self.time = ScalarEmbedding(d_model, rngs=rngs)
+        self.duration = ScalarEmbedding(d_model, is_zero=True, rngs=rngs) if is_mean_flow else None
         is_concatenated = config.mask_conditioning == "concat"
         self.merge = ConcatenatedMask(d_model, dtype=dtype, rngs=rngs) if is_concatenated else unmerged
         side = config.learned_positions
@@ -99,7 +107,8 @@ class Denoiser(nnx.Module):
         """Returns the encoded inputs.
 
         Args:
-          inputs: {"mask": integer class indices (B, H, W)}, at the resolution of the image.
+          inputs: {"mask": integer class indices (B, H, W)}, at the resolution of the image, and for a mean flow the
+            guidance; see `ConditionEncoder`.
           is_dropped: examples whose condition is replaced by `null`; None replaces none.
 
         Raises:
@@ -112,7 +121,11 @@ class Denoiser(nnx.Module):
         return self.condition_encoder.null(condition)
 
     def __call__(
-        self, xt: Float[Array, "B H W C"], t: Float[Array, " B"], condition: Condition
+        self,
+        xt: Float[Array, "B H W C"],
+        t: Float[Array, " B"],
+        condition: Condition,
+        duration: Float[Array, " B"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Returns the network's prediction at (xt, t), float32. `FlowConfig.prediction` says what is predicted.
 
@@ -121,10 +134,11 @@ class Denoiser(nnx.Module):
             levels above its coarsest resolution, of 2^n times the patch size.
           t: time of each latent, in [0, 1].
           condition: result of `encode`.
+          duration: for a mean flow, the length of the interval that begins at t, in [0, 1 - t]; None is zero.
 
         Raises:
-          ValueError: H or W is not such a multiple, the token grid differs from that of the learned positions, or the
-            condition belongs to another token grid.
+          ValueError: H or W is not such a multiple, the token grid differs from that of the learned positions, the
+            condition belongs to another token grid, or there is a duration and the model is no mean flow.
         """
         multiple = self.patch_size * 2**self.num_halvings
         if xt.shape[1] % multiple or xt.shape[2] % multiple:
@@ -139,5 +153,12 @@ class Denoiser(nnx.Module):
                 "mask of the image's size"
             )
         x = self.positions(self.merge(x, condition))
-        embedding = condition.embedding(self.time(t))
+        embedding = condition.embedding(self._of_interval(t, duration))
         return depth_to_space(self.head(self.layers(x, embedding, condition), embedding), self.patch_size)
+
+    def _of_interval(self, t: Float[Array, " B"], duration: Float[Array, " B"] | None) -> Float[Array, "B D"]:
+        if self.duration is None:
+            if duration is not None:
+                raise ValueError("a duration was given, but only mean flows predict for intervals of time")
+            return self.time(t)
+        return self.time(t) + self.duration(jnp.zeros_like(t) if duration is None else duration)

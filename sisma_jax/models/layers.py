@@ -173,6 +173,8 @@ def make_block(config: ModelConfig, parts: LayerParts, *, dtype: jnp.dtype, rngs
 class Stack(nnx.Module):
     """Consecutive layers, whose parameters are stacked along a leading axis and which `jax.lax.scan` runs.
 
+    If `is_unrolled` is set, the loop is unrolled; see `make_graph`.
+
     Args:
       config: configuration of the model, which gives scan orders and rematerialisation.
       make_layer: returns one layer with newly initialised parameters.
@@ -187,6 +189,7 @@ class Stack(nnx.Module):
         self.orders_per_layer = config.orders_per_layer
         self.order_rotation: Rotation = config.order_rotation
         self.remat = config.remat
+        self.is_unrolled = False
         keys = jax.random.split(rngs.params(), len(layers))
         setattr(self, sharding.STACKED, nnx.vmap(lambda key: make_layer(nnx.Rngs(key)))(keys))
 
@@ -235,4 +238,4 @@ class Stack(nnx.Module):
 
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(run, x, (params, self.paths(*x.shape[1:3]), *per_layer))
+        return jax.lax.scan(run, x, (params, self.paths(*x.shape[1:3]), *per_layer), unroll=self.is_unrolled)

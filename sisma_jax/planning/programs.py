@@ -24,9 +24,9 @@ KEY_IMPL = "threefry2x32"
 
 
 def for_devices(config: Config, mesh: Mesh) -> Config:
-    """Returns the configuration with a named scan implementation in place of `auto`.
+    """Returns the configuration with the choices that `auto` means on the devices of the mesh.
 
-    Otherwise `auto` would select an implementation for the devices of this machine, not for those of the mesh.
+    Otherwise `auto` would choose for the devices of this machine.
 
     Args:
       config: configuration of the run.
@@ -40,7 +40,10 @@ def for_devices(config: Config, mesh: Mesh) -> Config:
         name = PREFERENCE[platform][0]
     elif name in SUPPORT_CHECKS and name not in PREFERENCE[platform]:
         raise InputError(f"model.scan_implementation {name} does not run on platform {platform}; leave it at auto.")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, scan_implementation=name))
+    model = dataclasses.replace(config.model, scan_implementation=name)
+    if platform == "cpu" or config.train.unroll_layers != "auto":
+        return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model, train=dataclasses.replace(config.train, unroll_layers="off"))
 
 
 def abstract_state(config: Config, mesh: Mesh | jax.sharding.AbstractMesh) -> TrainState:

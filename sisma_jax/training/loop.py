@@ -187,16 +187,31 @@ def _new_state(job: Job, shardings: TrainState) -> TrainState:
 def initial_params(config: Config) -> Params:
     """Returns the parameters in the file `train.init_from`, from which a new run starts.
 
+    A mean flow can start from a model of flow matching. What this model lacks is initialised: the embeddings of the
+    duration and of the guidance, which are zero at first.
+
     Raises:
       InputError: the file does not exist or is damaged, or its model differs from that of the configuration.
     """
     path = config.train.init_from
     exported = load_exported(path)
+    predicted = exported.config.flow.prediction
+    if predicted != config.flow.prediction:
+        raise InputError(f"train.init_from {path} predicts {predicted}; set flow.prediction to {predicted}.")
     own = jax.eval_shape(functools.partial(init_params, config), jax.random.key(0))
+    if config.flow.objective == "mean_flow" and exported.config.flow.objective == "flow_matching":
+        exported = dataclasses.replace(exported, params=_with_new_embeddings(config, exported.params))
     theirs, ours = (flat_trees.forms(flat_trees.flatten_abstract(tree)) for tree in (exported.params, own))
     if lines := flat_trees.list_differences(theirs, ours, owners=("the file", "this configuration")):
         raise InputError(f"train.init_from {path} is of another model:{flat_trees.shorten(lines)}")
     return exported.params
+
+
+def _with_new_embeddings(config: Config, params: Params) -> Params:
+    """Returns the parameters of flow matching with those that a mean flow has in addition, as initialised."""
+    added = init_params(config, jax.random.key(config.train.seed))
+    encoder = params["condition_encoder"] | {"guidance": added["condition_encoder"]["guidance"]}
+    return params | {"condition_encoder": encoder, "duration": added["duration"]}
 
 
 def _restore(checkpoints: Checkpoints, placed: TrainState, iterator: grain.DatasetIterator[Batch]) -> TrainState | None:

@@ -5,12 +5,16 @@ from typing import Any
 
 import jax
 import optax
+import optax.contrib
 from jaxtyping import Array
 
 from sisma_jax.config import Config, OptimConfig
 from sisma_jax.models.factory import Params
 from sisma_jax.parallel.sharding import has_layer_axis
 
+# The RMS of an update of Muon before the learning rate: that of AdamW, so that both have the same rate
+# (arXiv 2502.16982, section 2.2).
+_MUON_RMS = 0.2
 # Parameters that are excluded from weight decay whatever their rank. A decayed A_log, for example, would change the
 # decay rates of the scan's state rather than regularise the model.
 _UNDECAYED = ("A_log", "D", "dt_bias", "null")
@@ -37,7 +41,21 @@ def _adamw(optim: OptimConfig, rate: optax.Schedule) -> optax.GradientTransforma
     return optax.adamw(rate, optim.b1, optim.b2, weight_decay=optim.weight_decay, mask=_is_decayed)
 
 
-_OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {"adamw": _adamw}
+def _muon(optim: OptimConfig, rate: optax.Schedule) -> optax.GradientTransformation:
+    return optax.contrib.muon(
+        rate,
+        weight_decay=optim.weight_decay,
+        adam_b1=optim.b1,
+        adam_b2=optim.b2,
+        muon_weight_dimension_numbers=_muon_dimensions,  # pyright: ignore[reportArgumentType] a function of the parameters
+        consistent_rms=_MUON_RMS,
+    )
+
+
+_OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+}
 
 
 def _is_decayed(params: Params) -> Params:
@@ -48,3 +66,16 @@ def _is_decayed(params: Params) -> Params:
         return rank > 1 and path[-1].key not in _UNDECAYED
 
     return jax.tree_util.tree_map_with_path(is_decayed, params)
+
+
+def _muon_dimensions(params: Params) -> Params:
+    """Returns for each parameter which axes Muon takes as a matrix, or None where AdamW updates it.
+
+    Muon updates the decayed matrices of the layers. The axis of layers is a batch of matrices.
+    """
+
+    def dimensions(path: tuple[Any, ...], x: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        is_matrix = x.ndim - has_layer_axis(path) == 2 and path[-1].key not in _UNDECAYED
+        return optax.contrib.MuonDimensionNumbers(-2, -1) if has_layer_axis(path) and is_matrix else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -33,12 +33,9 @@ def make_update(config: Config) -> Update:
     """Returns the training step of the denoiser, which is not yet compiled; see `jit_update`."""
     objective = make_objective(config)
 
-    def loss(params: Params, examples: Examples) -> tuple[Float[Array, ""], Metrics]:
-        return objective.losses(params, examples).mean(), {}
-
     return build_update(
         functools.partial(objective.draw, mask_dropout=config.flow.mask_dropout),
-        loss,
+        objective.loss,
         make_optimizer(config),
         config.optim.ema_decay,
         config.train.accumulate_steps,
@@ -149,6 +146,6 @@ def make_held_out_loss(config: Config, mesh: Mesh) -> Callable[[Params, Batch, i
 
     def held_out_loss(params: Params, batch: Batch, index: int) -> Float[Array, " B"]:
         key = jax.random.fold_in(jax.random.key(0), index)
-        return objective.losses(params, objective.draw(batch, key, mask_dropout=0.0))
+        return objective.held_out_losses(params, objective.draw(batch, key, mask_dropout=0.0))
 
     return jax.jit(held_out_loss, out_shardings=sharding.replicated(mesh))

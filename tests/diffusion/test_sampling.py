@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sisma_jax.config import Sampling
+from sisma_jax.config import FlowConfig, Sampling
 from sisma_jax.diffusion import sampling
 from sisma_jax.diffusion.solvers import SOLVERS
 from sisma_jax.models.autoencoder import IdentityAutoencoder, to_uint8
@@ -19,28 +19,29 @@ MASK = jax.random.randint(jax.random.key(3), (3, 8, 8), 0, NUM_CLASSES).astype(j
 KEYS = jax.random.split(jax.random.key(0), 3)
 
 
+FLOW = FlowConfig(prediction="data")
 GRAPH, PARAMS = nnx.split(make_model())
 
 
-def sample(params, keys, mask, settings, *, prediction="data", image=None, region=None):
+def sample(params, keys, mask, settings, *, flow=FLOW, image=None, region=None):
     return sampling.sample(
         nnx.merge(GRAPH, params),
         keys,
         {"mask": mask},
         settings,
         autoencoder=IdentityAutoencoder(),
-        prediction=prediction,
+        flow=flow,
         image=image,
         region=region,
     )
 
 
-jit_sample = jax.jit(sample, static_argnames="prediction")
+jit_sample = jax.jit(sample, static_argnames="flow")
 
 
-def paint(keys=KEYS, mask=MASK, settings=None, prediction="data", image=None, region=None, **values):
+def paint(keys=KEYS, mask=MASK, settings=None, flow=FLOW, image=None, region=None, **values):
     settings = settings or Sampling(**({"steps": 3, "guidance": 1.0} | values))
-    return np.asarray(jit_sample(PARAMS, keys, mask, settings, prediction=prediction, image=image, region=region))
+    return np.asarray(jit_sample(PARAMS, keys, mask, settings, flow=flow, image=image, region=region))
 
 
 def traced_guidance(scale: float, **values) -> Sampling:
@@ -51,12 +52,13 @@ def traced_guidance(scale: float, **values) -> Sampling:
 
 @pytest.mark.parametrize(("prediction", "solver"), [("velocity", "euler"), *(("data", solver) for solver in SOLVERS)])
 def test_samples_are_images_and_depend_on_key_and_mask(prediction, solver):
-    base = paint(prediction=prediction, solver=solver)
+    flow = FlowConfig(prediction=prediction)
+    base = paint(flow=flow, solver=solver)
     assert base.shape == (3, 8, 8, 3)
     assert base.dtype == np.uint8
-    np.testing.assert_array_equal(base, paint(prediction=prediction, solver=solver))
-    assert (base != paint(keys=KEYS[::-1], prediction=prediction, solver=solver)).any()
-    assert (base != paint(mask=(MASK + 1) % NUM_CLASSES, prediction=prediction, solver=solver)).any()
+    np.testing.assert_array_equal(base, paint(flow=flow, solver=solver))
+    assert (base != paint(keys=KEYS[::-1], flow=flow, solver=solver)).any()
+    assert (base != paint(mask=(MASK + 1) % NUM_CLASSES, flow=flow, solver=solver)).any()
 
 
 def test_an_image_does_not_depend_on_its_batch():

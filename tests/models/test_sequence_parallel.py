@@ -14,7 +14,7 @@ from flax import nnx
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding
 
-from sisma_jax.config import MeshConfig, ModelConfig, Sampling
+from sisma_jax.config import FlowConfig, MeshConfig, ModelConfig, Sampling
 from sisma_jax.diffusion.sampling import sample
 from sisma_jax.models.autoencoder import IdentityAutoencoder
 from sisma_jax.models.condition import Condition
@@ -169,7 +169,7 @@ def test_samples_are_those_of_one_device():
     graph, params = nnx.split(make_model(config))
     mask = make_inputs(batch=4, side=8)[2]
     settings = Sampling(steps=2, guidance=2.0)
-    options = dict(autoencoder=IdentityAutoencoder(), prediction="velocity")
+    options = dict(autoencoder=IdentityAutoencoder(), flow=FlowConfig())
 
     @jax.jit
     def paint(params, keys, mask):

@@ -9,7 +9,8 @@ import optax
 import pytest
 from jax.profiler import ProfileData
 
-from sisma_jax.config import OptimConfig
+from sisma_jax import pipeline
+from sisma_jax.config import OptimConfig, Sampling
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.errors import InputError, Preempted
 from sisma_jax.runs.checkpoints import Checkpoints
@@ -244,6 +245,38 @@ def test_a_run_begins_with_exported_parameters(tmp_path, cache_dir):
     with pytest.raises(InputError, match=r"(?s)^train.init_from .*safetensors is of another model:.*A_log"):
         train(begun(d_state=8), tmp_path / "other")
     assert not (tmp_path / "other" / "checkpoints").exists() or not list((tmp_path / "other/checkpoints").iterdir())
+
+
+def test_a_mean_flow_begins_with_a_model_of_flow_matching(tmp_path, cache_dir):
+    config = tiny_config(cache_dir, num_steps=1)
+    export_params(tmp_path / "model.safetensors", config, 7, jax.jit(lambda: init_state(config))().params)
+    train_config = dataclasses.replace(config.train, init_from=str(tmp_path / "model.safetensors"))
+    flow = dataclasses.replace(config.flow, objective="mean_flow")
+    few = dataclasses.replace(
+        config, train=train_config, flow=flow, optim=OptimConfig(learning_rate=1e-12), sample=Sampling(steps=1)
+    )
+    train(few, tmp_path / "run")
+    _, (state, _), _ = final_state(tmp_path / "run", few)
+    params = state["params"]
+    for part in (params.pop("duration"), params["condition_encoder"].pop("guidance")):
+        assert np.abs(part["down"]["kernel"]).max() < 1e-6
+        assert np.abs(part["up"]["kernel"]).max() > 0.01
+    chex.assert_trees_all_close(params, jax.jit(lambda: init_state(config))().params, rtol=1e-6, atol=1e-10)
+    assert "velocity_error" in read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]
+
+    pipe = pipeline.load(tmp_path / "run")
+    mask = np.full((16, 16), 1, np.uint8)
+    faces = [pipe(mask, key=jax.random.key(0), steps=steps) for steps in (1, 2)]
+    assert (faces[0] != faces[1]).any()
+    with pytest.raises(InputError, match=r"sample.guidance must be in \[1, 3.0\]"):
+        pipe(mask, key=jax.random.key(0), guidance=5.0)
+    export_params(tmp_path / "few.safetensors", few, 1, pipe.params)
+    train_config = dataclasses.replace(train_config, init_from=str(tmp_path / "few.safetensors"))
+    with pytest.raises(InputError, match=r"(?s)of another model:.*duration"):
+        train(dataclasses.replace(config, train=train_config), tmp_path / "other")
+    wrong = dataclasses.replace(few, flow=dataclasses.replace(flow, prediction="velocity"))
+    with pytest.raises(InputError, match=r"predicts data; set flow\.prediction to data"):
+        train(wrong, tmp_path / "another")
 
 
 def test_another_configuration_is_refused_and_harms_nothing(tmp_path, cache_dir):

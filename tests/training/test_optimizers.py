@@ -28,9 +28,34 @@ def test_a_scaling_rule_raises_the_rate_with_the_batch(rule, rate):
     assert float(learning_rate(config)(0)) == pytest.approx(rate)
 
 
-def test_weight_decay_leaves_norms_biases_and_the_scan_alone(tmp_path):
+def test_muon_takes_the_matrices_of_each_layer_apart(tmp_path):
     config = tiny_config(tmp_path)
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, weight_decay=10.0))
+    model = dataclasses.replace(config.model, depth=2)
+    optim = OptimConfig(name="muon", learning_rate=0.5, clip_norm=1e9)
+    config = dataclasses.replace(config, model=model, optim=optim)
+    state = jax.jit(lambda: init_state(config))()
+    rng = np.random.default_rng(0)
+    grads = jax.tree.map(lambda x: jnp.asarray(rng.standard_normal(x.shape), jnp.float32), state.params)
+    # A layer whose gradients are a thousand times as large gets an update of the same size.
+    kernel = grads["layers"]["stacked"]["mixer"]["in_proj"]["kernel"]
+    grads["layers"]["stacked"]["mixer"]["in_proj"]["kernel"] = kernel * jnp.asarray([1.0, 1000.0])[:, None, None]
+    updates, _ = jax.jit(make_optimizer(config).update)(grads, state.opt_state, state.params)
+    layer = updates["layers"]["stacked"]
+    for kernel in layer["mixer"]["in_proj"]["kernel"]:
+        singular = np.linalg.svd(np.asarray(kernel), compute_uv=False)
+        # Newton-Schulz iterations bring singular values near 1, not to 1. The factor is 0.2 sqrt(64), the larger side.
+        assert singular.min() > 0.5 * 0.5 * 0.2 * 8
+        assert singular.max() < 1.3 * 0.5 * 0.2 * 8
+    # AdamW's first update is the rate times the sign of the gradient, with Nesterov's factor of 1 + 0.9.
+    for update in (layer["mixer"]["scans"][0]["A_log"], updates["embed"]["kernel"], layer["mixer"]["conv"]["kernel"]):
+        values = np.abs(np.asarray(update))
+        np.testing.assert_allclose(values, values.flat[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_weight_decay_leaves_norms_biases_and_the_scan_alone(tmp_path, name):
+    config = tiny_config(tmp_path)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=name, weight_decay=10.0))
     state = jax.jit(lambda: init_state(config))()
     zeros = jax.tree.map(jnp.zeros_like, state.params)
     updates, _ = make_optimizer(config).update(zeros, state.opt_state, state.params)

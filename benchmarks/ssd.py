@@ -3,15 +3,19 @@
     python benchmarks/ssd.py [--problems 2x1024x768x16 2x1024x768x64] [--d-head 64] [--json ssd.json]
 
 The two compute different models of the same sizes: the scan has a decay for each channel and state, SSD one for each
-head. The last column is the time of SSD divided by that of the scan. It says nothing about quality; docs/ablation.md
-does.
+head. The last column is the time of SSD divided by that of the scan.
+
+On a machine that does other work, --one-core gives steadier ratios: it binds the process to one core and measures the
+CPU time of the process instead of the time of the clock.
 
 JSON: {"benchmark", "machine", "settings", "problems"}; the last is a list of {"problem", "direction", "results",
 "ratio"}, where results are those of `measure.measure`.
 """
 
 import dataclasses
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +59,7 @@ def ssd_candidate(inputs: dict[str, jax.Array], cotangent: jax.Array | None) -> 
     return measure.compiled_candidate("ssd", forward_and_backward, inputs, cotangent)
 
 
-def measured(problem: Problem, direction: str, d_head: int, repeats: int) -> dict[str, Any]:
+def measured(problem: Problem, direction: str, d_head: int, repeats: int, one_core: bool) -> dict[str, Any]:
     """Returns the JSON record of a problem.
 
     Args:
@@ -63,12 +67,14 @@ def measured(problem: Problem, direction: str, d_head: int, repeats: int) -> dic
       direction: one of `DIRECTIONS`.
       d_head: channels of a head.
       repeats: number of rounds, as in `measure.measure`.
+      one_core: measure CPU time.
     """
+    clock = time.process_time if one_core else time.perf_counter
     inputs = problem.inputs()
     cotangent = problem.cotangent() if direction == DIRECTIONS[1] else None
     scan = dataclasses.replace(scan_candidate("xla", inputs, cotangent), name="selective_scan", group="")
     candidates = [scan, ssd_candidate(ssd_inputs(inputs, d_head), cotangent)]
-    results = measure.measure(candidates, repeats, budget_secs=float("inf"), tolerance=0.0)
+    results = measure.measure(candidates, repeats, budget_secs=float("inf"), tolerance=0.0, clock=clock)
     ratio = results[1]["median_secs"] / results[0]["median_secs"]
     return {"problem": dataclasses.asdict(problem), "direction": direction, "results": results, "ratio": ratio}
 
@@ -77,6 +83,7 @@ def main(
     problems: tuple[str, ...] = ("2x1024x768x16", "2x1024x768x64"),
     d_head: int = 64,
     repeats: int = 15,
+    one_core: bool = False,
     json: Path | None = None,
 ) -> None:
     """Times both and prints a table.
@@ -85,13 +92,18 @@ def main(
       problems: sizes, each as BATCHxLENGTHxD_INNERxD_STATE.
       d_head: channels of a head of SSD; a divisor of all d_inner.
       repeats: number of rounds; each round runs both once.
+      one_core: bind the process to the first core that it may use, and measure CPU time.
       json: file for all samples.
 
     Raises:
       ValueError: a problem is malformed.
     """
+    if one_core:  # before JAX starts its threads
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     records = [
-        measured(Problem.parse(text), direction, d_head, repeats) for text in problems for direction in DIRECTIONS
+        measured(Problem.parse(text), direction, d_head, repeats, one_core)
+        for text in problems
+        for direction in DIRECTIONS
     ]
     rows = []
     for record in records:
@@ -101,9 +113,11 @@ def main(
             memory = measure.mebibytes(result["temporary_bytes"])
             rows.append([name, result["name"], *measure.milliseconds(result), memory, ratio])
     columns = ["", "", "ms", "quartiles", "temp MiB", "/scan"]
-    measure.print_table(f"float32, heads of {d_head} channels, {repeats} rounds", columns, rows)
+    cores = "CPU time on one core" if one_core else "all cores"
+    measure.print_table(f"float32, heads of {d_head} channels, {repeats} rounds, {cores}", columns, rows)
     if json:
-        measure.write_json(json, "ssd", settings={"d_head": d_head, "repeats": repeats}, problems=records)
+        settings = {"d_head": d_head, "repeats": repeats, "one_core": one_core}
+        measure.write_json(json, "ssd", settings=settings, problems=records)
 
 
 if __name__ == "__main__":

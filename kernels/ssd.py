@@ -20,8 +20,10 @@ from .selective_scan import CHECKPOINT_NAME
 from .selective_scan.reference import batch_zeros, compute_dtype, discretization_step, skip_and_gate
 from .typing import Array, Float
 
+# Measured on one Zen CPU core with 2 x 1,024 x 768 and heads of 64 channels, forward and with gradients: 16 steps take
+# 0.72 and 0.81 of the time at N = 16, but 0.83 and 1.13 at N = 64; 64 steps take 1.41 and 1.24, and 1.11 and 1.07.
 CHUNK_STEPS = 32
-"""Steps of a chunk. A product within a chunk takes this many operations per entry of u, and a chunk has one state."""
+"""Steps of a chunk. The products within a chunk take this many multiplications per entry of u."""
 
 # u, Δ, B and C of a chunk.
 _Chunk = tuple[

@@ -22,6 +22,7 @@ from benchmarks import (
     peers,
     scan_orders,
     selective_scan,
+    ssd,
     thin_parts,
 )
 from sisma_jax.config import Config, DataConfig, ModelConfig, preset
@@ -220,6 +221,24 @@ def test_a_benchmark_runs_from_the_repository_as_a_command():
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stderr
     assert "--sweep" in finished.stdout
+
+
+def test_ssd_is_timed_beside_the_scan(tmp_path, capsys):
+    ssd.main(problems=("2x3x8x2",), d_head=4, repeats=2, json=tmp_path / "ssd.json")
+    forward, backward = json.loads((tmp_path / "ssd.json").read_text())["problems"]
+    for record in (forward, backward):
+        scan, dual = record["results"]
+        assert [scan["name"], dual["name"]] == ["selective_scan", "ssd"]
+        assert record["ratio"] == dual["median_secs"] / scan["median_secs"]
+        assert len(dual["samples_secs"]) == 2
+    assert "B=2 L=3 D=8 N=2, forward and backward" in capsys.readouterr().out
+
+
+def test_ssd_gets_the_first_step_size_of_each_head():
+    inputs = selective_scan.Problem(2, 3, 8, 2).inputs()
+    of_ssd = ssd.ssd_inputs(inputs, d_head=4)
+    np.testing.assert_array_equal(of_ssd["delta"], inputs["delta"][:, :, [0, 4]])
+    np.testing.assert_array_equal(of_ssd["A"], [-1.0, -2.0])
 
 
 def test_an_absent_peer_is_named_with_the_cure(monkeypatch):

@@ -46,10 +46,11 @@ from sisma_jax.training.step import make_update
 ROOT = Path(__file__).resolve().parents[1]
 
 Study = Literal["conditioning", "state_space"]
-
 # For each variant of a study the fields of `ModelConfig` that it sets, and the factor by which it multiplies the number
 # of steps; None for as many steps as take the time of the first variant.
-STUDIES: dict[Study, dict[str, tuple[dict[str, Any], float | None]]] = {
+Variants = dict[str, tuple[dict[str, Any], float | None]]
+
+STUDIES: dict[Study, Variants] = {
     # The first variant is the baseline, which all others change in one respect. A step with 4 orders takes 1.6 times as
     # long as one with 1 order, so the last variant trains for the same time as the one before it.
     "conditioning": {
@@ -162,6 +163,21 @@ def step_samples(experiments: Mapping[str, Config], rounds: int = 20) -> dict[st
     return measure.round_robin(steps, rounds, budget_secs=float("inf"), clock=time.process_time)
 
 
+def step_counts(variants: Variants, num_steps: int, secs: Mapping[str, float]) -> dict[str, int]:
+    """Returns the number of training steps of each variant.
+
+    Args:
+      variants: of a study.
+      num_steps: steps of a variant with the factor 1.
+      secs: seconds of a step of each variant, if there is one with the factor None.
+    """
+    first = next(iter(variants))
+    return {
+        name: round(num_steps * (secs[first] / secs[name] if factor is None else factor))
+        for name, (_, factor) in variants.items()
+    }
+
+
 def use_one_core(cores: "multiprocessing.Queue[int]") -> None:
     """Binds this process to the next core in the queue."""
     os.sched_setaffinity(0, {cores.get()})
@@ -204,8 +220,8 @@ def main(
     for core in cores:
         free.put(core)
     with concurrent.futures.ProcessPoolExecutor(len(cores), context, use_one_core, (free,)) as pool:
-        times = {name: factor for name, (_, factor) in variants.items()}
-        if None in times.values():
+        secs: dict[str, float] = {}
+        if any(factor is None for _, factor in variants.values()):
             samples_path = workdir / "step_secs.json"
             if not samples_path.exists():
                 singles = {
@@ -214,19 +230,15 @@ def main(
                 }
                 samples_path.write_text(json.dumps(pool.submit(step_samples, singles).result(), indent=1) + "\n")
             secs = {name: statistics.median(x) for name, x in json.loads(samples_path.read_text()).items()}
-            baseline = secs[next(iter(variants))]
-            times = {name: baseline / secs[name] if factor is None else factor for name, factor in times.items()}
-        steps = {name: round(factor * num_steps) for name, factor in times.items()}
+        steps = step_counts(variants, num_steps, secs)
         plan = {
             (name, seed): experiment(root, workdir / "data", steps[name], seed, choices)
             for seed in seeds
             for name, (choices, _) in variants.items()
         }
-        # The folders of the first study have no prefix, because they were named before there was a second one.
-        prefix = "" if study == "conditioning" else f"{study}_"
         futures = {
             (name, seed): pool.submit(
-                run, dataclasses.replace(one, parser=parser), workdir / f"{prefix}{list(variants).index(name)}_{seed}"
+                run, dataclasses.replace(one, parser=parser), workdir / f"{study}_{list(variants).index(name)}_{seed}"
             )
             for (name, seed), one in plan.items()
         }

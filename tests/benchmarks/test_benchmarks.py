@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import (
+    ablation,
     data,
     denoiser,
     depthwise_conv,
@@ -408,3 +409,17 @@ def test_the_loop_and_its_bare_step_take_turns():
     assert order == [*["loop"] * 5, *(["bare"] * 3 + ["loop"] * 3) * 2, *["bare"] * 3, "loop"]
     assert turns.loop_secs == [9.0, 9.0]
     assert turns.bare_secs == [6.0, 6.0, 6.0]
+
+
+def test_an_ablation_at_equal_time_gives_slow_variants_fewer_steps():
+    variants = {"first": ({}, 1), "slow": ({}, None), "fast": ({}, None), "longer": ({}, 1.6)}
+    secs = {"first": 0.2, "slow": 0.4, "fast": 0.16, "longer": 9.0}
+    counts = ablation.step_counts(variants, 400, secs)
+    assert counts == {"first": 400, "slow": 200, "fast": 500, "longer": 640}
+
+
+@pytest.mark.parametrize("study", ablation.STUDIES)
+def test_the_variants_of_an_ablation_are_configurations(study, tmp_path):
+    for choices, _ in ablation.STUDIES[study].values():
+        experiment = ablation.experiment(tmp_path, tmp_path, 400, 0, choices)
+        assert all(getattr(experiment.model, name) == value for name, value in choices.items())

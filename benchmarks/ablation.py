@@ -1,24 +1,33 @@
 """Trains small denoisers that differ in one choice and compares them on held-out faces.
 
     python benchmarks/ablation.py --root FOLDER [--workdir runs/ablation] [--seeds 0 1 2]
+    python benchmarks/ablation.py --root FOLDER --study state_space
 
 FOLDER contains CelebAMask-HQ or a part of it. Every run has its own folder, so an interrupted ablation resumes. The
-command prints the table of docs/ablation.md and writes all numbers to WORKDIR/ablation.json.
+command prints a table of docs/ablation.md and writes all numbers to WORKDIR/STUDY.json.
+
+The study `state_space` compares its variants at equal training time. It first measures the training steps of all
+variants side by side on one core, in CPU time, and writes the samples to WORKDIR/step_secs.json. Each variant then
+takes as many steps as fit into the time of the first one. A resumed ablation reads that file.
 """
 
 import concurrent.futures
 import dataclasses
+import json
 import logging
 import multiprocessing
 import os
 import statistics
 import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import jax
+import numpy as np
 import tyro
 
 from benchmarks import measure
@@ -31,20 +40,35 @@ from sisma_jax.evaluation import results
 from sisma_jax.models.factory import init_params
 from sisma_jax.runs.folder import RunFolder
 from sisma_jax.runs.metrics import read_metrics
+from sisma_jax.training.state import init_state
+from sisma_jax.training.step import make_update
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# For each variant the fields of `ModelConfig` that it sets, and the factor by which it multiplies the number of steps.
-# The first variant is the baseline, which all others change in one respect. A step with 4 orders takes 1.6 times as
-# long as one with 1 order, so the last variant trains for the same time as the one before it.
-VARIANTS: dict[str, tuple[dict[str, Any], float]] = {
-    "Cross-Mamba, state from mask; 1 order": ({}, 1),
-    "Cross-Mamba, readout from mask": ({"cross_wiring": "readout_from_mask"}, 1),
-    "SPADE": ({"mask_conditioning": "spade"}, 1),
-    "concatenation": ({"mask_conditioning": "concat"}, 1),
-    "2 orders": ({"orders_per_layer": 2}, 1),
-    "4 orders": ({"orders_per_layer": 4}, 1),
-    "1 order, 1.6 times the steps": ({}, 1.6),
+Study = Literal["conditioning", "state_space"]
+# For each variant of a study the fields of `ModelConfig` that it sets, and the factor by which it multiplies the number
+# of steps; None for as many steps as take the time of the first variant.
+Variants = dict[str, tuple[dict[str, Any], float | None]]
+
+STUDIES: dict[Study, Variants] = {
+    # The first variant is the baseline, which all others change in one respect. A step with 4 orders takes 1.6 times as
+    # long as one with 1 order, so the last variant trains for the same time as the one before it.
+    "conditioning": {
+        "Cross-Mamba, state from mask; 1 order": ({}, 1),
+        "Cross-Mamba, readout from mask": ({"cross_wiring": "readout_from_mask"}, 1),
+        "SPADE": ({"mask_conditioning": "spade"}, 1),
+        "concatenation": ({"mask_conditioning": "concat"}, 1),
+        "2 orders": ({"orders_per_layer": 2}, 1),
+        "4 orders": ({"orders_per_layer": 4}, 1),
+        "1 order, 1.6 times the steps": ({}, 1.6),
+    },
+    # 96 channels are 6 heads of SSD.
+    "state_space": {
+        "scan, N = 16": ({"d_state": 16}, 1),
+        "SSD, N = 16": ({"d_state": 16, "mixer": "ssd", "d_head": 16}, None),
+        "scan, N = 64": ({"d_state": 64}, None),
+        "SSD, N = 64": ({"d_state": 64, "mixer": "ssd", "d_head": 16}, None),
+    },
 }
 
 
@@ -107,6 +131,53 @@ def run(experiment: Config, workdir: Path) -> Scores:
     }
 
 
+def step_samples(experiments: Mapping[str, Config], rounds: int = 20) -> dict[str, list[float]]:
+    """Returns the CPU seconds of single training steps, which run side by side.
+
+    Bind the process to one core before. The time that other processes take of this core does not count.
+
+    Args:
+      experiments: configuration of each variant, which determines the batch.
+      rounds: steps of each variant that are measured.
+    """
+
+    def prepared(experiment: Config) -> Callable[[], Any]:
+        size, batch = experiment.data.image_size, experiment.train.batch_size
+        rng = np.random.default_rng(0)
+        examples = {
+            "image": rng.integers(0, 256, (batch, size, size, 3), np.uint8),
+            "mask": rng.integers(0, len(experiment.data.classes), (batch, size, size), np.uint8),
+        }
+        update = jax.jit(make_update(experiment), donate_argnums=0)
+        state = init_state(experiment)
+
+        def step() -> None:
+            nonlocal state
+            state, metrics = update(state, examples)
+            jax.block_until_ready((state, metrics))
+
+        step()
+        return step
+
+    steps = {name: prepared(one) for name, one in experiments.items()}
+    return measure.round_robin(steps, rounds, budget_secs=float("inf"), clock=time.process_time)
+
+
+def step_counts(variants: Variants, num_steps: int, secs: Mapping[str, float]) -> dict[str, int]:
+    """Returns the number of training steps of each variant.
+
+    Args:
+      variants: of a study.
+      num_steps: steps of a variant with the factor 1.
+      secs: seconds of a step of each variant, if there is one with the factor None.
+    """
+    first = next(iter(variants))
+    return {
+        name: round(num_steps * (secs[first] / secs[name] if factor is None else factor))
+        for name, (_, factor) in variants.items()
+    }
+
+
 def use_one_core(cores: "multiprocessing.Queue[int]") -> None:
     """Binds this process to the next core in the queue."""
     os.sched_setaffinity(0, {cores.get()})
@@ -121,6 +192,7 @@ def spread(values: list[float], digits: int) -> str:
 def main(
     root: Path,
     workdir: Path = Path("runs/ablation"),
+    study: Study = "conditioning",
     seeds: tuple[int, ...] = (0, 1, 2),
     num_steps: int = 400,
     cores: tuple[int, ...] = (0, 1),
@@ -130,52 +202,68 @@ def main(
     Args:
       root: folder of the raw data, as --data.root of configs/celebamask_sample.py.
       workdir: folder for the results; contains one folder per run.
+      study: conditioning compares mask conditioning and scan orders; state_space compares scan and SSD.
       seeds: one run of each variant per seed, which determines initialisation, order of the data and noise.
       num_steps: training steps of 8 faces.
       cores: numbers of the CPU cores to use; each executes one run at a time.
     """
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(workdir.resolve() / "compiled"))
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    plan = {
-        (name, seed): experiment(root, workdir / "data", round(times * num_steps), seed, choices)
-        for seed in seeds
-        for name, (choices, times) in VARIANTS.items()
-    }
-    any_experiment = next(iter(plan.values()))
+    variants = STUDIES[study]
+    any_experiment = experiment(root, workdir / "data", num_steps, 0, {})
     workdir.mkdir(parents=True, exist_ok=True)
     with RunFolder.writing(workdir / "parser", any_experiment) as common:
         prepare_parser(common, DataSet.prepare(any_experiment.data))
     parser = dataclasses.replace(any_experiment.parser, weights=str(common.parser_path))
-    plan = {key: dataclasses.replace(one, parser=parser) for key, one in plan.items()}
     context = multiprocessing.get_context("spawn")
     free = context.Queue()
     for core in cores:
         free.put(core)
     with concurrent.futures.ProcessPoolExecutor(len(cores), context, use_one_core, (free,)) as pool:
+        secs: dict[str, float] = {}
+        if any(factor is None for _, factor in variants.values()):
+            samples_path = workdir / "step_secs.json"
+            if not samples_path.exists():
+                singles = {
+                    name: experiment(root, workdir / "data", num_steps, 0, choices)
+                    for name, (choices, _) in variants.items()
+                }
+                samples_path.write_text(json.dumps(pool.submit(step_samples, singles).result(), indent=1) + "\n")
+            secs = {name: statistics.median(x) for name, x in json.loads(samples_path.read_text()).items()}
+        steps = step_counts(variants, num_steps, secs)
+        plan = {
+            (name, seed): experiment(root, workdir / "data", steps[name], seed, choices)
+            for seed in seeds
+            for name, (choices, _) in variants.items()
+        }
         futures = {
-            (name, seed): pool.submit(run, one, workdir / f"{list(VARIANTS).index(name)}_{seed}")
+            (name, seed): pool.submit(
+                run, dataclasses.replace(one, parser=parser), workdir / f"{study}_{list(variants).index(name)}_{seed}"
+            )
             for (name, seed), one in plan.items()
         }
         results = {key: future.result() for key, future in futures.items()}
     rows = []
-    for name in VARIANTS:
+    for name in variants:
         scores = [results[name, seed] for seed in seeds]
         rows.append(
             [
                 name,
                 f"{scores[0]['parameters'] / 1e3:.0f}k",
+                str(steps[name]),
                 spread([one["held_out_loss"] for one in scores], 4),
                 spread([one["miou"] for one in scores], 3),
                 spread([one["pixel_accuracy"] for one in scores], 3),
                 f"{statistics.median([one['examples_per_sec'] for one in scores]):.1f}",
             ]
         )
-    title = f"{num_steps} steps of 8, seeds {', '.join(map(str, seeds))}: mean ± half the range"
-    measure.print_table(
-        title, ["", "parameters", "held-out loss", "mIoU", "pixel accuracy", "examples per second per core"], rows
-    )
-    problems = [{"variant": name, "seed": seed, **scores} for (name, seed), scores in results.items()]
-    measure.write_json(workdir / "ablation.json", "ablation", settings={"num_steps": num_steps}, problems=problems)
+    title = f"Batches of 8, seeds {', '.join(map(str, seeds))}: mean ± half the range"
+    columns = ["", "parameters", "steps", "held-out loss", "mIoU", "pixel accuracy", "examples per second per core"]
+    measure.print_table(title, columns, rows)
+    problems = [
+        {"variant": name, "seed": seed, "steps": steps[name], **scores} for (name, seed), scores in results.items()
+    ]
+    measure.write_json(workdir / f"{study}.json", "ablation", settings={"num_steps": num_steps}, problems=problems)
 
 
 if __name__ == "__main__":

@@ -159,7 +159,13 @@ def relative_error(result: PyTree, expected: PyTree) -> float:
     return float(np.max(errors))
 
 
-def measure(candidates: Sequence[Candidate], repeats: int, budget_secs: float, tolerance: float) -> list[Result]:
+def measure(
+    candidates: Sequence[Candidate],
+    repeats: int,
+    budget_secs: float,
+    tolerance: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Result]:
     """Returns a JSON-ready result for each candidate, in order.
 
     Each candidate is run once before the timed rounds. If its values differ from those of the first candidate of its
@@ -171,6 +177,7 @@ def measure(candidates: Sequence[Candidate], repeats: int, budget_secs: float, t
       budget_secs: as in `round_robin`. A candidate whose first run takes longer is not run again; that run is its only
         sample.
       tolerance: the largest accepted `relative_error`.
+      clock: as in `round_robin`.
     """
     runs: dict[str, Callable[[], PyTree]] = {}
     samples: dict[str, list[float]] = {}
@@ -180,9 +187,9 @@ def measure(candidates: Sequence[Candidate], repeats: int, budget_secs: float, t
         if reason := candidate.skip or _does_not_fit(candidate):
             skipped[candidate.name] = reason
             continue
-        start = time.perf_counter()
+        start = clock()
         result = candidate.run()
-        secs = time.perf_counter() - start
+        secs = clock() - start
         error = relative_error(result, expected.setdefault(candidate.group, result)) if candidate.group else 0.0
         if not error <= tolerance:
             skipped[candidate.name] = f"wrong: relative error {error:.1e}"
@@ -190,7 +197,7 @@ def measure(candidates: Sequence[Candidate], repeats: int, budget_secs: float, t
             samples[candidate.name] = [secs]
         else:
             runs[candidate.name] = candidate.run
-    samples |= round_robin(runs, repeats, budget_secs)
+    samples |= round_robin(runs, repeats, budget_secs, clock)
     return [_result(candidate, samples.get(candidate.name), skipped.get(candidate.name)) for candidate in candidates]
 
 

@@ -73,6 +73,11 @@ class ModelConfig(Section):
 
     backbone: Literal["sisma", "dit"] = "sisma"
     """Token mixers: Self-Mamba and Cross-Mamba (sisma), or self-attention and cross-attention (dit, the baseline)."""
+    mixer: Literal["scan", "ssd"] = "scan"
+    """State-space model of Self-Mamba and Cross-Mamba: Mamba's selective scan (scan), or Mamba-2's SSD (ssd,
+    arXiv 2405.21060), in which the channels of a head decay alike, as products of matrices."""
+    d_head: int = value(64, COUNT)
+    """Channels of a head of SSD, a divisor of expand * d_model; ignored by the scan."""
     depth: int = value(12, COUNT)
     """Number of blocks; in a U, the number at its coarsest resolution."""
     level_depths: tuple[int, ...] = value((), COUNT)
@@ -83,7 +88,7 @@ class ModelConfig(Section):
     patch_size: Literal[1, 2, 4, 8] = 2
     """Side of the patch of latents (or pixels) that becomes one token."""
     d_state: int = value(16, COUNT)
-    """State dimension N of the selective scan."""
+    """State dimension N of a mixer's state-space model."""
     expand: int = value(2, COUNT)
     """Expansion factor of a mixer: d_inner / d_model."""
     d_conv: int = value(3, COUNT)
@@ -118,6 +123,13 @@ class ModelConfig(Section):
     def _check(self) -> None:
         self._require(self.d_conv % 2 == 1, "d_conv", "odd")
         self._require(self.d_model % 4 == 0, "d_model", "a multiple of 4 (2-D position embedding)")
+        if self.mixer == "ssd":
+            d_inner = self.expand * self.d_model
+            self._require(self.backbone == "sisma", "backbone", "'sisma' with model.mixer ssd")
+            self._require(
+                d_inner % self.d_head == 0, "d_head", f"a divisor of model.expand times model.d_model, {d_inner}"
+            )
+            self._require(self.scan_implementation == "auto", "scan_implementation", "'auto' with model.mixer ssd")
 
 
 # Depth and width of DiT-S, B, L and XL (arXiv 2212.09748), the usual sizes for comparing diffusion backbones. The U of
@@ -486,6 +498,11 @@ class Config:
             if model.level_depths:
                 factors += f", in a token grid that is halved {len(model.level_depths)} times"
             raise InputError(f"data.image_size {size} is not a multiple of {multiple} ({factors}); choose a multiple.")
+        if model.mixer == "ssd" and self.mesh.seq > 1:
+            raise InputError(
+                f"mesh.seq {self.mesh.seq} shards the sequence, which model.mixer ssd does not support; set mesh.seq "
+                "to 1 or model.mixer to scan."
+            )
         every, checkpoints = self.evaluate.every_steps, self.train.checkpoint_every_steps
         if every % checkpoints:
             raise InputError(

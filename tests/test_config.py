@@ -7,7 +7,7 @@ import pytest
 
 from sisma_jax import config as config_lib
 from sisma_jax import config_files
-from sisma_jax.config import Config, DataConfig, ModelConfig, Sampling, TrainConfig
+from sisma_jax.config import Config, DataConfig, MeshConfig, ModelConfig, Sampling, TrainConfig
 from sisma_jax.data.classes import CELEBAMASK_HQ, ClassSet
 from sisma_jax.errors import InputError
 
@@ -102,6 +102,31 @@ def test_only_meaningful_differences_count():
 def test_a_value_out_of_range_is_refused_by_name(section, key, value, message):
     with pytest.raises(InputError, match=message):
         dataclasses.replace(getattr(Config(), section), **{key: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"d_model": 96, "expand": 1},
+            "model.d_head must be a divisor of model.expand times model.d_model, 96, got 64",
+        ),
+        ({"backbone": "dit"}, "model.backbone must be 'sisma' with model.mixer ssd, got 'dit'"),
+        ({"scan_implementation": "xla"}, "model.scan_implementation must be 'auto' with model.mixer ssd, got 'xla'"),
+    ],
+)
+def test_what_ssd_cannot_do_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        ModelConfig(mixer="ssd", **values)
+    ModelConfig(**values)
+
+
+def test_ssd_on_a_sharded_sequence_is_refused():
+    model, mesh = ModelConfig(mixer="ssd"), MeshConfig(seq=2)
+    with pytest.raises(InputError, match=r"mesh\.seq 2 shards the sequence, which model\.mixer ssd does not support"):
+        Config(model=model, mesh=mesh)
+    Config(model=model)
+    Config(mesh=mesh)
 
 
 def test_patches_must_tile_the_image():

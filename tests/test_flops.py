@@ -10,7 +10,9 @@ from jax.experimental import pallas as pl
 
 from sisma_jax.config import MeshConfig, preset
 from sisma_jax.flops import Flops, count
+from sisma_jax.kernels import ssd
 from sisma_jax.kernels.selective_scan import selective_scan
+from sisma_jax.kernels.ssd import CHUNK_STEPS
 from sisma_jax.parallel import sharding
 from sisma_jax.planning import programs
 from tests.tiny import tiny_config
@@ -86,6 +88,18 @@ def test_the_scans_estimate_is_about_that_of_its_recurrence():
     compiled = jax.jit(scan).lower(*arguments).compile()
     # The compiler takes the estimate over: it does not see into kernels.
     assert 6 * entries <= compiled.cost_analysis()["flops"] <= 7 * entries
+
+
+def test_the_products_of_ssd():
+    """Per token: in a chunk, C · B once for all heads and a product with u; then reading and writing the state."""
+    batch, length, heads, channels, d_state = 2, 4 * CHUNK_STEPS, 3, 8, 16
+    sequence, projection = (batch, length, heads * channels), (batch, length, d_state)
+    counted = _count(ssd, sequence, (batch, length, heads), (heads,), projection, projection)
+    per_token = 2 * CHUNK_STEPS * (d_state + heads * channels) + 2 * 2 * heads * channels * d_state
+    assert counted.matmul == batch * length * per_token
+    # An exponential and two products per head and pair of steps, and what is around them.
+    pairs = batch * length * CHUNK_STEPS * heads
+    assert 4 * pairs <= counted.elementwise <= 8 * pairs
 
 
 @pytest.mark.parametrize("remat", ["none", "dots"])

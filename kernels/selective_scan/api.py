@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import jax
 
+from ..arguments import check_arrays
 from ..partition import split_scan
 from ..typing import Array, Float, ScanArguments
 from .associative import selective_scan_associative
@@ -206,6 +207,8 @@ def check_arguments(
         raise ValueError(f"A: got shape {A.shape}, want (d_inner, d_state) with d_inner = {d_inner} as in u {u.shape}")
     d_state = A.shape[1]
     wanted = {
+        "u": (u, u.shape, "(batch, length, d_inner)"),
+        "A": (A, A.shape, "(d_inner, d_state)"),
         "delta": (delta, (batch, length, d_inner), "(batch, length, d_inner)"),
         "B": (B, (batch, length, d_state), "(batch, length, d_state)"),
         "C": (C, (batch, length, d_state), "(batch, length, d_state)"),
@@ -214,9 +217,4 @@ def check_arguments(
         "delta_bias": (delta_bias, (d_inner,), "(d_inner,)"),
         "initial_state": (initial_state, (batch, d_inner, d_state), "(batch, d_inner, d_state)"),
     }
-    for name, (array, shape, axes) in wanted.items():
-        if array is not None and array.shape != shape:
-            raise ValueError(f"{name}: got shape {array.shape}, want {shape}: {axes} with u {u.shape} and A {A.shape}")
-    for name, array in {"u": u, "A": A, **{name: array for name, (array, _, _) in wanted.items()}}.items():
-        if array is not None and not jax.numpy.issubdtype(array.dtype, jax.numpy.floating):
-            raise ValueError(f"{name}: got dtype {array.dtype}, want a real floating-point type")
+    check_arrays(wanted, f"u {u.shape} and A {A.shape}")

@@ -217,6 +217,7 @@ def _settings(config: Config) -> Iterator[tuple[str, str]]:
     yield "Blocks per level of the U", ", ".join(map(str, model.level_depths))
     yield "Width (d_model)", str(model.d_model)
     yield "State dimension (d_state)", str(model.d_state) if model.backbone == "sisma" else ""
+    yield "State-space model (mixer)", model.mixer if model.backbone == "sisma" else ""
     yield "Patch size", str(model.patch_size)
     yield "Conditioning on the mask", model.mask_conditioning
     if config.autoencoder.kind == "kl":

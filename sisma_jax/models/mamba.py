@@ -1,4 +1,4 @@
-"""Self-Mamba and Cross-Mamba, the token mixers of a SISMA block, which are built on the selective scan.
+"""Self-Mamba and Cross-Mamba, the token mixers of a SISMA block, which are built on the selective scan or on SSD.
 
 Both apply Mamba's mixer (arXiv 2312.00752, figure 3) to a grid of tokens. A depthwise 3x3 convolution replaces the
 causal convolution, and the sequence is a serpentine path over the grid. The scan of Cross-Mamba takes its inputs from
@@ -19,19 +19,19 @@ from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid
 from sisma_jax.models.scan_orders import Paths, ScanPath, SplitScanPath
-
-# Initial step sizes are log-uniform in [DT_MIN, DT_MAX], as in Mamba.
-DT_MIN, DT_MAX = 1e-3, 1e-1
+from sisma_jax.models.ssd import OrderedSsd
+from sisma_jax.models.step_sizes import initial_dt_bias
 
 
 class MixerSizes(TypedDict):
     """Arguments of Self-Mamba and Cross-Mamba that the configuration of the model determines.
 
     Attributes:
-      d_state: state dimension N of the selective scan.
+      d_state: state dimension N.
       expand: d_inner / d_model.
       d_conv: side of the depthwise convolution's kernel; odd.
       num_orders: number of paths that are scanned. Each has its own parameters, and the outputs are summed.
+      ssd_head: channels of a head of SSD (Mamba-2), which divides d_inner; None (the default) is the selective scan.
       scan_implementation: implementation of `kernels.selective_scan`; None selects the platform's preference.
     """
 
@@ -39,6 +39,7 @@ class MixerSizes(TypedDict):
     expand: int
     d_conv: int
     num_orders: int
+    ssd_head: NotRequired[int | None]
     scan_implementation: NotRequired[str | None]
 
 
@@ -98,13 +99,11 @@ class OrderedScan(nnx.Module):
         self.drive_proj = nnx.Linear(d_inner, dt_rank + d_state, use_bias=False, dtype=dtype, rngs=rngs)
         self.readout_proj = nnx.Linear(d_inner, d_state, use_bias=False, dtype=dtype, rngs=rngs)
 
-        def uniform(shape: tuple[int, ...], low: float, high: float) -> Array:
-            return jax.random.uniform(rngs.params(), shape, jnp.float32, minval=low, maxval=high)
-
         bound = dt_rank**-0.5
-        self.dt_proj = nnx.Param(uniform((dt_rank, d_inner), -bound, bound))
-        dt = jnp.exp(uniform((d_inner,), math.log(DT_MIN), math.log(DT_MAX)))
-        self.dt_bias = nnx.Param(dt + jnp.log(-jnp.expm1(-dt)))  # the inverse of softplus
+        self.dt_proj = nnx.Param(
+            jax.random.uniform(rngs.params(), (dt_rank, d_inner), jnp.float32, minval=-bound, maxval=bound)
+        )
+        self.dt_bias = nnx.Param(initial_dt_bias(d_inner, rngs))
         # S4D-real initialisation: A[d, n] = -(n + 1).
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=jnp.float32))[None], (d_inner, 1)))
         self.D = nnx.Param(jnp.ones((d_inner,), jnp.float32))
@@ -186,7 +185,7 @@ class _Mixer(nnx.Module):
     """The common part of Self-Mamba and Cross-Mamba: everything but the choice of the scan's inputs.
 
     With Mamba's sizes, d_inner = expand * d_model and dt_rank = ceil(d_model / 16). For the arguments, see
-    `MixerOptions`.
+    `MixerOptions`. The scan of each path is an `OrderedScan` or an `OrderedSsd`.
     """
 
     def __init__(
@@ -197,6 +196,7 @@ class _Mixer(nnx.Module):
         expand: int,
         d_conv: int,
         num_orders: int,
+        ssd_head: int | None = None,
         scan_implementation: str | None = None,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
@@ -205,12 +205,15 @@ class _Mixer(nnx.Module):
         self.in_proj = nnx.Linear(d_model, 2 * self.d_inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.conv = DepthwiseConv(self.d_inner, d_conv, rngs=rngs)
         dt_rank = math.ceil(d_model / 16)
-        self.scans = nnx.List(
-            [
-                OrderedScan(self.d_inner, d_state, dt_rank, implementation=scan_implementation, dtype=dtype, rngs=rngs)
-                for _ in range(num_orders)
-            ]
-        )
+
+        def make_scan() -> OrderedScan | OrderedSsd:
+            if ssd_head is not None:
+                return OrderedSsd(self.d_inner, d_state, ssd_head, dtype=dtype, rngs=rngs)
+            return OrderedScan(
+                self.d_inner, d_state, dt_rank, implementation=scan_implementation, dtype=dtype, rngs=rngs
+            )
+
+        self.scans = nnx.List([make_scan() for _ in range(num_orders)])
         self.out_norm = nnx.LayerNorm(self.d_inner, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
 

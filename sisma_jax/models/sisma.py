@@ -23,6 +23,7 @@ def _sizes(config: ModelConfig) -> MixerSizes:
         "expand": config.expand,
         "d_conv": config.d_conv,
         "num_orders": config.orders_per_layer,
+        "ssd_head": config.d_head if config.mixer == "ssd" else None,
         "scan_implementation": None if config.scan_implementation == "auto" else config.scan_implementation,
     }
 

@@ -22,6 +22,7 @@ SETTINGS = (
     "data.image_size",
     "autoencoder.kind",
     "model.patch_size",
+    "model.mixer",
     "model.remat",
     "model.scan_implementation",
     "train.compute_dtype",

@@ -36,6 +36,8 @@ def for_devices(config: Config, mesh: Mesh) -> Config:
       InputError: the configured scan implementation is a kernel for another platform.
     """
     platform, name = mesh.devices.flat[0].platform, config.model.scan_implementation
+    if config.model.mixer == "ssd":
+        return config  # one implementation for all devices
     if name == "auto":
         name = PREFERENCE[platform][0]
     elif name in SUPPORT_CHECKS and name not in PREFERENCE[platform]:

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 
 from benchmarks import (
+    ablation,
     data,
     denoiser,
     depthwise_conv,
@@ -22,6 +23,7 @@ from benchmarks import (
     peers,
     scan_orders,
     selective_scan,
+    ssd,
     thin_parts,
 )
 from sisma_jax.config import Config, DataConfig, ModelConfig, preset
@@ -222,6 +224,24 @@ def test_a_benchmark_runs_from_the_repository_as_a_command():
     assert "--sweep" in finished.stdout
 
 
+def test_ssd_is_timed_beside_the_scan(tmp_path, capsys):
+    ssd.main(problems=("2x3x8x2",), d_head=4, repeats=2, json=tmp_path / "ssd.json")
+    forward, backward = json.loads((tmp_path / "ssd.json").read_text())["problems"]
+    for record in (forward, backward):
+        scan, dual = record["results"]
+        assert [scan["name"], dual["name"]] == ["selective_scan", "ssd"]
+        assert record["ratio"] == dual["median_secs"] / scan["median_secs"]
+        assert len(dual["samples_secs"]) == 2
+    assert "B=2 L=3 D=8 N=2, forward and backward" in capsys.readouterr().out
+
+
+def test_ssd_gets_the_first_step_size_of_each_head():
+    inputs = selective_scan.Problem(2, 3, 8, 2).inputs()
+    of_ssd = ssd.ssd_inputs(inputs, d_head=4)
+    np.testing.assert_array_equal(of_ssd["delta"], inputs["delta"][:, :, [0, 4]])
+    np.testing.assert_array_equal(of_ssd["A"], [-1.0, -2.0])
+
+
 def test_an_absent_peer_is_named_with_the_cure(monkeypatch):
     monkeypatch.setitem(peers.PACKAGES, "mambapy", ("numpy", "a_package_that_is_not_there"))
     assert peers.absent(["mambapy"]) == [
@@ -389,3 +409,17 @@ def test_the_loop_and_its_bare_step_take_turns():
     assert order == [*["loop"] * 5, *(["bare"] * 3 + ["loop"] * 3) * 2, *["bare"] * 3, "loop"]
     assert turns.loop_secs == [9.0, 9.0]
     assert turns.bare_secs == [6.0, 6.0, 6.0]
+
+
+def test_an_ablation_at_equal_time_gives_slow_variants_fewer_steps():
+    variants = {"first": ({}, 1), "slow": ({}, None), "fast": ({}, None), "longer": ({}, 1.6)}
+    secs = {"first": 0.2, "slow": 0.4, "fast": 0.16, "longer": 9.0}
+    counts = ablation.step_counts(variants, 400, secs)
+    assert counts == {"first": 400, "slow": 200, "fast": 500, "longer": 640}
+
+
+@pytest.mark.parametrize("study", ablation.STUDIES)
+def test_the_variants_of_an_ablation_are_configurations(study, tmp_path):
+    for choices, _ in ablation.STUDIES[study].values():
+        experiment = ablation.experiment(tmp_path, tmp_path, 400, 0, choices)
+        assert all(getattr(experiment.model, name) == value for name, value in choices.items())

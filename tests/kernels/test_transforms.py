@@ -14,6 +14,7 @@ from sisma_jax.kernels.selective_scan import api, pallas_gpu, pallas_tpu
 from tests.kernels.scan_cases import Case
 from tests.kernels.test_depthwise_conv import xla_convolution
 from tests.kernels.test_sequence_parallel import in_parts
+from tests.kernels.test_ssd import Case as SsdCase
 from tests.kernels.transforms import AUTO, CHECKS, EXPLICIT, ON_MESHES, Subject, check, first_derivatives
 from tests.processes import ROOT
 
@@ -70,9 +71,15 @@ def convolution_subject():
     return Subject("convolution", lambda x: depthwise_conv2d(**x), lambda x: xla_convolution(**x), inputs, ("kernel",))
 
 
+def ssd_subject():
+    case = SsdCase(2, 35, 2, 2, 3, reverse=True)
+    return Subject(str(case), case.run, case.tied_scan, case.inputs(), PARAMETERS)
+
+
 SUBJECTS = {
     **{name: functools.partial(scan_subject, name) for name in api.IMPLEMENTATIONS},
     "sequence_parallel_scan": parts_subject,
+    "ssd": ssd_subject,
     "depthwise_conv2d": convolution_subject,
 }
 

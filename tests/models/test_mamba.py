@@ -11,11 +11,13 @@ from sisma_jax.models.mamba import CrossMamba, SelfMamba
 from sisma_jax.models.scan_orders import orders_of_layer
 
 
+@pytest.mark.parametrize("ssd_head", [None, 8])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_self_mamba_follows_its_path(reverse):
+def test_self_mamba_follows_its_path(reverse, ssd_head):
     """What comes later on the path (beyond the convolution's reach) does not change what came before."""
     order = next(o for o in orders_of_layer(0, 4) if o.lines == "rows" and o.reverse == reverse)
-    mixer = SelfMamba(16, d_state=4, expand=2, d_conv=3, num_orders=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    sizes = {"d_state": 4, "expand": 2, "d_conv": 3, "num_orders": 1, "ssd_head": ssd_head}
+    mixer = SelfMamba(16, **sizes, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 6, 5, 16))
     path = order.path(6, 5)
     last_row = path.tokens[-1] // 5

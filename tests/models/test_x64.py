@@ -19,6 +19,7 @@ VARIANTS = {
     "four orders, skips, learned positions": dataclasses.replace(
         TINY, orders_per_layer=4, mixer_skip=True, learned_positions=8
     ),
+    "SSD": dataclasses.replace(TINY, mixer="ssd", d_head=8),
     "U with SPADE": dataclasses.replace(TINY, depth=1, level_depths=(1,), mask_conditioning="spade"),
     "DiT with concatenation": dataclasses.replace(TINY, backbone="dit", mask_conditioning="concat"),
 }

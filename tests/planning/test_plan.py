@@ -100,6 +100,17 @@ def test_a_plan_for_a_tpu(tmp_path):
     )
 
 
+def test_the_plan_of_a_model_with_ssd_counts_its_products(tmp_path):
+    scan = tiny_config(tmp_path, batch_size=8)
+    ssd = dataclasses.replace(scan, model=dataclasses.replace(scan.model, mixer="ssd", d_head=8))
+    made, of_scan = (plan(config, "cpu:8", search=False) for config in (ssd, scan))
+    assert (made.settings["model.mixer"], made.settings["model.scan_implementation"]) == ("ssd", "auto")
+    # 16 tokens in two mixers, whose products within the chunk alone are more than those of the scan's gradient.
+    assert made.train.flops.matmul > of_scan.train.flops.matmul
+    assert made.train.memory.temporaries > 0
+    assert "model.mixer" in format_plan(made)
+
+
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [

@@ -74,6 +74,15 @@ def test_parameters_configuration_and_step_come_back(config, params, exported):
     assert [path.name for path in exported.parent.iterdir()] == ["model.safetensors"]
 
 
+def test_a_model_with_ssd_comes_back(config, tmp_path):
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, mixer="ssd", d_head=8))
+    params = random_params(config)
+    export_params(tmp_path / "model.safetensors", config, 1, params)
+    result = load_exported(tmp_path / "model.safetensors")
+    assert result.config == config
+    assert_same(result.params, params)
+
+
 def test_any_reader_of_safetensors_finds_the_parameters_by_their_paths(params, exported):
     arrays, metadata = read(exported)
     kernel = params["layers"]["stacked"]["mixer"]["in_proj"]["kernel"]

@@ -217,6 +217,7 @@ def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
                 num_streams = 2
             work.append(_convolution(module.conv, inner, num_streams))
             for scan in module.scans:
+                assert isinstance(scan, OrderedScan), "the presets have the mixer scan"
                 work += [_applied("projections", linear, inner) for linear in (scan.drive_proj, scan.readout_proj)]
                 work += [_applied("projections", jnp.matmul, grid(scan.dt_rank), scan.dt_proj[...]), _scan(scan, inner)]
     return work

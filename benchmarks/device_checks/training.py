@@ -248,7 +248,7 @@ class Training:
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, compute_dtype="float32"))
             objective = make_objective(config)
             drawn = objective.draw(jax.tree.map(jnp.asarray, batch), jax.random.key(0), mask_dropout=0.0)
-            return np.asarray(jax.jit(objective.losses)(params, drawn))
+            return np.asarray(jax.jit(objective.held_out_losses)(params, drawn))
 
         # On a GPU or TPU, the default precision of float32 matrix products would hide a wrong scan.
         with jax.set_mesh(self._mesh), jax.default_matmul_precision("highest"):

@@ -11,7 +11,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jax.extend import core
 
@@ -84,7 +84,8 @@ def _steps_of(equation: core.JaxprEqn) -> dict[Kernel, int]:
             if not params["name"].startswith(_PREFIX):
                 return {}
             # The first operands are u, delta and A, see `_kernel_inputs` in `kernels/selective_scan/pallas_tpu.py`.
-            u, _, A, *_ = (x.aval for x in equation.invars)
+            avals: list[Any] = [x.aval for x in equation.invars]
+            u, _, A, *_ = avals
             *examples_and_length, d_inner = u.shape
             kernel = Kernel(params["name"].removeprefix(_PREFIX), u.dtype.name, A.shape[-2], d_inner)
             return {kernel: math.prod(examples_and_length)}

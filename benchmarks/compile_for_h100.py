@@ -1,10 +1,11 @@
-"""Compiles the selective scan's CUDA kernels for an H100 that need not be present, and prints each kernel's registers.
+"""Compiles the selective scan's CUDA kernels for an H100 that need not be present, and prints what each kernel takes.
 
     make cuda-compile
 
-XLA's GPU compiler runs with a description of the device instead of the device. For every kernel in the PTX that it
-dumps, ptxas then reports the registers per thread (at most 255) and the bytes that are spilled. If any bytes are
-spilled, the script fails; reduce the sizes in `kernels.selective_scan.pallas_gpu.block_sizes`.
+XLA's GPU compiler runs with a description of the device instead of the device. For every kernel in the PTX that it, or
+Mosaic GPU, dumps, ptxas then reports the registers per thread (at most 255) and the bytes that are spilled. The
+instructions for exponentials, ex2, are counted in the PTX: a loop's body counts once. If any bytes are spilled, the
+script fails; reduce the sizes in `block_sizes` of the implementation.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 # d_inner of each preset, and the number of tokens of the latents for which the presets are made.
 D_INNER = {"S": 768, "B": 1536, "L": 2048, "XL": 2304}
 LENGTH, D_STATE = 1024, 16
+IMPLEMENTATIONS = ("mosaic_gpu", "pallas_gpu")
 
 # The description of an H100 PCIe that the compiler needs, a GpuTargetConfigProto in text form.
 TARGET_CONFIG = """
@@ -66,6 +68,8 @@ def main() -> None:
     )
     parser.add_argument("--presets", nargs="+", choices=D_INNER, default=list(D_INNER), help="sizes of the model")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8], help="batch sizes")
+    parser.add_argument("--states", nargs="+", type=int, default=[D_STATE], help="states per channel")
+    parser.add_argument("--implementations", nargs="+", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS)
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"], help="dtypes of the sequences")
     args = parser.parse_args()
     target_config = args.target_config.read_text() if args.target_config else TARGET_CONFIG
@@ -73,18 +77,36 @@ def main() -> None:
         # JAX reads both variables once, when it is imported.
         os.environ["JAX_PLATFORMS"] = "cpu"
         os.environ["XLA_FLAGS"] = f"--xla_dump_to={dump} --xla_dump_hlo_as_text"
-        print(f"{'preset':6} {'batch':>5} {'dtype':8} {'kernel':33} registers  spills  temporaries of the gradient")
+        # Mosaic GPU compiles its kernels itself.
+        os.environ |= {"MOSAIC_GPU_DUMP_PTX": "1", "MOSAIC_GPU_DUMP_PTXAS": "1", "MOSAIC_GPU_DUMP_TO": dump}
+        head = (
+            "preset",
+            "batch",
+            "states",
+            "dtype",
+            "kernel",
+            "registers",
+            "spills",
+            "ex2",
+            "temporaries of the gradient",
+        )
+        print("{:6} {:>5} {:>6} {:8} {:33} {:>9} {:>6} {:>4}  {}".format(*head))
         spills = 0
-        for preset, batch, dtype in itertools.product(args.presets, args.batch, args.dtype):
-            megabytes = compile_gradient(target_config, batch, LENGTH, D_INNER[preset], D_STATE, dtype)
-            for name, (registers, spilled) in sorted(register_usage(pathlib.Path(dump)).items()):
-                row = f"{preset:6} {batch:5} {dtype:8} {name:33} {registers:9} {spilled:7} {megabytes:9.0f} MB"
-                print(row, flush=True)
+        sizes = itertools.product(args.implementations, args.presets, args.batch, args.states, args.dtype)
+        for implementation, preset, batch, d_state, dtype in sizes:
+            megabytes = compile_gradient(
+                target_config, batch, LENGTH, D_INNER[preset], d_state, dtype, implementation=implementation
+            )
+            for name, (registers, spilled, ex2) in sorted(register_usage(pathlib.Path(dump)).items()):
+                row = f"{preset:6} {batch:5} {d_state:6} {dtype:8} {name:33} {registers:9} {spilled:6} {ex2:4}"
+                print(f"{row} {megabytes:9.0f} MB", flush=True)
                 spills += spilled
     sys.exit(f"the kernels spill {spills} bytes; use smaller blocks" if spills else 0)
 
 
-def compile_gradient(target_config: str, batch: int, length: int, d_inner: int, d_state: int, dtype: str) -> float:
+def compile_gradient(
+    target_config: str, batch: int, length: int, d_inner: int, d_state: int, dtype: str, *, implementation: str
+) -> float:
     """Compiles the selective scan with its gradients with respect to all inputs.
 
     Args:
@@ -94,6 +116,7 @@ def compile_gradient(target_config: str, batch: int, length: int, d_inner: int, 
       d_inner: channels.
       d_state: states per channel.
       dtype: of the sequences u, delta, B, C and z; the other inputs are float32.
+      implementation: name of the implementation.
 
     Returns:
       The size of the temporary arrays in megabytes.
@@ -102,7 +125,7 @@ def compile_gradient(target_config: str, batch: int, length: int, d_inner: int, 
     from jax.experimental import topologies
 
     from benchmarks.tpu_compiler import temporary_bytes
-    from sisma_jax.kernels.selective_scan.pallas_gpu import selective_scan_pallas_gpu
+    from sisma_jax.kernels.selective_scan.api import IMPLEMENTATIONS as FUNCTIONS
 
     topology = topologies.get_topology_desc(platform="cuda", target_config=target_config, topology="1x1x1")
     sharding = jax.sharding.SingleDeviceSharding(topology.devices[0])
@@ -114,7 +137,7 @@ def compile_gradient(target_config: str, batch: int, length: int, d_inner: int, 
     arguments |= dict(initial_state=struct((batch, d_inner, d_state), "float32"))
 
     def gradient(arguments: dict[str, jax.Array], cotangents: tuple[jax.Array, jax.Array]) -> Any:
-        outputs, vjp = jax.vjp(lambda x: selective_scan_pallas_gpu(**x, delta_softplus=True), arguments)
+        outputs, vjp = jax.vjp(lambda x: FUNCTIONS[implementation](**x, delta_softplus=True), arguments)
         return outputs, vjp(cotangents)
 
     cotangents = (sequence, arguments["initial_state"])
@@ -122,8 +145,8 @@ def compile_gradient(target_config: str, batch: int, length: int, d_inner: int, 
     return temporary_bytes(compiled) / 1e6
 
 
-def register_usage(dump: pathlib.Path) -> dict[str, tuple[int, int]]:
-    """Returns {name: (registers per thread, bytes spilled)} of the selective scan's kernels in the PTX in `dump`.
+def register_usage(dump: pathlib.Path) -> dict[str, tuple[int, int, int]]:
+    """Returns {name: (registers per thread, bytes spilled, ex2 instructions)} of the kernels of the scan in `dump`.
 
     All files in the folder are deleted.
 
@@ -133,14 +156,21 @@ def register_usage(dump: pathlib.Path) -> dict[str, tuple[int, int]]:
     """
     ptxas = next(path for root in sys.path for path in pathlib.Path(root).glob("nvidia/cuda_nvcc/bin/ptxas"))
     # XLA appends a number to the name of a kernel that it calls more than once.
-    pattern = r"entry function '(selective_scan\w*?)(?:__\d+)?' for.*?(\d+) bytes spill stores.*?Used (\d+) registers"
+    name = r"(selective_scan\w*?)(?:_mosaic_gpu_kernel)?(?:__\d+)?"
+    pattern = rf"entry function '{name}' for.*?(\d+) bytes spill stores.*?Used (\d+) registers"
     found = {}
     for file in sorted(dump.iterdir()):
         if file.suffix == ".ptx" and file.stat().st_size:  # XLA also dumps an empty file
-            command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, file]
-            report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
-            for name, spilled, registers in re.findall(pattern, report, re.DOTALL):
-                found[name] = (int(registers), int(spilled))
+            ptx, report = file.read_text(), file.with_suffix(".ptxas")
+            if report.exists():  # Mosaic GPU's own assembler, whose version of PTX the other one may not know
+                text = report.read_text()
+            else:
+                command = [ptxas, "-v", "-arch=sm_90a", "-o", os.devnull, file]
+                text = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+            entries = {entry[0]: entry[1] for entry in re.findall(rf"\.entry {name}\((.*?)\n}}", ptx, re.DOTALL)}
+            for kernel, spilled, registers in re.findall(pattern, text, re.DOTALL):
+                found[kernel] = (int(registers), int(spilled), entries[kernel].count("ex2."))
+    for file in dump.iterdir():
         file.unlink()
     return found
 

@@ -40,6 +40,7 @@ from benchmarks.device_checks.peaks import PEAKS
 from benchmarks.device_checks.rows import COLUMNS, Check, Row, Section, print_tables, reason
 from benchmarks.device_checks.scan_cases import ScanCase
 from benchmarks.device_checks.training import Training, case_for_device, tiny_case
+from sisma_jax.kernels.selective_scan import api
 
 PLATFORMS = ("gpu", "tpu", "cpu")
 
@@ -139,7 +140,8 @@ def real_checks() -> list[Check]:
     """Returns the checks for a GPU or TPU at the sizes of the presets, the most important ones first."""
     first = ScanCase(2, 1024, D_INNER["B"])
     chosen = scan_cases.chosen_implementation(first, "bfloat16")
-    both = tuple(dict.fromkeys((chosen, "xla")))
+    # On a recent GPU also the kernel for older ones.
+    both = tuple(dict.fromkeys((chosen, *api.kernels_for_device(), "xla")))
     training = Training(case_for_device())
 
     def scan(case: ScanCase, implementations: Sequence[str] = both) -> Check:
@@ -172,8 +174,8 @@ def real_checks() -> list[Check]:
         scan(ScanCase(1, 1024, D_INNER["XL"]), (chosen,)),
         scan(ScanCase(1, 1024, D_INNER["S"]), (chosen,)),
         scan(ScanCase(1, 1024, D_INNER["L"]), (chosen,)),
-        scan(ScanCase(1, 1000, D_INNER["S"], reverse=True), (chosen,)),
-        scan(ScanCase(1, 512, D_INNER["S"], d_state=64), (chosen,)),
+        scan(ScanCase(1, 1000, D_INNER["S"], reverse=True)),
+        scan(ScanCase(1, 512, D_INNER["S"], d_state=64)),
         scan(ScanCase(1, 1024, 256), ("associative",)),
         timing(1, 4096, "XL", "bfloat16", both_ways),
         timing(1, 1024, "S", "bfloat16", both_ways),

@@ -122,8 +122,8 @@ class Record(TypedDict):
 
 def implementations() -> list[str]:
     """Returns the names of the implementations for this backend, first "xla", against which the others are checked."""
-    kernel = f"pallas_{jax.default_backend()}"
-    names = [name for name in api.IMPLEMENTATIONS if not name.startswith("pallas_") or name == kernel]
+    kernels = api.kernels_for_device()
+    names = [name for name in api.IMPLEMENTATIONS if name not in api.SUPPORT_CHECKS or name in kernels]
     return sorted(names, key=lambda name: name != "xla")
 
 

@@ -7,6 +7,7 @@ derivatives with respect to its residuals.
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -153,12 +154,25 @@ _linear_call_p = core.Primitive("linear_call_with_transpose")
 _linear_call_p.multiple_results = True
 
 
-@_linear_call_p.def_impl
+def _quiet(function: Callable[..., Outputs]) -> Callable[..., Outputs]:
+    """The function, without JAX's warning, at the lowering of a kernel, that its Triton backend is deprecated."""
+
+    @functools.wraps(function)
+    def quiet(*arguments: Any, **params: Any) -> Outputs:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+            return function(*arguments, **params)
+
+    return quiet
+
+
+@_quiet
 def _run(*arguments: Any, jaxpr: core.ClosedJaxpr, **_: Any) -> list[Array]:
     return core.jaxpr_as_fun(jaxpr)(*arguments)
 
 
-mlir.register_lowering(_linear_call_p, mlir.lower_fun(_run, multiple_results=True))
+_linear_call_p.def_impl(_run)
+mlir.register_lowering(_linear_call_p, _quiet(mlir.lower_fun(_run, multiple_results=True)))
 
 
 @_linear_call_p.def_effectful_abstract_eval

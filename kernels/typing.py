@@ -28,7 +28,8 @@ Ref = jax.Ref
 """A Pallas reference: the block of an operand that `pallas_call` gives to one program, or a scratch buffer.
 
 `ref[...]` loads values, `ref[...] = x` stores them. The annotation does not check shapes. The block shape and memory
-space of each reference are stated where its block spec is built: `pallas_tpu_layout.py` and `pallas_gpu_layout.py`.
+space of each reference are stated where its block spec is built: `pallas_tpu_layout.py`, `pallas_gpu_layout.py` and
+`mosaic_gpu_layout.py`.
 """
 
 

@@ -113,9 +113,9 @@ class ModelConfig(Section):
     Both take the scan's input u from the mask."""
     d_label: int = value(32, COUNT)
     """Channels of the mask encoder's label embedding, which has the resolution of the image."""
-    scan_implementation: Literal["auto", "pallas_tpu", "pallas_gpu", "xla", "associative", "reference"] = value(
-        "auto", may_change=True
-    )
+    scan_implementation: Literal[
+        "auto", "pallas_tpu", "mosaic_gpu", "pallas_gpu", "xla", "associative", "reference"
+    ] = value("auto", may_change=True)
     """Implementation of the selective scan; auto is the fastest for the devices. Results agree up to rounding."""
     remat: Literal["none", "dots", "full"] = value("none", may_change=True)
     """What the backward pass recomputes to save memory: nothing, all but matrix products (dots), or whole blocks."""

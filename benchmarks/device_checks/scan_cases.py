@@ -166,11 +166,10 @@ def chosen_implementation(case: ScanCase, dtype: str) -> str:
         name: jax.ShapeDtypeStruct(shape, dtype if name in SEQUENCES else "float32")
         for name, shape in case.shapes().items()
     }
-    *kernels, portable = api.PREFERENCE.get(jax.default_backend(), ("xla",))
-    for name in kernels:
+    for name in api.kernels_for_device():
         try:
             api.SUPPORT_CHECKS[name](**shapes)
         except NotImplementedError:
             continue
         return name
-    return portable
+    return api.PREFERENCE.get(jax.default_backend(), ("xla",))[-1]

@@ -22,6 +22,7 @@ from benchmarks.device_checks.peaks import PEAKS, Work, attention_work, roofline
 from benchmarks.device_checks.rows import Row, reason
 from benchmarks.device_checks.scan_cases import ScanCase
 from sisma_jax.kernels import selective_scan
+from sisma_jax.kernels.selective_scan import api
 
 Direction = Literal["forward", "forward+backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
@@ -209,7 +210,7 @@ def _scans(case: ScanCase, dtype: str, backward: bool) -> list[Contender]:
             must_run=name == chosen,
             group="scan",
         )
-        for name in dict.fromkeys(("xla", chosen, "associative"))
+        for name in dict.fromkeys(("xla", chosen, *api.kernels_for_device(), "associative"))
     ]
 
 

@@ -11,6 +11,7 @@ from ..arguments import check_arrays
 from ..partition import split_scan
 from ..typing import Array, Float, ScanArguments
 from .associative import selective_scan_associative
+from .mosaic_gpu import check_supported_by_mosaic_gpu, device_runs_mosaic_gpu, selective_scan_mosaic_gpu
 from .pallas_gpu import check_supported_by_pallas_gpu, selective_scan_pallas_gpu
 from .pallas_tpu import check_supported_by_pallas_tpu, selective_scan_pallas_tpu
 from .reference import selective_scan_reference
@@ -21,6 +22,7 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = MappingProxyType(
     {
         "pallas_tpu": selective_scan_pallas_tpu,
+        "mosaic_gpu": selective_scan_mosaic_gpu,
         "pallas_gpu": selective_scan_pallas_gpu,
         "xla": selective_scan_xla,
         "associative": selective_scan_associative,
@@ -31,11 +33,21 @@ IMPLEMENTATIONS = MappingProxyType(
 # Each check raises NotImplementedError for arguments that its implementation does not support. Implementations that are
 # not listed support all arguments. The listed ones are kernels, which XLA cannot partition.
 SUPPORT_CHECKS = MappingProxyType(
-    {"pallas_tpu": check_supported_by_pallas_tpu, "pallas_gpu": check_supported_by_pallas_gpu}
+    {
+        "pallas_tpu": check_supported_by_pallas_tpu,
+        "mosaic_gpu": check_supported_by_mosaic_gpu,
+        "pallas_gpu": check_supported_by_pallas_gpu,
+    }
 )
 
+# Whether the default backend's device runs a kernel, which `implementation=None` also asks. A name may be given to
+# compile for another device.
+DEVICE_CHECKS = MappingProxyType({"mosaic_gpu": device_runs_mosaic_gpu})
+
 # What `implementation=None` means for each `jax.default_backend()`, in order of preference. The last one is portable.
-PREFERENCE = MappingProxyType({"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("pallas_gpu", "xla")})
+PREFERENCE = MappingProxyType(
+    {"cpu": ("xla",), "tpu": ("pallas_tpu", "xla"), "gpu": ("mosaic_gpu", "pallas_gpu", "xla")}
+)
 
 
 @overload
@@ -120,10 +132,11 @@ def selective_scan(
       reverse: scan from the last token to the first.
       initial_state: state before the first scanned token, (batch, d_inner, d_state); zeros if None.
       return_final_state: also return the state after the last scanned token.
-      implementation: "pallas_tpu" and "pallas_gpu" (kernels for these platforms), "xla" (chunked; little memory; any
-        platform), "associative" (parallel over the sequence; much memory) or "reference" (one step at a time). None
-        selects the default backend's first preference that supports the arguments; give a name to compile ahead of time
-        for another platform.
+      implementation: "pallas_tpu" (a kernel for TPUs), "mosaic_gpu" (for CUDA GPUs with compute capability 9 or 10),
+        "pallas_gpu" (for older ones, by Triton), "xla" (chunked; little memory; any platform), "associative" (parallel
+        over the sequence; much memory) or "reference" (one step at a time). None selects the default
+        backend's first preference that supports the arguments; give a name to compile ahead of time for another
+        platform.
 
     Returns:
       y, with the shape and dtype of u. If return_final_state, the pair (y, final_state), where final_state is
@@ -151,10 +164,16 @@ def selective_scan(
     return (y, final_state) if return_final_state else y
 
 
+def kernels_for_device() -> tuple[str, ...]:
+    """Returns the names of the kernels that run on the default backend's device, in order of preference."""
+    names = PREFERENCE.get(jax.default_backend(), ("xla",))[:-1]
+    return tuple(name for name in names if name not in DEVICE_CHECKS or DEVICE_CHECKS[name]())
+
+
 def _preferred(arguments: ScanArguments) -> str:
     """The name of the default backend's first preference that supports the arguments."""
-    *kernels, portable = PREFERENCE.get(jax.default_backend(), ("xla",))
-    for name in kernels:
+    portable = PREFERENCE.get(jax.default_backend(), ("xla",))[-1]
+    for name in kernels_for_device():
         try:
             SUPPORT_CHECKS[name](**arguments)
         except NotImplementedError as error:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from ..derivatives import with_gradient
+from ..derivatives import linear_call, with_gradient
 from ..typing import Array, Float, Ref, ScanArrays
 from .pallas_gpu_kernels import Program, backward, combine, forward, summarize, summarize_adjoint
 from .pallas_gpu_layout import BlockSizes, Problem, block_sizes, operands
@@ -39,9 +39,11 @@ from .xla import selective_scan_xla
 
 __all__ = ["BlockSizes", "block_sizes", "check_supported_by_pallas_gpu", "selective_scan_pallas_gpu"]
 
-# With more states, a block has fewer than 8 channels. The partial sums over channels, which are (blocks, batch, length,
-# d_state), would then take as much memory as the states of every fourth step.
+# With more states, a block has fewer than 8 channels, and there are many partial sums over channels.
 MAX_D_STATE = 64
+
+# Of the partial sums of dB, and of those of dC: the channels are cut into at most 16 calls, each of which is compiled.
+MAX_PARTIAL_BYTES, MAX_PARTS = 2**26, 16
 
 FLOAT32 = jnp.dtype("float32")
 
@@ -142,6 +144,7 @@ def _call(
     inputs: Mapping[str, Array],
     outputs: Mapping[str, jnp.dtype],
     each_chunk: bool = True,
+    into: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
     """Runs kernel(program, inputs, outputs), where inputs and outputs are references by name; returns its outputs.
 
@@ -151,15 +154,19 @@ def _call(
       inputs: arrays by name; absent arguments have no entry.
       outputs: dtypes by name.
       each_chunk: each chunk has its own program; if False, one program goes through all chunks.
+      into: outputs of a call for other blocks of channels, to which this one adds its blocks, in place.
     """
     # Inside a `jax.shard_map`, outputs vary over the mesh axes that shard the batch, as all inputs do.
     layouts, varying = operands(problem), jax.typeof(inputs["A"]).manual_axis_type
 
-    def body(inputs: dict[str, Ref], outputs: dict[str, Ref]) -> None:
+    def body(inputs: dict[str, Ref], _: dict[str, Ref], outputs: dict[str, Ref]) -> None:
         kernel(Program(problem), inputs, outputs)
 
-    # pallas_call takes and returns dictionaries, so no operand is identified by its position.
-    return pl.pallas_call(
+    # pallas_call takes and returns dictionaries, so no operand is identified by its position, except in aliases: the
+    # leaves of a dictionary are in the order of its keys.
+    into = dict(into or {})
+    aliases = {len(inputs) + i: sorted(outputs).index(name) for i, name in enumerate(sorted(into))}
+    call = pl.pallas_call(
         body,
         out_shape={
             name: jax.ShapeDtypeStruct(layouts[name][0], dtype, manual_axis_type=varying)
@@ -167,15 +174,19 @@ def _call(
         },
         # Blocks of channels are CUDA's x axis, which is scheduled first: programs that run together share the rows of B
         # and C in the L2 cache.
-        grid=(problem.blocks, problem.chunks if each_chunk else 1, problem.batch),
-        in_specs=[{name: layouts[name][1] for name in inputs}],
+        grid=(problem.call_blocks, problem.chunks if each_chunk else 1, problem.batch),
+        in_specs=[{name: layouts[name][1] for name in inputs}, {name: layouts[name][1] for name in into}],
         out_specs={name: layouts[name][1] for name in outputs},
         # One warp, so that sums over channels or states need no exchange between warps. One stage, which is no software
         # pipelining: about 16 warps per multiprocessor hide the latency of memory instead.
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=problem.interpret,
+        input_output_aliases=aliases,
         name=f"selective_scan_{kernel.__name__}",
-    )(dict(inputs))
+    )
+    # As a primitive, which is lowered without the warning that JAX's Triton backend is deprecated. It is not
+    # differentiated.
+    return linear_call(lambda operands, _: call(*operands), lambda *_: (), (dict(inputs), into), ())
 
 
 def _save(problem: Problem, arrays: ScanArrays) -> tuple[Outputs, ChunkStates]:
@@ -212,11 +223,15 @@ def _gradient(problem: Problem, arrays: ScanArrays, start: ChunkStates, cotangen
     types = {f"d{name}": inputs[name].dtype for name in ("u", "delta", "z") if name in inputs}
     types |= _float32(*(f"d{name}" for name in ("A", "B", "C", "D", "delta_bias") if name in inputs))
     inputs |= {"group_starts": group_starts, "start": carries["starts"]}
-    d = _call(backward, problem, inputs, types)
     # XLA adds the programs' partial sums: of A, D and delta_bias over examples and chunks, of B and C over blocks of
-    # channels.
-    for name in ("dB", "dC"):
-        d[name] = jnp.sum(d[name], axis=0)[:, : problem.length, : problem.d_state]
+    # channels. The latter would take much memory for all blocks at once.
+    d: dict[str, Array] = {}
+    projections = dict.fromkeys(("dB", "dC"), jnp.zeros((), FLOAT32))
+    for part in _parts(problem):
+        d = _call(backward, part, inputs, types, into=d)
+        for name in projections:
+            projections[name] += jnp.sum(d.pop(name), axis=0)[:, : problem.length, : problem.d_state]
+    d |= projections
     for name in ("dD", "ddelta_bias"):
         if name in d:
             d[name] = jnp.sum(d[name], axis=(0, 1))[: problem.d_inner]
@@ -233,6 +248,14 @@ def _gradient(problem: Problem, arrays: ScanArrays, start: ChunkStates, cotangen
         initial_state=_caller_state(problem, carries["last"]),
     )
     return jax.tree.map(lambda gradient, x: gradient.astype(x.dtype), gradients, arrays)
+
+
+def _parts(problem: Problem) -> list[Problem]:
+    """The problem, cut into parts with so few blocks of channels that the partial sums of dB and of dC are small."""
+    bytes_per_block = 4 * problem.batch * problem.chunks * problem.sizes.chunk * problem.sizes.d_state
+    blocks = max(1, MAX_PARTIAL_BYTES // bytes_per_block, pl.cdiv(problem.blocks, MAX_PARTS))
+    starts = range(0, problem.blocks, blocks)
+    return [dataclasses.replace(problem, first_block=start, max_blocks=blocks) for start in starts]
 
 
 def _float32(*names: str) -> dict[str, jnp.dtype]:

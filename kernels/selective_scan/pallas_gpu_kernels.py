@@ -35,7 +35,7 @@ class Program:
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         # Axis 2 of the grid, the example, needs no attribute: the index maps select it, and no axis of a block is left.
-        sizes, (block, self.chunk) = problem.sizes, (pl.program_id(0), pl.program_id(1))
+        sizes, (block, self.chunk) = problem.sizes, (problem.first_block + pl.program_id(0), pl.program_id(1))
         # The last chunk in the order of the scan.
         self.is_last = self.chunk == (0 if problem.reverse else problem.chunks - 1)
         self.channel_mask = _mask(block * sizes.d_inner, sizes.d_inner, problem.d_inner)

@@ -64,11 +64,20 @@ class Problem:
     delta_softplus: bool
     reverse: bool
     interpret: bool
+    # The programs of a call take the channels of blocks[first_block : first_block + call_blocks]; by default of all.
+    first_block: int = 0
+    max_blocks: int | None = None
 
     @property
     def blocks(self) -> int:
         """The number of blocks of channels; the last one may be ragged."""
         return pl.cdiv(self.d_inner, self.sizes.d_inner)
+
+    @property
+    def call_blocks(self) -> int:
+        """The number of blocks of channels of a call."""
+        remaining = self.blocks - self.first_block
+        return remaining if self.max_blocks is None else min(self.max_blocks, remaining)
 
     @property
     def chunks(self) -> int:
@@ -85,27 +94,42 @@ def operands(problem: Problem) -> dict[str, tuple[tuple[int, ...], pl.BlockSpec]
     """
     sizes, batch, length, chunks = problem.sizes, problem.batch, problem.length, problem.chunks
     n, d, chunk, groups = sizes.d_state, sizes.d_inner, sizes.chunk, sizes.chunk // sizes.steps
-    blocks, width = problem.blocks, problem.blocks * d
+    width, first = problem.blocks * d, problem.first_block
     layouts = [
         # Sequences and projections have the caller's shape and dtype, because a padded copy would cost memory and time.
         # Their blocks may be ragged, and kernels mask what is outside.
-        ("u delta z dy y du ddelta dz", (batch, length, problem.d_inner), (None, chunk, d), lambda i, c, b: (b, c, i)),
+        (
+            "u delta z dy y du ddelta dz",
+            (batch, length, problem.d_inner),
+            (None, chunk, d),
+            lambda i, c, b: (b, c, first + i),
+        ),
         ("B C", (batch, length, problem.d_state), (None, chunk, n), lambda i, c, b: (b, c, 0)),
         # Everything else is float32 and padded with zeros to complete blocks, and needs no masks.
-        ("D delta_bias", (width,), (d,), lambda i, c, b: (i,)),
-        ("A", (n, width), (n, d), lambda i, c, b: (0, i)),
-        ("first last final_state", (batch, n, width), (None, n, d), lambda i, c, b: (b, 0, i)),
+        ("D delta_bias", (width,), (d,), lambda i, c, b: (first + i,)),
+        ("A", (n, width), (n, d), lambda i, c, b: (0, first + i)),
+        ("first last final_state", (batch, n, width), (None, n, d), lambda i, c, b: (b, 0, first + i)),
         # One entry per chunk. For programs of a chunk, a block is that chunk's entry; for `combine`, whose programs go
         # through all chunks, a block has the entries of all chunks and the names are plural.
-        ("start end dA", (batch, chunks, n, width), (None, None, n, d), lambda i, c, b: (b, c, 0, i)),
-        ("step_sum dD ddelta_bias", (batch, chunks, width), (None, None, d), lambda i, c, b: (b, c, i)),
-        ("starts ends", (batch, chunks, n, width), (None, chunks, n, d), lambda i, c, b: (b, 0, 0, i)),
-        ("step_sums", (batch, chunks, width), (None, chunks, d), lambda i, c, b: (b, 0, i)),
+        ("start end dA", (batch, chunks, n, width), (None, None, n, d), lambda i, c, b: (b, c, 0, first + i)),
+        ("step_sum dD ddelta_bias", (batch, chunks, width), (None, None, d), lambda i, c, b: (b, c, first + i)),
+        ("starts ends", (batch, chunks, n, width), (None, chunks, n, d), lambda i, c, b: (b, 0, 0, first + i)),
+        ("step_sums", (batch, chunks, width), (None, chunks, d), lambda i, c, b: (b, 0, first + i)),
         # One state per group of steps: with groups of 8, an eighth of all states, while the backward pass runs.
-        ("group_starts", (batch, chunks * groups, n, width), (None, groups, n, d), lambda i, c, b: (b, c, 0, i)),
-        # One array per block of channels: the parts of a sum over channels, which XLA adds after the kernel. Atomic
-        # additions would save this memory, but their order, and so the rounding, would change from run to run.
-        ("dB dC", (blocks, batch, chunks * chunk, n), (None, None, chunk, n), lambda i, c, b: (i, b, c, 0)),
+        (
+            "group_starts",
+            (batch, chunks * groups, n, width),
+            (None, groups, n, d),
+            lambda i, c, b: (b, c, 0, first + i),
+        ),
+        # One array per block of channels of a call: the parts of a sum over channels, which XLA adds after the kernel.
+        # Atomic additions would save this memory, but their order, and so the rounding, would change from run to run.
+        (
+            "dB dC",
+            (problem.call_blocks, batch, chunks * chunk, n),
+            (None, None, chunk, n),
+            lambda i, c, b: (i, b, c, 0),
+        ),
     ]
     specs = {names: (shape, pl.BlockSpec(block, index_map)) for names, shape, block, index_map in layouts}
     return {name: spec for names, spec in specs.items() for name in names.split()}

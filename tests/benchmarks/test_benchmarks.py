@@ -211,7 +211,7 @@ def test_what_took_too_long_is_left_out_of_larger_problems(small_copy, monkeypat
 
 
 def test_every_implementation_that_runs_here_is_measured():
-    portable = {name for name in api.IMPLEMENTATIONS if not name.startswith("pallas_")}
+    portable = {name for name in api.IMPLEMENTATIONS if name not in api.SUPPORT_CHECKS}
     names = selective_scan.implementations()
     assert names[0] == "xla"
     assert set(names) == portable

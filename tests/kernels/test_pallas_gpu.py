@@ -14,6 +14,7 @@ from jax.experimental import pallas as pl
 
 from sisma_jax.kernels.selective_scan import pallas_gpu
 from sisma_jax.kernels.selective_scan.pallas_gpu import BlockSizes, selective_scan_pallas_gpu
+from sisma_jax.kernels.selective_scan.pallas_gpu_layout import Problem, operands
 from tests.kernels.scan_cases import (
     ARGUMENTS,
     BFLOAT16,
@@ -251,6 +252,29 @@ def test_lowering_for_cuda_without_an_array_of_all_states(d_inner, batch, dtype)
 def test_lowering_for_cuda_where_64_bit_types_are_enabled():
     with jax.enable_x64(True):
         assert "__gpu$xla.gpu.triton" in lowered_gradient(selective_scan_pallas_gpu, Case(2, 50, 40, 3, reverse=True))
+
+
+@pytest.mark.parametrize(("d_inner", "d_state"), [(768, 16), (1536, 64), (6144, 64)])
+def test_partial_sums_of_a_call_are_bounded(d_inner, d_state):
+    sizes = pallas_gpu.block_sizes(8, 1024, d_inner, d_state)
+    problem = Problem(8, 1024, d_inner, d_state, sizes, True, False, False)
+    parts = pallas_gpu._parts(problem)
+    taken = [part.first_block + i for part in parts for i in range(part.call_blocks)]
+    assert taken == list(range(problem.blocks))
+    assert len(parts) <= 16
+    all_sums = 4 * math.prod(operands(problem)["dB"][0])
+    for part in parts:
+        assert 4 * math.prod(operands(part)["dB"][0]) <= max(2**26, all_sums / 16)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_programs_that_are_cut_into_several_calls(reverse, blocks, monkeypatch):
+    blocks(d_inner=4, chunk=4)
+    monkeypatch.setattr(pallas_gpu, "MAX_PARTIAL_BYTES", 1)
+    monkeypatch.setattr(pallas_gpu, "MAX_PARTS", 3)
+    # Five blocks in three calls, of which the last one has one block, which is ragged.
+    case = Case(2, 7, 18, 3, reverse=reverse)
+    assert_close(case.computed(interpreted), expected_results(case), **FLOAT32)
 
 
 def test_an_array_of_all_states_would_be_found():

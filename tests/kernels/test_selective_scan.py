@@ -370,7 +370,9 @@ def test_integers_are_refused_by_name():
 
 def test_an_unknown_implementation_is_refused_with_the_valid_names():
     inputs = {key: jnp.asarray(x, "float32") for key, x in GOOD.inputs().items()}
-    with pytest.raises(ValueError, match=r"'cuda'.*'pallas_tpu', 'pallas_gpu', 'xla', 'associative', 'reference'"):
+    with pytest.raises(
+        ValueError, match=r"'cuda'.*'pallas_tpu', 'mosaic_gpu', 'pallas_gpu', 'xla', 'associative', 'ref"
+    ):
         selective_scan(**inputs, implementation="cuda")
 
 

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 
 from sisma_jax.kernels import depthwise_conv2d, sequence_parallel_scan
-from sisma_jax.kernels.selective_scan import api, pallas_gpu, pallas_tpu
+from sisma_jax.kernels.selective_scan import api, mosaic_gpu, pallas_gpu, pallas_tpu
 from tests.kernels.scan_cases import Case
 from tests.kernels.test_depthwise_conv import xla_convolution
 from tests.kernels.test_sequence_parallel import in_parts
@@ -18,7 +18,7 @@ from tests.kernels.test_ssd import Case as SsdCase
 from tests.kernels.transforms import AUTO, CHECKS, EXPLICIT, ON_MESHES, Subject, check, first_derivatives
 from tests.processes import ROOT
 
-KERNELS = ("pallas_tpu", "pallas_gpu")
+KERNELS = ("pallas_tpu", "mosaic_gpu", "pallas_gpu")
 PARAMETERS = ("A", "D", "delta_bias")
 
 
@@ -100,6 +100,7 @@ def interpreted(monkeypatch):
     monkeypatch.setattr(
         pallas_gpu, "block_sizes", lambda *shape: pallas_gpu.BlockSizes(4, pl.next_power_of_2(shape[3]), 2, 4)
     )
+    monkeypatch.setattr(mosaic_gpu, "block_sizes", lambda d_state: mosaic_gpu.BlockSizes(4, d_state, 1))
     kernels = {name: functools.partial(api.IMPLEMENTATIONS[name], interpret=True) for name in KERNELS}
     monkeypatch.setattr(api, "IMPLEMENTATIONS", api.IMPLEMENTATIONS | kernels)
 

@@ -111,6 +111,11 @@ class MeanFlow(FlowMatching):
         Two times are drawn. The earlier one is t, and the later one t + h; in a share `flow.same_time` of the examples,
         h is 0. 1 / w is uniform in [1 / max_guidance, 1]. The interval is [0, 1] at each end for half of the examples,
         and else ends uniformly within the next half.
+
+        Args:
+          batch: as for `FlowMatching.draw`.
+          key: random key of this batch.
+          mask_dropout: probability of the null condition, in [0, 1].
         """
         flow_key, time_key, same_key, scale_key, interval_key = jax.random.split(key, 5)
         examples = super().draw(batch, flow_key, mask_dropout)

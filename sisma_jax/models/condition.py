@@ -61,7 +61,7 @@ class ConditionEncoder(nnx.Module):
         num_classes: int,
         downsampling: int,
         *,
-        is_guided: bool,
+        is_guided: bool = False,
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):

@@ -102,6 +102,9 @@ class ModelConfig(Section):
     The public weights of U-Shape Mamba require the latter."""
     mixer_skip: bool = False
     """Add Self-Mamba's input, times a learned scale, to its output, as the public weights of U-Shape Mamba require."""
+    time_frequencies: Literal["smooth", "dit"] = "smooth"
+    """Frequencies of the time embedding: smooth, up to 16, which mean flows need; or dit, up to 1000, which the
+    public weights of U-Shape Mamba require."""
     learned_positions: int = value(0, NON_NEGATIVE)
     """Side of the token grid for learned position embeddings; 0: sines and cosines, which fit a grid of any size."""
     mask_conditioning: Literal["cross", "spade", "concat"] = "cross"

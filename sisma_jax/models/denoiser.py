@@ -91,7 +91,7 @@ class Denoiser(nnx.Module):
             rngs=rngs,
         )
         self.embed = nnx.Linear(d_patch, d_model, dtype=dtype, rngs=rngs)
-        self.time = ScalarEmbedding(d_model, rngs=rngs)
+        self.time = ScalarEmbedding(d_model, frequencies=config.time_frequencies, rngs=rngs)
         self.duration = ScalarEmbedding(d_model, is_zero=True, rngs=rngs) if is_mean_flow else None
         is_concatenated = config.mask_conditioning == "concat"
         self.merge = ConcatenatedMask(d_model, dtype=dtype, rngs=rngs) if is_concatenated else unmerged

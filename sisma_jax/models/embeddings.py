@@ -1,5 +1,7 @@
 """Position embeddings, which are added to the tokens, and embeddings of scalars, which modulate the layers."""
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,18 +11,25 @@ from jaxtyping import Array, Float
 from sisma_jax.models.patches import Grid
 
 TIME_FREQUENCIES = 256
-# Lowest and highest angular frequency of `time_features`.
-_LOWEST, _HIGHEST = 0.16, 16.0
+TimeFrequencies = Literal["smooth", "dit"]
+# Angular frequencies of `time_features`: from 16 to 0.16, and those of DiT at time step 1000 t.
+_FREQUENCIES = {
+    "smooth": np.geomspace(16.0, 0.16, TIME_FREQUENCIES // 2),
+    "dit": 1000.0 * 10_000.0 ** (-np.arange(TIME_FREQUENCIES // 2) / (TIME_FREQUENCIES // 2)),
+}
 
 
-def time_features(t: Float[Array, " B"]) -> Float[Array, "B 256"]:
-    """Returns cosines and sines of numbers in [0, 1], such as times, at frequencies from 0.16 to 16, float32.
+def time_features(t: Float[Array, " B"], frequencies: TimeFrequencies = "smooth") -> Float[Array, "B 256"]:
+    """Returns cosines and sines of numbers in [0, 1], such as times, float32.
 
-    DiT (arXiv 2212.09748) has frequencies up to 1000. The network then changes so fast with t that its derivative,
-    which mean flows need, is noise. With 16, flow matching is as good and the derivative is right.
+    With the frequencies of DiT (arXiv 2212.09748), up to 1000, the network changes so fast with t that its derivative,
+    which mean flows need, is noise. With those up to 16, flow matching is as good and the derivative is right.
+
+    Args:
+      t: the numbers.
+      frequencies: "smooth", up to 16, or "dit", up to 1000.
     """
-    frequencies = np.geomspace(_HIGHEST, _LOWEST, TIME_FREQUENCIES // 2)
-    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None]
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(_FREQUENCIES[frequencies], jnp.float32)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -30,18 +39,28 @@ class ScalarEmbedding(nnx.Module):
     Args:
       d_model: channels of the embedding.
       num_scalars: how many numbers are embedded together.
+      frequencies: of `time_features`.
       is_zero: whether the embedding is initially zero, so that a model that is trained without it can be fine-tuned.
       rngs: randomness of the initial parameters.
     """
 
-    def __init__(self, d_model: int, num_scalars: int = 1, *, is_zero: bool = False, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        d_model: int,
+        num_scalars: int = 1,
+        *,
+        frequencies: TimeFrequencies = "smooth",
+        is_zero: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.frequencies: TimeFrequencies = frequencies
         self.up = nnx.Linear(num_scalars * TIME_FREQUENCIES, d_model, rngs=rngs)
         init = nnx.initializers.zeros if is_zero else nnx.initializers.lecun_normal()
         self.down = nnx.Linear(d_model, d_model, kernel_init=init, rngs=rngs)
 
     def __call__(self, *scalars: Float[Array, " B"]) -> Float[Array, "B D"]:
         """Returns the embedding of numbers in [0, 1], float32."""
-        features = jnp.concatenate([time_features(x) for x in scalars], axis=-1)
+        features = jnp.concatenate([time_features(x, self.frequencies) for x in scalars], axis=-1)
         return self.down(jax.nn.silu(self.up(features)))
 
 

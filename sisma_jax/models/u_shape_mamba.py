@@ -86,6 +86,7 @@ def model_config(weights: Weights, **values: Any) -> ModelConfig:
         "d_conv": _get(weights, f"{scan}.conv2d.weight").shape[-1],
         "mlp_ratio": 0.0,
         "order_rotation": "grouped",
+        "time_frequencies": "dit",
         "mixer_skip": True,
         "learned_positions": round(num_positions**0.5),
         "mask_conditioning": "concat",

@@ -57,9 +57,11 @@ def installed(wheel, tmp_path_factory) -> Path:
 def test_a_wheel_contains_one_top_level_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"sisma_jax"}
-    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "kernels").rglob("*.py")}
+    files = [*(ROOT / "kernels").rglob("*.py"), ROOT / "kernels/README.md"]
+    expected = {str(path.relative_to(ROOT)) for path in files}
     assert {name.removeprefix("sisma_jax/") for name in names if name.startswith("sisma_jax/kernels/")} == expected
     data = ("py.typed", "data/class_sets/celebamask_hq.json", "evaluation/report.html", "evaluation/report.css")
+    data += ("planning/scan_bundles.json",)
     assert {f"sisma_jax/{file}" for file in data} < set(names)
 
 

@@ -1,10 +1,15 @@
 """Times a function evaluation of the denoiser by number of tokens: SISMA, its U shape, and a DiT of the same size.
 
-    python benchmarks/denoiser.py [--size B] [--tokens 1024 4096] [--no-parts] [--json FILE]
+    python benchmarks/denoiser.py [--size B] [--tokens 1024 4096] [--no-parts] [--torch-compile] [--json FILE]
 
 The latents have 32, 64 or 128 positions per side, 4 channels and patch size 1, which corresponds to images of 256, 512
 and 1024 px. The benchmark evaluates one image in float32, forward only, with random parameters. The encoding of the
-mask is not included, since a sampler computes it once for all steps.
+mask and what the layers read from it are not included, since a sampler computes them once for all steps.
+
+If PyTorch is installed (benchmarks/requirements-torch.txt), each DiT also runs in PyTorch, with the same parameters. It
+is timed only if its results agree. `--peer MODULE:FUNCTION` adds any other PyTorch module: the function
+gets the side of the latent and the width of the mask features, and returns a module that maps latents (1, L, C), times
+(1,) and mask features (1, L, D), float32, to a tensor.
 
 The benchmark also runs every part of a layer alone, at each resolution of the model. The share of a part is its time in
 all layers divided by the time of the function evaluation. FLOPs are the sum over the parts by XLA's cost analysis. This
@@ -15,6 +20,7 @@ those of convolution and attention are XLA's for its own implementations. JSON: 
 
 import dataclasses
 import functools
+import importlib.util
 import math
 import sys
 from collections.abc import Callable
@@ -36,7 +42,7 @@ from sisma_jax.kernels import selective_scan
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.denoiser import Denoiser
-from sisma_jax.models.dit import Attention, attention
+from sisma_jax.models.dit import HEAD_CHANNELS, Attention, CrossAttention, attention
 from sisma_jax.models.factory import layer_parts
 from sisma_jax.models.layers import Block, FeedForward, make_block
 from sisma_jax.models.mamba import CrossMamba, OrderedScan, SelfMamba
@@ -59,7 +65,7 @@ class PartCost(TypedDict):
 class DenoiserResult(measure.Result):
     """A result with the number of parameters, the median's ratio to that of the first model, and the costs of parts."""
 
-    parameters: int
+    parameters: int | None
     ratio_to_first: float | None
     parts: NotRequired[dict[str, PartCost]]
 
@@ -159,9 +165,79 @@ def call(graph: nnx.GraphDef[Denoiser], params: State, x: jax.Array, t: jax.Arra
       params: its parameters.
       x: noisy latents, float32 (B, H, W, C).
       t: times in [0, 1], float32 (B,).
-      condition: the encoded masks.
+      condition: the encoded masks, with what the layers have read from them.
     """
     return nnx.merge(graph, params)(x, t, condition)
+
+
+def read(graph: nnx.GraphDef[Denoiser], params: State, condition: Condition) -> Condition:
+    """Returns the encoded masks with what the layers read from them.
+
+    Args:
+      graph: of the denoiser.
+      params: its parameters.
+      condition: the encoded masks.
+    """
+    return nnx.merge(graph, params).read(condition)
+
+
+def torch_candidates(
+    name: str, params: State, config: ModelConfig, x: jax.Array, t: jax.Array, mask: jax.Array, *, is_compiled: bool
+) -> list[measure.Candidate]:
+    """Returns the DiT in PyTorch with the same parameters, which must give the values of the candidate `name`.
+
+    Args:
+      name: of the candidate in JAX, which is also the group of both.
+      params: parameters of the DiT.
+      config: of the DiT.
+      x: noisy latents, float32 (1, H, W, C).
+      t: times in [0, 1], float32 (1,).
+      mask: mask features, float32 (1, H, W, D).
+      is_compiled: also add the module compiled by `torch.compile`.
+    """
+    import torch  # pyright: ignore[reportMissingImports]  optional, not in the development environment
+
+    from benchmarks.torch_dit import TorchDit
+
+    d_head = min(HEAD_CHANNELS, config.d_model)
+    module = TorchDit(jax.tree.map(np.asarray, nnx.to_pure_dict(params)), x.shape[1], d_head).eval()
+    sequence, times, features = (torch.from_numpy(np.array(a)) for a in (x, t, mask))
+    with torch.inference_mode():
+        read = module.read(features.flatten(1, 2))
+    candidates = [("PyTorch", module)]
+    if is_compiled:
+        candidates.append(("torch.compile", torch.compile(module)))
+
+    def run(module: Callable[..., "torch.Tensor"]) -> np.ndarray:
+        with torch.inference_mode():
+            y = module(sequence.flatten(1, 2), times, features.flatten(1, 2), read)
+        return y.numpy().reshape(x.shape)
+
+    return [measure.Candidate(f"{name}, {label}", functools.partial(run, one), group=name) for label, one in candidates]
+
+
+def peer_candidate(peer: str, x: jax.Array, t: jax.Array, mask: jax.Array) -> measure.Candidate:
+    """Returns a PyTorch module of the user as a candidate; see the module's docstring.
+
+    Args:
+      peer: "MODULE:FUNCTION".
+      x: noisy latents, float32 (1, H, W, C).
+      t: times in [0, 1], float32 (1,).
+      mask: mask features, float32 (1, H, W, D).
+    """
+    import torch  # pyright: ignore[reportMissingImports]  optional, not in the development environment
+
+    path, _, function = peer.partition(":")
+    module = getattr(importlib.import_module(path), function)(x.shape[1], mask.shape[-1]).eval()
+    arguments = [
+        torch.from_numpy(np.array(a)) for a in (x.reshape(1, -1, x.shape[-1]), t, mask.reshape(1, -1, mask.shape[-1]))
+    ]
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return module(*arguments).numpy()
+
+    return measure.Candidate(peer, run)
 
 
 def layers_at(config: ModelConfig, side: int) -> dict[int, int]:
@@ -188,6 +264,8 @@ def random_block(config: ModelConfig) -> Block:
 def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
     """Returns the operations of a layer, without elementwise operations and the reordering of tokens.
 
+    What a layer reads from the mask is not among them, with the presets' wiring of Cross-Mamba.
+
     Args:
       block: the layer.
       side: tokens along the side of the grid.
@@ -204,22 +282,25 @@ def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
         if isinstance(module, FeedForward):
             work.append(_applied("feed-forward", module, x, Condition(x), ()))
         elif isinstance(module, Attention):
-            work += [_applied("projections", linear, x) for linear in (module.query_proj, module.key_value_proj)]
+            linears = (
+                (module.query_proj,)
+                if isinstance(module, CrossAttention)
+                else (module.query_proj, module.key_value_proj)
+            )
+            work += [_applied("projections", linear, x) for linear in linears]
             work.append(_applied("projections", module.out_proj, x))
             heads = x.reshape(1, side * side, -1, module.d_head)
             work.append(Work("attention", attention, (heads,) * 3, 1, jax.nn.dot_product_attention, (heads,) * 3))
         elif isinstance(module, SelfMamba | CrossMamba):
             inner = grid(module.d_inner)
             work += [_applied("projections", module.in_proj, x), _applied("projections", module.out_proj, inner)]
-            num_streams = 1
-            if isinstance(module, CrossMamba):
-                work.append(_applied("projections", module.mask_proj, x))
-                num_streams = 2
-            work.append(_convolution(module.conv, inner, num_streams))
+            work.append(_convolution(module.conv, inner))
             for scan in module.scans:
                 assert isinstance(scan, OrderedScan), "the presets have the mixer scan"
-                work += [_applied("projections", linear, inner) for linear in (scan.drive_proj, scan.readout_proj)]
-                work += [_applied("projections", jnp.matmul, grid(scan.dt_rank), scan.dt_proj[...]), _scan(scan, inner)]
+                work += [_applied("projections", scan.readout_proj, inner), _scan(scan, inner)]
+                if isinstance(module, SelfMamba):
+                    work.append(_applied("projections", scan.drive_proj, inner))
+                    work.append(_applied("projections", jnp.matmul, grid(scan.dt_rank), scan.dt_proj[...]))
     return work
 
 
@@ -230,7 +311,7 @@ def _applied(part: str, function: Callable[..., Any], *arguments: Any) -> Work:
     return Work(part, function, arguments, 1)
 
 
-def _convolution(conv: DepthwiseConv, x: jax.Array, times: int) -> Work:
+def _convolution(conv: DepthwiseConv, x: jax.Array) -> Work:
     counted = functools.partial(
         jax.lax.conv_general_dilated,
         window_strides=(1, 1),
@@ -239,9 +320,7 @@ def _convolution(conv: DepthwiseConv, x: jax.Array, times: int) -> Work:
         feature_group_count=x.shape[-1],
     )
     kernel = conv.kernel[...][:, :, None]
-    return dataclasses.replace(
-        _applied("convolution", conv, x), times=times, counted=counted, counted_arguments=(x, kernel)
-    )
+    return dataclasses.replace(_applied("convolution", conv, x), counted=counted, counted_arguments=(x, kernel))
 
 
 def _scan(scan: OrderedScan, x: jax.Array) -> Work:
@@ -295,6 +374,8 @@ def main(
     repeats: int = 5,
     budget_secs: float = 60.0,
     parts: bool = True,
+    torch_compile: bool = False,
+    peer: str = "",
     json: Path | None = None,
 ) -> None:
     """Times the denoisers and prints tables for each number of tokens.
@@ -305,6 +386,8 @@ def main(
       repeats: number of rounds; each round runs every model once.
       budget_secs: a model whose runs add up to more than this is left out of the remaining rounds.
       parts: run every part of a layer alone, too.
+      torch_compile: also run the PyTorch models after `torch.compile`, which needs a C++ compiler.
+      peer: MODULE:FUNCTION that returns a PyTorch module to add.
       json: file for all samples.
     """
     configs = models(size)
@@ -312,31 +395,42 @@ def main(
     for length in tokens:
         side = math.isqrt(length)
         x = jnp.ones((1, side, side, CHANNELS))
-        t, condition = jnp.full((1,), 0.5), Condition(jnp.ones((1, side, side, configs[f"SISMA-{size}"].d_model)))
-        candidates, sizes = [], {}
+        t, mask = jnp.full((1,), 0.5), jnp.ones((1, side, side, configs[f"SISMA-{size}"].d_model))
+        candidates, sizes, config_of = [], {}, {}
         for name, config in configs.items():
             graph, state = denoiser(config)
-            sizes[name] = sum(x.size for x in jax.tree.leaves(state))
-            candidates.append(
+            params = random_parameters(state)
+            condition = jax.jit(functools.partial(read, graph))(params, Condition(mask))
+            has_torch = config.backbone == "dit" and importlib.util.find_spec("torch") is not None
+            new = [
                 measure.compiled_candidate(
-                    name, functools.partial(call, graph), random_parameters(state), x, t, condition
+                    name, functools.partial(call, graph), params, x, t, condition, group=name if has_torch else ""
                 )
-            )
-        results = measure.measure(candidates, repeats, budget_secs, tolerance=0.0)
+            ]
+            if has_torch:
+                new += torch_candidates(name, params, config, x, t, mask, is_compiled=torch_compile)
+            candidates += new
+            for one in new:
+                sizes[one.name], config_of[one.name] = sum(leaf.size for leaf in jax.tree.leaves(state)), config
+        if peer:
+            candidates.append(peer_candidate(peer, x, t, mask))
+        results = measure.measure(candidates, repeats, budget_secs, tolerance=1e-3)
         del candidates  # and the parameters with them
         first = results[0]["median_secs"]
         rows, shares = [], []
         denoiser_results: list[DenoiserResult] = []
-        for measured, (name, config) in zip(results, configs.items(), strict=True):
-            median = measured["median_secs"]
+        for measured in results:
+            name, median = measured["name"], measured["median_secs"]
+            config = config_of.get(name)
             ratio = median / first if median and first else None
-            result: DenoiserResult = {**measured, "parameters": sizes[name], "ratio_to_first": ratio}
+            result: DenoiserResult = {**measured, "parameters": sizes.get(name), "ratio_to_first": ratio}
             denoiser_results.append(result)
-            row = [name, f"{config.depth + 2 * sum(config.level_depths)}", f"{sizes[name] / 1e6:.0f}M"]
+            depth = f"{config.depth + 2 * sum(config.level_depths)}" if config else ""
+            row = [name, depth, f"{sizes[name] / 1e6:.0f}M" if config else ""]
             row += [*measure.milliseconds(result), measure.mebibytes(result["temporary_bytes"])]
             rows.append([*row, "-" if ratio is None else f"{ratio:.2f}"])
-            if parts and median:
-                costs = result["parts"] = measure_parts(config, side, repeats)
+            if parts and median and name in configs:
+                costs = result["parts"] = measure_parts(configs[name], side, repeats)
                 total = sum(part["flops"] for part in costs.values())
                 cells = [
                     f"{1e3 * part['secs']:.0f} ms {100 * part['secs'] / median:.0f}%" if part["secs"] else "-"

@@ -114,6 +114,13 @@ class ModelConfig(Section):
     """Inputs of Cross-Mamba: state_from_mask takes Δ and B from the mask, and C from the image.
     readout_from_mask takes Δ and B from the image, and C from the mask.
     Both take the scan's input u from the mask."""
+    patch_overlap: int = value(0, NON_NEGATIVE)
+    """Margin of a patch, in latent positions (or pixels), by which it overlaps its neighbours on the way in and out."""
+    region_pooling: bool = False
+    """Let the tokens of each class share their mean in every layer, and all tokens that of the image."""
+    modulation: Literal["per_layer", "shared"] = "per_layer"
+    """adaLN: a linear map of the time embedding in every layer; or one for all layers, to which each layer adds a
+    vector of its own (adaLN-single, arXiv 2310.00426)."""
     d_label: int = value(32, COUNT)
     """Channels of the mask encoder's label embedding, which has the resolution of the image."""
     scan_implementation: Literal[
@@ -408,6 +415,12 @@ class Sampling(Section):
         is_known = type(self.guidance) in (int, float)  # and not a tracer
         return not is_known or (self.guidance != 1 and self.guidance_low < self.guidance_high)
 
+    @property
+    def is_always_guided(self) -> bool:
+        """Whether guidance, if there is any, is known to apply at all times; false for a traced interval."""
+        interval = self.guidance_low, self.guidance_high
+        return all(type(end) in (int, float) for end in interval) and interval == (0, 1)
+
 
 @dataclasses.dataclass(frozen=True)
 class ParserConfig(Section):
@@ -505,6 +518,11 @@ class Config:
             raise InputError(
                 f"mesh.seq {self.mesh.seq} shards the sequence, which model.mixer ssd does not support; set mesh.seq "
                 "to 1 or model.mixer to scan."
+            )
+        if self.flow.objective == "mean_flow" and model.time_frequencies == "dit":
+            raise InputError(
+                "model.time_frequencies dit varies too fast for the derivative that flow.objective mean_flow needs; set "
+                "it to smooth."
             )
         every, checkpoints = self.evaluate.every_steps, self.train.checkpoint_every_steps
         if every % checkpoints:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from sisma_jax.diffusion.flow import MIN_REMAINING
 from sisma_jax.diffusion.solvers import Point, Velocity
-from sisma_jax.models.condition import Condition
+from sisma_jax.models.condition import Condition, interleaved
 
 # Lower bound of the standard deviation of a data estimate, so that a constant estimate is not divided by zero.
 MIN_DEVIATION = 1e-6
@@ -22,6 +22,7 @@ def guided(
     *,
     interval: tuple[float | Float[Array, ""], float | Float[Array, ""]] = (0.0, 1.0),
     rescale: float | Float[Array, ""] = 0.0,
+    skips: bool = False,
 ) -> Velocity:
     """Returns the guided velocity v_null + scale (v - v_null), where v is the velocity with the condition.
 
@@ -30,25 +31,32 @@ def guided(
     Args:
       denoise: (x, t, condition) -> velocity.
       condition: condition of each example.
-      null: the null condition, with which the network was trained for dropped conditions.
+      null: the null condition, with which the network was trained for dropped conditions; of each example, or of one.
       scale: guidance scale; 1 is no guidance.
       interval: guidance applies at times in [low, high). At all other times the result is bit-identical to v. The noise
         levels (s_low, s_high] of the paper (arXiv 2404.07724; noise over signal, s = (1 - t) / t) are the times
-        [1 / (1 + s_high), 1 / (1 + s_low)). Both evaluations run at all times, because skipping one would compile the
-        network twice.
+        [1 / (1 + s_high), 1 / (1 + s_low)).
       rescale: in [0, 1]; how far the guided data estimate is rescaled to the standard deviation of the unguided one,
         against over-exposure (see `_rescaled`).
+      skips: skip the evaluation with the null condition at times when no example is guided. The program then contains
+        the network twice.
     """
     velocities = with_and_without(denoise, condition, null)
 
     def velocity(x: Point, t: Float[Array, " B"]) -> Point:
-        conditional, unconditional = velocities(x, t)
-        extrapolated = unconditional + scale * (conditional - unconditional)
         low, high = interval
         is_guided = (low <= t) & (t < high)
-        # A scale of 1 outside the interval would not be bit-identical to v.
-        chosen = _rescaled(extrapolated, conditional, x, t, rescale)
-        return jnp.where(is_guided[:, None, None, None], chosen, conditional)
+
+        def extrapolated(x: Point) -> Point:
+            conditional, unconditional = velocities(x, t)
+            guided = unconditional + scale * (conditional - unconditional)
+            # A scale of 1 outside the interval would not be bit-identical to v.
+            chosen = _rescaled(guided, conditional, x, t, rescale)
+            return jnp.where(is_guided[:, None, None, None], chosen, conditional)
+
+        if not skips:
+            return extrapolated(x)
+        return jax.lax.cond(is_guided.any(), extrapolated, lambda x: denoise(x, t, condition), x)
 
     return velocity
 
@@ -63,9 +71,9 @@ def with_and_without(
     Args:
       denoise: (x, t, condition) -> velocity.
       condition: condition of each example.
-      null: the null condition.
+      null: the null condition of each example, or of one.
     """
-    conditions = jax.tree.map(_in_turn, condition, null)
+    conditions = interleaved(condition, null)
 
     def velocities(x: Point, t: Float[Array, " B"]) -> tuple[Point, Point]:
         pairs = denoise(_in_turn(x, x), _in_turn(t, t), conditions).reshape(-1, 2, *x.shape[1:])

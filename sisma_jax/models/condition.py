@@ -6,12 +6,12 @@ example of `mask`. A vector per image is added to the time embedding in `Conditi
 
 import dataclasses
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, PyTree
 
 from sisma_jax.config import ModelConfig
 from sisma_jax.models.embeddings import ScalarEmbedding
@@ -28,11 +28,16 @@ class Condition:
 
     Attributes:
       mask: mask features S_M, one per token.
+      regions: for region pooling, the share of each token's pixels that have each class.
+      read: what the layers of the denoiser have read from the condition, so that they need not read it again: arrays
+        (layers, B, ...); None if they have not.
       guidance: embedding of the guidance that a mean flow contains; None in other models.
     """
 
     mask: Float[Array, "B h w D"]
     guidance: Float[Array, "B D"] | None = None
+    regions: Float[Array, "B h w K"] | None = None
+    read: PyTree[Array] = None
 
     def embedding(self, time: Float[Array, "B D"]) -> Float[Array, "B D"]:
         """Returns the vector per image that modulates the layers.
@@ -41,6 +46,27 @@ class Condition:
           time: time embedding of each image.
         """
         return time if self.guidance is None else time + self.guidance
+
+
+def interleaved(condition: Condition, null: Condition) -> Condition:
+    """Returns the rows of both conditions in turn. A sharded batch then has each pair on one device and moves no data.
+
+    Args:
+      condition: of B examples.
+      null: of B examples, or of one, which is repeated.
+    """
+
+    def in_turn(axis: int) -> Callable[[Array, Array], Array]:
+        def pairs(x: Array, y: Array) -> Array:
+            shape = (*x.shape[:axis], -1, *x.shape[axis + 1 :])
+            return jnp.stack([x, jnp.broadcast_to(y, x.shape)], axis=axis + 1).reshape(shape)
+
+        return pairs
+
+    # The first axis of what the layers have read is that of the layers.
+    read = jax.tree.map(in_turn(1), condition.read, null.read)
+    rest = jax.tree.map(in_turn(0), dataclasses.replace(condition, read=None), dataclasses.replace(null, read=None))
+    return dataclasses.replace(rest, read=read)
 
 
 class ConditionEncoder(nnx.Module):
@@ -68,6 +94,7 @@ class ConditionEncoder(nnx.Module):
         self.mask_encoder = MaskEncoder(
             downsampling, num_classes, config.d_label, config.d_model, dtype=dtype, rngs=rngs
         )
+        self.has_regions = config.region_pooling
         self.guidance = ScalarEmbedding(config.d_model, 3, is_zero=True, rngs=rngs) if is_guided else None
 
     @staticmethod
@@ -92,6 +119,8 @@ class ConditionEncoder(nnx.Module):
         """
         mask = self.mask_encoder(inputs["mask"])
         condition = Condition(mask, self._guidance(inputs.get("guidance"), len(mask)))
+        if self.has_regions:
+            condition = dataclasses.replace(condition, regions=self.mask_encoder.class_shares(inputs["mask"]))
         if is_dropped is None:
             return condition
 
@@ -103,7 +132,8 @@ class ConditionEncoder(nnx.Module):
     def null(self, condition: Condition) -> Condition:
         """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
         shape = condition.mask.shape
-        return Condition(self.mask_encoder.null_features(shape), self._guidance(None, shape[0]))
+        regions = None if condition.regions is None else jnp.zeros_like(condition.regions)
+        return Condition(self.mask_encoder.null_features(shape), self._guidance(None, shape[0]), regions)
 
     def _guidance(self, given: Float[Array, "B 3"] | None, batch: int) -> Float[Array, "B D"] | None:
         if self.guidance is None:
@@ -129,7 +159,11 @@ class CoarserCondition(nnx.Module):
 
     def __call__(self, condition: Condition) -> Condition:
         """Returns the condition at half the height and width."""
-        return dataclasses.replace(condition, mask=self.mask(condition.mask))
+        regions = condition.regions
+        if regions is not None:
+            b, h, w, k = regions.shape
+            regions = regions.reshape(b, h // 2, 2, w // 2, 2, k).mean(axis=(2, 4))
+        return dataclasses.replace(condition, mask=self.mask(condition.mask), regions=regions)
 
 
 class ConcatenatedMask(nnx.Module):

@@ -1,8 +1,8 @@
 """The denoiser: patchify, condition, layers, unpatchify. A backbone supplies the parts of the layers."""
 
+import dataclasses
 from collections.abc import Mapping
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
@@ -10,8 +10,17 @@ from jaxtyping import Array, Bool, Float
 from sisma_jax.config import ModelConfig
 from sisma_jax.models.condition import ConcatenatedMask, Condition, ConditionEncoder, unmerged
 from sisma_jax.models.embeddings import FixedPositions, LearnedPositions, ScalarEmbedding
-from sisma_jax.models.layers import Block, LayerParts, Stack, layer_norm, make_block, modulate
-from sisma_jax.models.patches import Grid, depth_to_space, space_to_depth
+from sisma_jax.models.layers import (
+    Block,
+    LayerParts,
+    Modulation,
+    Stack,
+    layer_norm,
+    make_block,
+    modulate,
+    modulation_size,
+)
+from sisma_jax.models.patches import Grid, overlap_add, windows
 from sisma_jax.models.u_shape import UShape
 from sisma_jax.parallel import sharding
 
@@ -27,7 +36,7 @@ class Head(nnx.Module):
 
     def __init__(self, d_model: int, d_patch: int, *, rngs: nnx.Rngs):
         zeros = nnx.initializers.zeros
-        self.modulation = nnx.Linear(d_model, 2 * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+        self.modulation = Modulation(d_model, 2 * d_model, rngs=rngs)
         self.out_proj = nnx.Linear(d_model, d_patch, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
     def __call__(self, x: Grid, embedding: Float[Array, "B D"]) -> Float[Array, "B H W P"]:
@@ -37,7 +46,7 @@ class Head(nnx.Module):
           x: tokens after the last layer.
           embedding: of the time and of conditions per image; it gives shift and scale.
         """
-        shift, scale = jnp.split(self.modulation(jax.nn.silu(embedding)), 2, axis=-1)
+        shift, scale = jnp.split(self.modulation(embedding), 2, axis=-1)
         return self.out_proj(modulate(layer_norm(x), shift, scale)).astype(jnp.float32)
 
 
@@ -74,12 +83,13 @@ class Denoiser(nnx.Module):
         dtype: jnp.dtype,
         rngs: nnx.Rngs,
     ):
-        d_model, d_patch = config.d_model, config.patch_size**2 * latent_channels
+        d_model, d_patch = config.d_model, (config.patch_size + 2 * config.patch_overlap) ** 2 * latent_channels
 
         def make_layer(rngs: nnx.Rngs) -> Block:
             return make_block(config, parts, dtype=dtype, rngs=rngs)
 
         self.patch_size = config.patch_size
+        self.patch_overlap = config.patch_overlap
         self.num_halvings = len(config.level_depths)
         self.dtype = dtype
         self.condition_encoder = ConditionEncoder(
@@ -101,6 +111,8 @@ class Denoiser(nnx.Module):
             self.layers = UShape(config, make_layer, dtype=dtype, rngs=rngs)
         else:
             self.layers = Stack(config, make_layer, range(config.depth), rngs=rngs)
+        is_shared = config.modulation == "shared"
+        self.modulation = Modulation(d_model, modulation_size(config), rngs=rngs) if is_shared else _same
         self.head = Head(d_model, d_patch, rngs=rngs)
 
     def encode(self, inputs: Mapping[str, Array], is_dropped: Bool[Array, " B"] | None = None) -> Condition:
@@ -115,6 +127,16 @@ class Denoiser(nnx.Module):
           ValueError: a side of the mask is not a multiple of the side of a token in pixels.
         """
         return self.condition_encoder(inputs, is_dropped)
+
+    def read(self, condition: Condition) -> Condition:
+        """Returns the condition with what the layers read from it, which `__call__` then need not compute again.
+
+        It takes memory: Cross-Mamba reads two sequences of `expand * d_model` channels per layer and image.
+
+        Args:
+          condition: result of `encode` or `null`.
+        """
+        return dataclasses.replace(condition, read=self.layers.read(condition))
 
     def null(self, condition: Condition) -> Condition:
         """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
@@ -146,7 +168,7 @@ class Denoiser(nnx.Module):
             raise ValueError(
                 f"xt is {xt.shape[1:3]}, want multiples of {multiple} (the patch size {self.patch_size}{halved})"
             )
-        x = self.embed(space_to_depth(sharding.constrain(xt).astype(self.dtype), self.patch_size))
+        x = self.embed(windows(sharding.constrain(xt).astype(self.dtype), self.patch_size, self.patch_overlap))
         if condition.mask.shape[:3] != x.shape[:3]:
             raise ValueError(
                 f"condition has mask features {condition.mask.shape[:3]}, want the token grid {x.shape[:3]}; encode a "
@@ -154,7 +176,8 @@ class Denoiser(nnx.Module):
             )
         x = self.positions(self.merge(x, condition))
         embedding = condition.embedding(self._of_interval(t, duration))
-        return depth_to_space(self.head(self.layers(x, embedding, condition), embedding), self.patch_size)
+        x = self.layers(x, self.modulation(embedding), condition)
+        return overlap_add(self.head(x, embedding), self.patch_size, self.patch_overlap)
 
     def _of_interval(self, t: Float[Array, " B"], duration: Float[Array, " B"] | None) -> Float[Array, "B D"]:
         if self.duration is None:
@@ -162,3 +185,8 @@ class Denoiser(nnx.Module):
                 raise ValueError("a duration was given, but only mean flows predict for intervals of time")
             return self.time(t)
         return self.time(t) + self.duration(jnp.zeros_like(t) if duration is None else duration)
+
+
+def _same(embedding: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Returns the embedding unchanged; every layer then has a modulation of its own."""
+    return embedding

@@ -14,6 +14,7 @@ from sisma_jax.models.condition import Condition
 from sisma_jax.models.layers import LayerParts
 from sisma_jax.models.patches import Grid
 from sisma_jax.models.scan_orders import Paths
+from sisma_jax.models.sublayer import Sublayer
 
 # Channels of an attention head. A narrower model has one head.
 HEAD_CHANNELS = 64
@@ -39,7 +40,7 @@ def attention(query: Heads, key: Heads, value: Heads) -> Heads:
     return y.reshape(padded.shape)[:, :length]
 
 
-class Attention(nnx.Module):
+class Attention(Sublayer):
     """Multi-head softmax attention, with queries from one grid of tokens and keys and values from another.
 
     Args:
@@ -62,11 +63,14 @@ class Attention(nnx.Module):
         self.key_value_proj = nnx.Linear(d_model, 2 * d_model, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
 
-    def attend(self, x: Grid, context: Grid) -> Grid:
-        """Returns the attention of every token of `x` to all tokens of `context`, with the shape of `x`."""
+    def keys_and_values(self, context: Grid) -> tuple[Heads, Heads]:
+        """Returns keys and values of the tokens of `context`."""
         key, value = jnp.split(self.key_value_proj(context), 2, axis=-1)
-        y = attention(*(self._heads(a) for a in (self.query_proj(x), key, value)))
-        return self.out_proj(y.reshape(x.shape))
+        return self._heads(key), self._heads(value)
+
+    def attend(self, x: Grid, key: Heads, value: Heads) -> Grid:
+        """Returns the attention of every token of `x` to the tokens with `key` and `value`, with the shape of `x`."""
+        return self.out_proj(attention(self._heads(self.query_proj(x)), key, value).reshape(x.shape))
 
     def _heads(self, x: Grid) -> Heads:
         return x.reshape(x.shape[0], x.shape[1] * x.shape[2], -1, self.d_head)
@@ -75,17 +79,21 @@ class Attention(nnx.Module):
 class SelfAttention(Attention):
     """Mixes the image tokens by self-attention."""
 
-    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
-        """Returns the attention of the tokens `x` to each other; `condition` and `paths` are not used."""
-        return self.attend(x, x)
+    def __call__(self, x: Grid, read: None, paths: Paths) -> Grid:
+        """Returns the attention of the tokens `x` to each other; `read` and `paths` are not used."""
+        return self.attend(x, *self.keys_and_values(x))
 
 
 class CrossAttention(Attention):
     """Conditions the image tokens on the mask by cross-attention."""
 
-    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
-        """Returns the attention of the tokens `x` to the mask features of all tokens; `paths` is not used."""
-        return self.attend(x, condition.mask)
+    def read(self, condition: Condition, paths: Paths) -> tuple[Heads, Heads]:
+        """Returns keys and values of the mask features in `condition`; `paths` is not used."""
+        return self.keys_and_values(condition.mask)
+
+    def __call__(self, x: Grid, read: tuple[Heads, Heads], paths: Paths) -> Grid:
+        """Returns the attention of the tokens `x` to the mask features that were `read`; see `Sublayer`."""
+        return self.attend(x, *read)
 
 
 def _mixer(config: ModelConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> SelfAttention:

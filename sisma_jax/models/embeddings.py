@@ -10,12 +10,12 @@ from jaxtyping import Array, Float
 
 from sisma_jax.models.patches import Grid
 
-TIME_FREQUENCIES = 256
+TIMEFREQUENCIES = 256
 TimeFrequencies = Literal["smooth", "dit"]
 # Angular frequencies of `time_features`: from 16 to 0.16, and those of DiT at time step 1000 t.
-_FREQUENCIES = {
-    "smooth": np.geomspace(16.0, 0.16, TIME_FREQUENCIES // 2),
-    "dit": 1000.0 * 10_000.0 ** (-np.arange(TIME_FREQUENCIES // 2) / (TIME_FREQUENCIES // 2)),
+FREQUENCIES = {
+    "smooth": np.geomspace(16.0, 0.16, TIMEFREQUENCIES // 2),
+    "dit": 1000.0 * 10_000.0 ** (-np.arange(TIMEFREQUENCIES // 2) / (TIMEFREQUENCIES // 2)),
 }
 
 
@@ -29,7 +29,7 @@ def time_features(t: Float[Array, " B"], frequencies: TimeFrequencies = "smooth"
       t: the numbers.
       frequencies: "smooth", up to 16, or "dit", up to 1000.
     """
-    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(_FREQUENCIES[frequencies], jnp.float32)[None]
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(FREQUENCIES[frequencies], jnp.float32)[None]
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -54,7 +54,7 @@ class ScalarEmbedding(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.frequencies: TimeFrequencies = frequencies
-        self.up = nnx.Linear(num_scalars * TIME_FREQUENCIES, d_model, rngs=rngs)
+        self.up = nnx.Linear(num_scalars * TIMEFREQUENCIES, d_model, rngs=rngs)
         init = nnx.initializers.zeros if is_zero else nnx.initializers.lecun_normal()
         self.down = nnx.Linear(d_model, d_model, kernel_init=init, rngs=rngs)
 

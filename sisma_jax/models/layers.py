@@ -15,7 +15,9 @@ from sisma_jax.kernels.selective_scan import CHECKPOINT_NAME
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid
+from sisma_jax.models.region_pooling import RegionPooling
 from sisma_jax.models.scan_orders import Paths, Rotation, paths_of_layers
+from sisma_jax.models.sublayer import Sublayer
 from sisma_jax.parallel import sharding
 
 # What the forward pass of a layer saves for its backward pass, which recomputes the rest. "dots" saves the results of
@@ -31,9 +33,9 @@ REMAT_POLICIES = {
 
 @runtime_checkable
 class MakeSublayer(Protocol):
-    """Creates a sub-layer of `Block`, a module that maps (x, condition, paths) to tokens of the shape of x."""
+    """Creates a sub-layer of `Block`, a module with the methods of `Sublayer`."""
 
-    def __call__(self, config: ModelConfig, /, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+    def __call__(self, config: ModelConfig, /, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> "Sublayer":
         """Returns the sub-layer with newly initialised parameters.
 
         Args:
@@ -70,7 +72,7 @@ def layer_norm(x: Grid) -> Grid:
     return (x - mean) * jax.lax.rsqrt(variance + 1e-6)
 
 
-class FeedForward(nnx.Module):
+class FeedForward(Sublayer):
     """Linear, GELU, linear, applied to each token separately.
 
     Args:
@@ -84,12 +86,12 @@ class FeedForward(nnx.Module):
         self.up = nnx.Linear(d_model, d_hidden, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(d_hidden, d_model, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
-        """Returns the transformed tokens; `condition` and `paths` are not used."""
+    def __call__(self, x: Grid, read: None, paths: Paths) -> Grid:
+        """Returns the transformed tokens; `read` and `paths` are not used."""
         return self.down(jax.nn.gelu(self.up(x)))
 
 
-class Spade(nnx.Module):
+class Spade(Sublayer):
     """Spatially adaptive normalisation by the mask: Linear(SiLU(LN(x) (1 + γ(S_M)) + β(S_M))) (arXiv 1903.07291).
 
     Args:
@@ -103,10 +105,48 @@ class Spade(nnx.Module):
         self.scale_and_shift = nnx.Linear(d_model, 2 * d_model, dtype=dtype, rngs=rngs)
         self.out_proj = nnx.Linear(d_model, d_model, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
-        """Returns the tokens `x`, normalised and modulated by the mask features; `paths` is not used."""
+    def read(self, condition: Condition, paths: Paths) -> tuple[Grid, Grid]:
+        """Returns γ and β of the mask features in `condition`; `paths` is not used."""
         scale, shift = jnp.split(self.scale_and_shift(self.conv(condition.mask)), 2, axis=-1)
+        return scale, shift
+
+    def __call__(self, x: Grid, read: tuple[Grid, Grid], paths: Paths) -> Grid:
+        """Returns the tokens `x`, normalised and modulated by the mask features that were `read`; see `Sublayer`."""
+        scale, shift = read
         return self.out_proj(jax.nn.silu((layer_norm(x) * (1 + scale) + shift).astype(x.dtype)))
+
+
+class Modulation(nnx.Linear):
+    """Linear(SiLU(embedding)), the values that modulate sub-layers (adaLN-zero, arXiv 2212.09748); initially zero.
+
+    Args:
+      d_model: channels of the embedding.
+      size: number of values.
+      rngs: randomness of the initial parameters.
+    """
+
+    def __init__(self, d_model: int, size: int, *, rngs: nnx.Rngs):
+        zeros = nnx.initializers.zeros
+        super().__init__(d_model, size, kernel_init=zeros, bias_init=zeros, rngs=rngs)
+
+    def __call__(self, embedding: Float[Array, "B D"]) -> Float[Array, "B M"]:
+        """Returns the values."""
+        return super().__call__(jax.nn.silu(embedding))
+
+
+class ModulationOffset(nnx.Module):
+    """Adds a vector of its own to a modulation that all layers share (adaLN-single, arXiv 2310.00426).
+
+    Args:
+      size: number of values.
+    """
+
+    def __init__(self, size: int):
+        self.offset = nnx.Param(jnp.zeros((size,), jnp.float32))
+
+    def __call__(self, shared: Float[Array, "B M"]) -> Float[Array, "B M"]:
+        """Returns the values."""
+        return shared + self.offset[...][None]
 
 
 class Block(nnx.Module):
@@ -117,33 +157,40 @@ class Block(nnx.Module):
 
     Args:
       d_model: channels of a token and of the embedding.
-      sublayers: modules in order, by the name of the attribute that stores them. Each maps (x, condition, paths) to
-        tokens of the shape of x.
+      sublayers: in order, by the name of the attribute that stores them.
       rngs: randomness of the initial parameters.
     """
 
-    def __init__(self, d_model: int, sublayers: Mapping[str, nnx.Module], *, rngs: nnx.Rngs):
+    def __init__(self, d_model: int, sublayers: Mapping[str, Sublayer], modulation: nnx.Module):
         self.names = tuple(sublayers)
         for name, sublayer in sublayers.items():
             setattr(self, name, sublayer)
-        zeros = nnx.initializers.zeros
-        self.modulation = nnx.Linear(
-            d_model, 3 * len(sublayers) * d_model, kernel_init=zeros, bias_init=zeros, rngs=rngs
-        )
+        self.modulation = modulation
 
-    def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition, paths: Paths) -> Grid:
+    def read(self, condition: Condition, paths: Paths) -> dict[str, PyTree[Array]]:
+        """Returns what each sub-layer reads from the condition; see `Sublayer.read`.
+
+        Args:
+          condition: with mask features on the token grid.
+          paths: scan paths of this layer.
+        """
+        return {name: getattr(self, name).read(condition, paths) for name in self.names}
+
+    def __call__(
+        self, x: Grid, embedding: Float[Array, "B E"], read: Mapping[str, PyTree[Array]], paths: Paths
+    ) -> Grid:
         """Returns the tokens after all sub-layers.
 
         Args:
           x: tokens.
           embedding: of the time and of conditions per image.
-          condition: with mask features on the token grid of x.
+          read: result of `read`.
           paths: scan paths of this layer.
         """
-        modulation = jnp.split(self.modulation(jax.nn.silu(embedding)), 3 * len(self.names), axis=-1)
+        modulation = jnp.split(self.modulation(embedding), 3 * len(self.names), axis=-1)
         for i, name in enumerate(self.names):
             shift, scale, gate = modulation[3 * i : 3 * i + 3]
-            y = getattr(self, name)(modulate(layer_norm(x), shift, scale).astype(x.dtype), condition, paths)
+            y = getattr(self, name)(modulate(layer_norm(x), shift, scale).astype(x.dtype), read[name], paths)
             x = x + y * gate.astype(y.dtype)[:, None, None]
         return x
 
@@ -160,14 +207,27 @@ def make_block(config: ModelConfig, parts: LayerParts, *, dtype: jnp.dtype, rngs
       dtype: type of the matrix products.
       rngs: randomness of the initial parameters.
     """
-    sublayers: dict[str, nnx.Module] = {"mixer": parts.mixer(config, dtype=dtype, rngs=rngs)}
+    sublayers: dict[str, Sublayer] = {}
+    if config.region_pooling:
+        sublayers["pooling"] = RegionPooling(config.d_model, dtype=dtype, rngs=rngs)
+    sublayers["mixer"] = parts.mixer(config, dtype=dtype, rngs=rngs)
     if config.mask_conditioning == "cross":
         sublayers["reader"] = parts.cross_reader(config, dtype=dtype, rngs=rngs)
     elif config.mask_conditioning == "spade":
         sublayers["reader"] = Spade(config.d_model, dtype=dtype, rngs=rngs)
     if d_hidden := int(config.mlp_ratio * config.d_model):
         sublayers["feed_forward"] = FeedForward(config.d_model, d_hidden, dtype=dtype, rngs=rngs)
-    return Block(config.d_model, sublayers, rngs=rngs)
+    size = modulation_size(config)
+    shared = config.modulation == "shared"
+    modulation = ModulationOffset(size) if shared else Modulation(config.d_model, size, rngs=rngs)
+    return Block(config.d_model, sublayers, modulation)
+
+
+def modulation_size(config: ModelConfig) -> int:
+    """Returns the number of values that modulate the sub-layers of a block: shift, scale and gate of each channel."""
+    has_reader = config.mask_conditioning != "concat"
+    has_feed_forward = int(config.mlp_ratio * config.d_model) > 0
+    return 3 * config.d_model * (1 + config.region_pooling + has_reader + has_feed_forward)
 
 
 class Stack(nnx.Module):
@@ -193,9 +253,23 @@ class Stack(nnx.Module):
         keys = jax.random.split(rngs.params(), len(layers))
         setattr(self, sharding.STACKED, nnx.vmap(lambda key: make_layer(nnx.Rngs(key)))(keys))
 
-    def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition) -> Grid:
+    def __call__(self, x: Grid, embedding: Float[Array, "B E"], condition: Condition) -> Grid:
         """Returns the output of the last layer; the arguments are those of `run`."""
-        return self.run(x, embedding, condition)[0]
+        return self.run(x, embedding, condition, condition.read)[0]
+
+    def read(self, condition: Condition) -> PyTree[Array]:
+        """Returns what all layers read from the condition, stacked along a leading axis of layers.
+
+        Args:
+          condition: with mask features on the token grid.
+        """
+        graph, params = nnx.split(getattr(self, sharding.STACKED))
+
+        def read(layer: tuple[PyTree, Paths]) -> PyTree:
+            params, paths = layer
+            return nnx.merge(graph, sharding.gather(params)).read(condition, paths)
+
+        return jax.lax.map(read, (params, self.paths(*condition.mask.shape[1:3])))
 
     def paths(self, height: int, width: int) -> Paths:
         """Returns the scan paths of all layers, stacked along a leading axis of layers.
@@ -210,8 +284,9 @@ class Stack(nnx.Module):
     def run(
         self,
         x: Grid,
-        embedding: Float[Array, "B D"],
+        embedding: Float[Array, "B E"],
         condition: Condition,
+        read: PyTree[Array] = None,
         *per_layer: PyTree[Array],
         keep: bool = False,
     ) -> tuple[Grid, Float[Array, "layers B H W D"] | None]:
@@ -221,6 +296,7 @@ class Stack(nnx.Module):
           x: tokens.
           embedding: of the time and of conditions per image, the same for all layers.
           condition: with mask features on the token grid of x.
+          read: result of `read`; None if every layer is to compute its part of it.
           per_layer: further arguments of the layers, with a leading axis of layers.
           keep: also return the outputs of all layers.
 
@@ -230,12 +306,14 @@ class Stack(nnx.Module):
         graph, params = nnx.split(getattr(self, sharding.STACKED))
 
         def run(x: Grid, layer: tuple[PyTree, ...]) -> tuple[Grid, Grid | None]:
-            params, *arguments = layer
+            params, paths, read, *arguments = layer
             # Without this constraint, XLA may shard the activations like the parameters.
             x = sharding.constrain(x)
-            x = nnx.merge(graph, sharding.gather(params))(x, embedding, condition, *arguments)
+            block = nnx.merge(graph, sharding.gather(params))
+            read = block.read(condition, paths) if read is None else read
+            x = block(x, embedding, read, paths, *arguments)
             return x, x if keep else None
 
         if self.remat != "none":
             run = jax.checkpoint(run, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
-        return jax.lax.scan(run, x, (params, self.paths(*x.shape[1:3]), *per_layer), unroll=self.is_unrolled)
+        return jax.lax.scan(run, x, (params, self.paths(*x.shape[1:3]), read, *per_layer), unroll=self.is_unrolled)

@@ -6,12 +6,13 @@ two streams (Mamba-ST, arXiv 2409.10385), so that the image reads the mask throu
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal, NotRequired, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from sisma_jax.kernels import selective_scan, sequence_parallel_scan
 from sisma_jax.kernels.partition import SEQUENCE_AXIS, batch_axes, channel_axes, map_parts
@@ -21,6 +22,7 @@ from sisma_jax.models.patches import Grid
 from sisma_jax.models.scan_orders import Paths, ScanPath, SplitScanPath
 from sisma_jax.models.ssd import OrderedSsd
 from sisma_jax.models.step_sizes import initial_dt_bias
+from sisma_jax.models.sublayer import Sublayer
 
 
 class MixerSizes(TypedDict):
@@ -108,30 +110,56 @@ class OrderedScan(nnx.Module):
         self.A_log = nnx.Param(jnp.tile(jnp.log(jnp.arange(1, d_state + 1, dtype=jnp.float32))[None], (d_inner, 1)))
         self.D = nnx.Param(jnp.ones((d_inner,), jnp.float32))
 
-    def __call__(self, u: Grid, drive: Grid, readout: Grid, path: ScanPath | SplitScanPath) -> Grid:
-        """Returns the output of the scan on the grid, with the shape and dtype of u.
+    def to_sequence(self, u: Grid, path: ScanPath | SplitScanPath) -> Array:
+        """Returns the scan's input in the order of the path, (B, L, d_inner).
 
         Args:
           u: input of the scan, d_inner channels.
-          drive: stream that gives Δ and B, d_inner channels.
-          readout: stream that gives C, d_inner channels.
           path: order in which the tokens are scanned. With a `SplitScanPath`, the rows of the grid are sharded over
-            the mesh axis `seq`.
+            the mesh axis `seq`, and this function and the next two leave arrays on the grid.
+        """
+        return u if isinstance(path, SplitScanPath) else path.to_sequence(u)
+
+    def state(self, drive: Grid, path: ScanPath | SplitScanPath) -> tuple[Array, Array]:
+        """Returns Δ, (B, L, d_inner), and B, (B, L, N), which determine what the state stores.
+
+        Args:
+          drive: stream that gives Δ and B, d_inner channels.
+          path: as for `to_sequence`; if it is a `SplitScanPath`, Δ is not yet projected from its rank.
         """
         # Projections act on each token separately. Before the path, they leave fewer channels to reorder.
         dt, B = jnp.split(self.drive_proj(drive), [self.dt_rank], axis=-1)
-        C = self.readout_proj(readout)
-        parameters = {
-            "dt_proj": self.dt_proj[...],
-            "A": -jnp.exp(self.A_log[...]),
-            "D": self.D[...],
-            "dt_bias": self.dt_bias[...],
-        }
         if isinstance(path, SplitScanPath):
-            return self._scan_in_parts(u, jnp.concatenate([dt, B, C], axis=-1), parameters, path)
-        height, width = u.shape[1:3]
-        u, dt, B, C = (path.to_sequence(x) for x in (u, dt, B, C))
-        y = selective_scan(**_scan_arguments(u, dt, B, C, parameters), implementation=self.implementation)
+            return dt, B
+        return path.to_sequence(dt) @ self.dt_proj[...].astype(dt.dtype), path.to_sequence(B)
+
+    def readout(self, readout: Grid, path: ScanPath | SplitScanPath) -> Array:
+        """Returns C, (B, L, N), which determines what is read from the state.
+
+        Args:
+          readout: stream that gives C, d_inner channels.
+          path: as for `to_sequence`.
+        """
+        return self.to_sequence(self.readout_proj(readout), path)
+
+    def __call__(
+        self, u: Array, state: tuple[Array, Array], C: Array, path: ScanPath | SplitScanPath, height: int, width: int
+    ) -> Grid:
+        """Returns the output of the scan on the grid, with the dtype of u.
+
+        Args:
+          u: result of `to_sequence`.
+          state: result of `state`.
+          C: result of `readout`.
+          path: order in which the tokens are scanned.
+          height: rows of the grid.
+          width: columns of the grid.
+        """
+        parameters = {"A": -jnp.exp(self.A_log[...]), "D": self.D[...], "dt_bias": self.dt_bias[...]}
+        if isinstance(path, SplitScanPath):
+            parameters["dt_proj"] = self.dt_proj[...]
+            return self._scan_in_parts(u, jnp.concatenate([*state, C], axis=-1), parameters, path)
+        y = selective_scan(**_scan_arguments(u, *state, C, parameters), implementation=self.implementation)
         return path.to_grid(y, height, width)
 
     def _scan_in_parts(
@@ -152,8 +180,9 @@ class OrderedScan(nnx.Module):
         def scan(u: Array, projected: Array, parameters: dict[str, Array], path: SplitScanPath) -> Array:
             width = u.shape[2]
             dt, B, C = jnp.split(path.to_sequence(projected), ends_of_dt_and_B, axis=-1)
+            delta = dt @ parameters["dt_proj"].astype(dt.dtype)
             y, _ = sequence_parallel_scan(
-                **_scan_arguments(path.to_sequence(u), dt, B, C, parameters),
+                **_scan_arguments(path.to_sequence(u), delta, B, C, parameters),
                 parts_reversed=jnp.asarray(path.parts_reversed),
                 implementation=self.implementation,
             )
@@ -168,10 +197,10 @@ class OrderedScan(nnx.Module):
         return map_parts(scan, in_specs, rows)(u, projected, parameters, path)
 
 
-def _scan_arguments(u: Array, dt: Array, B: Array, C: Array, parameters: dict[str, Array]) -> _ScanArguments:
+def _scan_arguments(u: Array, delta: Array, B: Array, C: Array, parameters: dict[str, Array]) -> _ScanArguments:
     return {
         "u": u,
-        "delta": dt @ parameters["dt_proj"].astype(dt.dtype),
+        "delta": delta,
         "A": parameters["A"],
         "B": B,
         "C": C,
@@ -181,7 +210,7 @@ def _scan_arguments(u: Array, dt: Array, B: Array, C: Array, parameters: dict[st
     }
 
 
-class _Mixer(nnx.Module):
+class _Mixer(Sublayer):
     """The common part of Self-Mamba and Cross-Mamba: everything but the choice of the scan's inputs.
 
     With Mamba's sizes, d_inner = expand * d_model and dt_rank = ceil(d_model / 16). For the arguments, see
@@ -217,9 +246,8 @@ class _Mixer(nnx.Module):
         self.out_norm = nnx.LayerNorm(self.d_inner, epsilon=1e-5, dtype=jnp.float32, rngs=rngs)
         self.out_proj = nnx.Linear(self.d_inner, d_model, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def _scan_and_gate(self, u: Grid, z: Grid, paths: Paths, *, drive: Grid, readout: Grid) -> Float[Array, "B H W M"]:
-        y = sum(scan(u, drive, readout, path) for scan, path in zip(self.scans, paths, strict=True))
-        return self.out_proj(self.out_norm(y).astype(z.dtype) * jax.nn.silu(z))
+    def _gate(self, scanned: Iterable[Grid], z: Grid) -> Float[Array, "B H W M"]:
+        return self.out_proj(self.out_norm(sum(scanned)).astype(z.dtype) * jax.nn.silu(z))
 
 
 class SelfMamba(_Mixer):
@@ -228,17 +256,22 @@ class SelfMamba(_Mixer):
     Its arguments are `d_model`, the channels of a token, and those of `MixerOptions`.
     """
 
-    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
-        """Returns the mixed tokens, with the shape of x; `condition` is not used.
+    def __call__(self, x: Grid, read: None, paths: Paths) -> Grid:
+        """Returns the mixed tokens, with the shape of x; `read` is not used.
 
         Args:
           x: tokens.
-          condition: not used.
+          read: not used.
           paths: the scan paths, as many as `num_orders`.
         """
         u, z = jnp.split(self.in_proj(x), 2, axis=-1)
         u = self.conv(u)
-        return self._scan_and_gate(u, z, paths, drive=u, readout=u)
+        side = u.shape[1:3]
+        scanned = (
+            scan(scan.to_sequence(u, path), scan.state(u, path), scan.readout(u, path), path, *side)
+            for scan, path in zip(self.scans, paths, strict=True)
+        )
+        return self._gate(scanned, z)
 
 
 class SkippingSelfMamba(SelfMamba):
@@ -253,9 +286,9 @@ class SkippingSelfMamba(SelfMamba):
         super().__init__(d_model, **mixer)
         self.skip_scale = nnx.Param(jnp.ones((d_model,), jnp.float32))
 
-    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+    def __call__(self, x: Grid, read: None, paths: Paths) -> Grid:
         """Returns the mixed tokens plus the scaled input; see `SelfMamba`."""
-        return super().__call__(x, condition, paths) + x * self.skip_scale[...].astype(x.dtype)[None, None, None]
+        return super().__call__(x, read, paths) + x * self.skip_scale[...].astype(x.dtype)[None, None, None]
 
 
 class CrossMamba(_Mixer):
@@ -276,19 +309,29 @@ class CrossMamba(_Mixer):
         self, d_model: int, *, wiring: Literal["state_from_mask", "readout_from_mask"], **mixer: Unpack[MixerOptions]
     ):
         super().__init__(d_model, **mixer)
-        self.wiring = wiring
+        self._stores_mask = wiring == "state_from_mask"
         self.mask_proj = nnx.Linear(d_model, self.d_inner, use_bias=False, dtype=mixer["dtype"], rngs=mixer["rngs"])
 
-    def __call__(self, x: Grid, condition: Condition, paths: Paths) -> Grid:
+    def read(self, condition: Condition, paths: Paths) -> list[tuple[Array, PyTree[Array]]]:
+        """Returns, for each path, the scan's input u, and Δ and B or C, as far as they come from the mask features."""
+        mask = self.conv(self.mask_proj(condition.mask))
+        return [
+            (scan.to_sequence(mask, path), scan.state(mask, path) if self._stores_mask else scan.readout(mask, path))
+            for scan, path in zip(self.scans, paths, strict=True)
+        ]
+
+    def __call__(self, x: Grid, read: list[tuple[Array, PyTree[Array]]], paths: Paths) -> Grid:
         """Returns what the image tokens read from the mask, with the shape of x.
 
         Args:
           x: image tokens.
-          condition: with mask features on the token grid of x.
+          read: result of `read`.
           paths: the scan paths, as many as `num_orders`.
         """
         image, z = jnp.split(self.in_proj(x), 2, axis=-1)
         image = self.conv(image)
-        mask = self.conv(self.mask_proj(condition.mask))
-        drive, readout = (mask, image) if self.wiring == "state_from_mask" else (image, mask)
-        return self._scan_and_gate(mask, z, paths, drive=drive, readout=readout)
+        scanned = []
+        for scan, (u, of_mask), path in zip(self.scans, read, paths, strict=True):
+            state, C = (of_mask, scan.readout(image, path)) if self._stores_mask else (scan.state(image, path), of_mask)
+            scanned.append(scan(u, state, C, path, *image.shape[1:3]))
+        return self._gate(scanned, z)

@@ -91,6 +91,18 @@ class MaskEncoder(nnx.Module):
             x = x + conv(x)
         return sharding.constrain(self.norm(x).astype(self.dtype))
 
+    def class_shares(self, mask: Integer[Array, "B H W"]) -> Float[Array, "B h w K"]:
+        """Returns the share of each token's pixels that have each of the K classes.
+
+        Args:
+          mask: class indices. A pixel with another label belongs to no class.
+        """
+        batch, height, width = mask.shape
+        side = self.downsampling
+        tokens = mask.reshape(batch, height // side, side, width // side, side)
+        shares = jax.nn.one_hot(tokens, self.num_classes, dtype=jnp.float32).mean(axis=(2, 4))
+        return sharding.constrain(shares.astype(self.dtype))
+
     def null_features(self, shape: tuple[int, ...]) -> Float[Array, "B h w D"]:
         """Returns the learned features that stand for an absent mask.
 

@@ -6,6 +6,7 @@ The mixers in `models.mamba` create one `OrderedScan` or one `OrderedSsd` per pa
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array
 
 from sisma_jax.kernels import ssd
 from sisma_jax.models.patches import Grid
@@ -39,13 +40,11 @@ class OrderedSsd(nnx.Module):
         self.A_log = nnx.Param(jnp.log(rates))
         self.D = nnx.Param(jnp.ones((d_inner,), jnp.float32))
 
-    def __call__(self, u: Grid, drive: Grid, readout: Grid, path: ScanPath | SplitScanPath) -> Grid:
-        """Returns the output on the grid, with the shape and dtype of u.
+    def to_sequence(self, u: Grid, path: ScanPath | SplitScanPath) -> Array:
+        """Returns tokens in the order of the path; see `OrderedScan.to_sequence`.
 
         Args:
-          u: input, d_inner channels.
-          drive: stream that gives Δ and B, d_inner channels.
-          readout: stream that gives C, d_inner channels.
+          u: grid of tokens.
           path: order in which the tokens are scanned.
 
         Raises:
@@ -53,11 +52,23 @@ class OrderedSsd(nnx.Module):
         """
         if isinstance(path, SplitScanPath):
             raise NotImplementedError("SSD does not support a mesh with an axis seq; use the selective scan")
+        return path.to_sequence(u)
+
+    def state(self, drive: Grid, path: ScanPath | SplitScanPath) -> tuple[Array, Array]:
+        """Returns Δ, (B, L, heads), and B, (B, L, N); the arguments are those of `OrderedScan.state`."""
         # Projections act on each token separately. Before the path, they leave fewer channels to reorder.
         dt, B = jnp.split(self.drive_proj(drive), [self.num_heads], axis=-1)
-        C = self.readout_proj(readout)
-        height, width = u.shape[1:3]
-        u, dt, B, C = (path.to_sequence(x) for x in (u, dt, B, C))
+        return self.to_sequence(dt, path), self.to_sequence(B, path)
+
+    def readout(self, readout: Grid, path: ScanPath | SplitScanPath) -> Array:
+        """Returns C, (B, L, N); the arguments are those of `OrderedScan.readout`."""
+        return self.to_sequence(self.readout_proj(readout), path)
+
+    def __call__(
+        self, u: Array, state: tuple[Array, Array], C: Array, path: ScanPath | SplitScanPath, height: int, width: int
+    ) -> Grid:
+        """Returns the output on the grid, with the dtype of u; the arguments are those of `OrderedScan.__call__`."""
+        dt, B = state
         y = ssd(
             u,
             dt,
@@ -68,4 +79,5 @@ class OrderedSsd(nnx.Module):
             delta_bias=self.dt_bias[...],
             delta_softplus=True,
         )
+        assert isinstance(path, ScanPath), "to_sequence has refused other paths"
         return path.to_grid(y, height, width)

@@ -2,11 +2,11 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from sisma_jax.config import ModelConfig
 from sisma_jax.models.condition import CoarserCondition, Condition, unread
@@ -29,17 +29,28 @@ class SkipBlock(nnx.Module):
         self.merge = nnx.Linear(2 * d_model, d_model, dtype=dtype, rngs=rngs)
         self.block = block
 
-    def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition, paths: Paths, skip: Grid) -> Grid:
+    def read(self, condition: Condition, paths: Paths) -> dict[str, PyTree[Array]]:
+        """Returns what the block reads from the `condition` along its `paths`; see `Block.read`."""
+        return self.block.read(condition, paths)
+
+    def __call__(
+        self,
+        x: Grid,
+        embedding: Float[Array, "B E"],
+        read: Mapping[str, PyTree[Array]],
+        paths: Paths,
+        skip: Grid,
+    ) -> Grid:
         """Returns the tokens after the merge and the block.
 
         Args:
           x: tokens.
           embedding: of the time and of conditions per image.
-          condition: with mask features on the token grid of x.
+          read: result of `read`.
           paths: scan paths of the block.
           skip: output of the encoder's block on the same token grid.
         """
-        return self.block(self.merge(jnp.concatenate([x, skip], axis=-1)), embedding, condition, paths)
+        return self.block(self.merge(jnp.concatenate([x, skip], axis=-1)), embedding, read, paths)
 
 
 class Level(nnx.Module):
@@ -108,7 +119,7 @@ class UShape(nnx.Module):
             Level(config, make_block, layers[i], layers[-1 - i], dtype=dtype, rngs=rngs) for i in range(num_levels)
         )
 
-    def __call__(self, x: Grid, embedding: Float[Array, "B D"], condition: Condition) -> Grid:
+    def __call__(self, x: Grid, embedding: Float[Array, "B E"], condition: Condition) -> Grid:
         """Returns the output of the last layer.
 
         Args:
@@ -116,13 +127,26 @@ class UShape(nnx.Module):
           embedding: of the time and of conditions per image.
           condition: with mask features on the token grid of x.
         """
+        of_levels, of_bottom = condition.read or ([(None, None)] * len(self.levels), None)
         encoded = []
-        for level in self.levels:
-            x, outputs = level.encoder.run(x, embedding, condition, keep=True)
-            encoded.append((outputs, condition))
+        for level, (of_encoder, of_decoder) in zip(self.levels, of_levels, strict=True):
+            x, outputs = level.encoder.run(x, embedding, condition, of_encoder, keep=True)
+            encoded.append((outputs, condition, of_decoder))
             x, condition = level.to_coarser(x), level.coarsen(condition)
-        x = self.bottom(x, embedding, condition)
-        for level, (outputs, condition) in zip(reversed(self.levels), reversed(encoded), strict=True):
+        x, _ = self.bottom.run(x, embedding, condition, of_bottom)
+        for level, (outputs, condition, of_decoder) in zip(reversed(self.levels), reversed(encoded), strict=True):
             # The first block of the decoder merges the output of the encoder's last block.
-            x, _ = level.decoder.run(level.to_finer(x), embedding, condition, outputs[::-1])
+            x, _ = level.decoder.run(level.to_finer(x), embedding, condition, of_decoder, outputs[::-1])
         return x
+
+    def read(self, condition: Condition) -> PyTree[Array]:
+        """Returns what the layers read from the condition: of each level's encoder and decoder, and of the bottom.
+
+        Args:
+          condition: with mask features on the token grid.
+        """
+        of_levels = []
+        for level in self.levels:
+            of_levels.append((level.encoder.read(condition), level.decoder.read(condition)))
+            condition = level.coarsen(condition)
+        return of_levels, self.bottom.read(condition)

@@ -65,6 +65,31 @@ def test_outside_the_interval_guidance_is_conditional_to_the_last_bit(scale, low
         np.testing.assert_array_equal(got[i], everywhere[i] if low <= t < high else conditional[i])
 
 
+def test_the_null_condition_is_evaluated_only_inside_the_interval():
+    rows = []
+
+    def counted(x, t, condition):
+        jax.debug.callback(lambda: rows.append(len(x)))
+        return toy_denoise(x, t, condition)
+
+    def run(t, skips):
+        interval = (jnp.float32(0.3), jnp.float32(0.7))
+        v = guidance.guided(counted, GIVEN, NULL, 3.0, interval=interval, skips=skips)(X, jnp.full(3, t))
+        jax.effects_barrier()
+        return v
+
+    for t, wanted in ((0.1, 3), (0.5, 6), (0.7, 3)):
+        rows.clear()
+        skipping = run(t, skips=True)
+        assert rows == [wanted]
+        np.testing.assert_allclose(skipping, run(t, skips=False), atol=1e-6)
+
+
+def test_one_null_condition_stands_for_all():
+    one = Condition(NULL.mask[:1])
+    np.testing.assert_array_equal(guide(3.0, null=one), guide(3.0))
+
+
 def test_an_empty_interval_is_conditional():
     # To rounding: the network runs in batches of another size.
     np.testing.assert_allclose(guide(7.0, 0.4, 0.4, 0.5), guide_plainly(1.0)[1], atol=1e-6)

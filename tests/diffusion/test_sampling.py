@@ -13,6 +13,7 @@ from sisma_jax.diffusion import sampling
 from sisma_jax.diffusion.solvers import SOLVERS
 from sisma_jax.models.autoencoder import IdentityAutoencoder, to_uint8
 from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.mamba import CrossMamba
 from tests.models.test_denoiser import NUM_CLASSES, make_model
 
 MASK = jax.random.randint(jax.random.key(3), (3, 8, 8), 0, NUM_CLASSES).astype(jnp.uint8)
@@ -106,9 +107,11 @@ def test_settings_are_a_pytree(settings):
     mapped = jax.tree.map(lambda x: x, settings)
     assert mapped == settings
     assert jax.tree.structure(mapped) == jax.tree.structure(settings)
-    assert len(jax.tree.leaves(settings)) == (5 if settings.is_guided else 4)
+    of_guidance = 0 if not settings.is_guided else 1 if settings.is_always_guided else 3
+    assert len(jax.tree.leaves(settings)) == 2 + of_guidance
     seen = jax.eval_shape(lambda settings: settings, settings)
     assert (seen.steps, seen.solver, seen.is_guided) == (settings.steps, settings.solver, settings.is_guided)
+    assert seen.is_always_guided == settings.is_always_guided
 
 
 def test_what_concerns_the_caller_alone_is_no_part_of_the_pytree():
@@ -131,7 +134,7 @@ def test_any_leaf_passes_through_the_pytree():
 def test_unguided_settings_are_those_of_scale_one():
     empty = Sampling(guidance=4.0, guidance_low=0.5, guidance_high=0.5)
     assert jax.tree.structure(empty) == jax.tree.structure(Sampling(guidance=1.0))
-    assert jax.tree.map(lambda x: x, empty) == dataclasses.replace(empty, guidance=1.0)
+    assert jax.tree.map(lambda x: x, empty) == Sampling(guidance=1.0)
 
 
 def test_other_values_need_no_other_program_and_other_structures_do():
@@ -144,7 +147,7 @@ def test_other_values_need_no_other_program_and_other_structures_do():
 
     one = [{}, {"shift": 4.0}, {"guidance": 3.0}, {"guidance_low": 0.2}, {"guidance_high": 0.7}]
     one += [{"guidance_rescale": 0.5}, {"guidance": 3, "shift": 2}, {"seed": 1}, {"batch_size": 3}]
-    others = [{"steps": 3}, {"solver": "euler"}, {"guidance": 1.0}]
+    others = [{"steps": 3}, {"solver": "euler"}, {"guidance": 1.0}, {"guidance_low": 0.0, "guidance_high": 1.0}]
     for values in one:
         run(dataclasses.replace(GUIDED, **values))
         assert len(traces) == 1, values
@@ -154,7 +157,24 @@ def test_other_values_need_no_other_program_and_other_structures_do():
     # Not guided either, and of the same structure.
     run(dataclasses.replace(GUIDED, guidance=1.0, shift=2.0))
     run(dataclasses.replace(GUIDED, guidance_low=0.8))
-    assert len(traces) == 4
+    assert len(traces) == 5
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_what_the_layers_read_is_kept_only_if_memory_allows(guidance, monkeypatch):
+    settings = dataclasses.replace(GUIDED, steps=2, guidance=guidance)
+    kept = paint(settings=settings)
+    reads = []
+    read = CrossMamba.read
+    monkeypatch.setattr(CrossMamba, "read", lambda *args: reads.append(args) or read(*args))
+    jax.eval_shape(lambda: sample(PARAMS, KEYS, MASK, settings))
+    # Once to know the size, then for the masks, and for the null condition of one image.
+    assert len(reads) == (3 if guidance > 1 else 2)
+    if guidance > 1:
+        assert reads[-1][1].mask.shape[0] == 1
+    monkeypatch.setattr(sampling, "MOST_READ_BYTES", 0)
+    plain = jax.jit(sample)(PARAMS, KEYS, MASK, settings)
+    assert np.abs(kept.astype(int) - plain).max() <= 1
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])

@@ -17,7 +17,7 @@ from sisma_jax.models.condition import Condition
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.models.factory import init_params, layer_parts, make_graph
 from sisma_jax.models.layers import make_block
-from sisma_jax.models.patches import depth_to_space, space_to_depth
+from sisma_jax.models.patches import depth_to_space, overlap_add, space_to_depth, windows
 from sisma_jax.models.scan_orders import orders_of_layer
 
 NUM_CLASSES = len(CELEBAMASK_HQ)
@@ -78,6 +78,79 @@ def test_patches_invert():
     np.testing.assert_array_equal(depth_to_space(tokens, 4), x)
 
 
+@pytest.mark.parametrize(("factor", "overlap"), [(1, 1), (2, 1), (4, 2), (2, 3)])
+def test_windows_have_a_margin_and_overlap_add_is_their_transpose(factor, overlap):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((2, 2 * factor, 3 * factor, 3), np.float32)
+    seen = windows(jnp.asarray(x), factor, overlap)
+    side = factor + 2 * overlap
+    padded = np.pad(x, ((0, 0), (overlap, overlap), (overlap, overlap), (0, 0)))
+    for i in range(2):
+        for j in range(3):
+            window = padded[:, i * factor : i * factor + side, j * factor : j * factor + side]
+            np.testing.assert_allclose(seen[:, i, j], window.reshape(2, -1), rtol=1e-6)
+    y = rng.standard_normal(seen.shape, np.float32)
+    added = overlap_add(jnp.asarray(y), factor, overlap)
+    assert added.shape == x.shape
+    np.testing.assert_allclose((np.asarray(seen) * y).sum(), (np.asarray(added) * x).sum(), rtol=1e-4)
+
+
+def test_patches_without_overlap_are_squares():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 8, 3))
+    np.testing.assert_array_equal(windows(x, 2, 0), space_to_depth(x, 2))
+    np.testing.assert_array_equal(overlap_add(space_to_depth(x, 2), 2, 0), x)
+
+
+def test_overlapping_patches_see_their_neighbours():
+    model = make_model(dataclasses.replace(TINY, depth=1, patch_overlap=1, mask_conditioning="concat"))
+    xt, t, mask = make_inputs(batch=1)
+    changed = xt.at[0, 2, 2].add(1.0)  # in the second patch of each axis, beside the first
+    embedded = [model.embed(windows(x, 2, 1)) for x in (xt, changed)]
+    assert (embedded[0] != embedded[1]).any(axis=-1)[0, :2, :2].all()
+    assert predict(model, xt, t, mask).shape == xt.shape
+
+
+READERS = {
+    "state_from_mask": {},
+    "readout_from_mask": {"cross_wiring": "readout_from_mask", "orders_per_layer": 2},
+    "ssd": {"mixer": "ssd", "d_head": 16},
+    "spade": {"mask_conditioning": "spade"},
+    "concat": {"mask_conditioning": "concat"},
+    "attention": {"backbone": "dit"},
+    "pooling": {"region_pooling": True, "modulation": "shared"},
+    "U": {"level_depths": (1,), "region_pooling": True},
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_what_is_read_once_gives_the_same_prediction(reader):
+    model = make_model(dataclasses.replace(TINY, **READERS[reader]))
+    xt, t, mask = make_inputs()
+    graph, params = nnx.split(model)
+
+    @functools.partial(jax.jit, static_argnames="is_read")
+    def run(params, is_read):
+        model = nnx.merge(graph, params)
+        condition = model.encode({"mask": mask})
+        return model(xt, t, model.read(condition) if is_read else condition)
+
+    np.testing.assert_allclose(run(params, is_read=True), run(params, is_read=False), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("modulation", ["shared", "per_layer"])
+def test_each_layer_is_modulated_by_the_time_in_its_own_way(modulation):
+    model = make_model(dataclasses.replace(TINY, modulation=modulation))
+    embedding = model.time(jnp.array([0.1, 0.9]))
+    graph, params = nnx.split(model.layers.stacked)
+    layers = [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], params)) for i in range(2)]
+    first, second = (layer.modulation(model.modulation(embedding)) for layer in layers)
+    assert first.shape == (2, 9 * 16)
+    assert (first != second).mean() > 0.9
+    assert (first[0] != first[1]).mean() > 0.9
+    # A modulation for all layers changes with the time alike in all layers.
+    np.testing.assert_equal(np.allclose(first[0] - first[1], second[0] - second[1], atol=1e-5), modulation == "shared")
+
+
 def test_a_new_block_is_the_identity():
     block = make_block(TINY, layer_parts("sisma"), dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     keys = jax.random.split(jax.random.key(0), 3)
@@ -85,7 +158,8 @@ def test_a_new_block_is_the_identity():
     embedding = jax.random.normal(keys[2], (2, 16))
     paths = (orders_of_layer(0, 1)[0].path(4, 4),)
     run = jax.jit(lambda *inputs: block(*inputs))
-    np.testing.assert_array_equal(run(x, embedding, Condition(features), paths), x)
+    read = block.read(Condition(features), paths)
+    np.testing.assert_array_equal(run(x, embedding, read, paths), x)
 
 
 def test_a_new_model_predicts_zero():

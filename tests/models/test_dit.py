@@ -29,7 +29,7 @@ def test_attention_is_the_formula(monkeypatch):
     monkeypatch.setattr(dit, "HEAD_CHANNELS", 8)
     module = CrossAttention(16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     x, context = jax.random.normal(jax.random.key(0), (2, 1, 3, 4, 16))
-    computed = module(x, Condition(context), ())
+    computed = module(x, module.read(Condition(context), ()), ())
     q = np.asarray(module.query_proj(x), np.float64).reshape(12, 16)
     k, v = np.split(np.asarray(module.key_value_proj(context), np.float64).reshape(12, 32), 2, axis=-1)
     heads = [attention(q[:, h], k[:, h], v[:, h]) for h in (slice(0, 8), slice(8, 16))]
@@ -65,7 +65,7 @@ def test_no_array_holds_the_logits_of_all_queries():
 def test_self_attention_sees_every_token():
     module = SelfAttention(16, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (1, 4, 4, 16))
-    moved = np.abs(module(x.at[0, 3, 3].add(1.0), Condition(x), ()) - module(x, Condition(x), ())).max(-1)[0]
+    moved = np.abs(module(x.at[0, 3, 3].add(1.0), None, ()) - module(x, None, ())).max(-1)[0]
     assert moved.min() > 1e-4
 
 

@@ -55,9 +55,12 @@ def test_tied_decays_are_a_selective_scan(mixer, orders):
     x, features, cotangent = (jax.random.normal(key, (2, HEIGHT, WIDTH, D_MODEL)) for key in keys)
     paths = tuple(order.path(HEIGHT, WIDTH) for order in orders)
 
+    def mixed(mixer, x, features):
+        return mixer(x, mixer.read(Condition(features), paths), paths)
+
     @functools.partial(jax.jit, static_argnums=0)
     def run(graph, params, x, features):
-        y, pullback = jax.vjp(lambda x, features: nnx.merge(graph, params)(x, Condition(features), paths), x, features)
+        y, pullback = jax.vjp(lambda x, features: mixed(nnx.merge(graph, params), x, features), x, features)
         return y, *pullback(cotangent)
 
     got, wanted = (run(*nnx.split(module), x, features) for module in (with_ssd, with_scan))
@@ -80,7 +83,7 @@ def test_a_sharded_sequence_is_refused():
     ssd = OrderedSsd(8, 2, 4, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
     x = jnp.ones((1, 4, 4, 8))
     with pytest.raises(NotImplementedError, match="SSD does not support a mesh with an axis seq"):
-        ssd(x, x, x, orders_of_layer(0, 1)[0].split_path(4, 4, 2))
+        ssd.to_sequence(x, orders_of_layer(0, 1)[0].split_path(4, 4, 2))
 
 
 @pytest.mark.parametrize("wiring", ["state_from_mask", "readout_from_mask"])

@@ -46,7 +46,7 @@ def test_a_u_is_the_composition_of_its_blocks(conditioning):
         nonlocal layer
         paths = tuple(order.path(*x.shape[1:3]) for order in orders_of_layer(layer, 1))
         layer += 1
-        return block(x, embedding, condition, paths, *skip)
+        return block(x, embedding, block.read(condition, paths), paths, *skip)
 
     def layers(stack):
         graph, params = nnx.split(stack.stacked)
@@ -167,6 +167,6 @@ def test_a_new_mixer_with_a_skip_adds_its_input():
 
     def mix(model):
         graph, params = nnx.split(model.layers.stacked)
-        return nnx.merge(graph, jax.tree.map(lambda x: x[0], params)).mixer(x, Condition(x), paths)
+        return nnx.merge(graph, jax.tree.map(lambda x: x[0], params)).mixer(x, None, paths)
 
     np.testing.assert_allclose(mix(skipping), mix(plain) + x, atol=1e-6)

@@ -1,0 +1,45 @@
+"""CelebAMask-HQ at 512 px with SISMA-U-B: the model of celebamask_hq_256_u.py with the times of celebamask_hq_512.py.
+
+Run on a TPU VM or a GPU:
+    python run.py --config configs/celebamask_hq_512_u.py --data.root=FOLDER --autoencoder.weights=FOLDER
+"""
+
+import math
+
+from sisma_jax.config import (
+    AutoencoderConfig,
+    Config,
+    DataConfig,
+    EvaluateConfig,
+    FlowConfig,
+    OptimConfig,
+    ParserConfig,
+    Sampling,
+    TrainConfig,
+    preset,
+)
+
+SHIFT = 2.0
+"""Time shift relative to 256 px: the square root of the ratio of the numbers of latents."""
+
+
+def get_config() -> Config:
+    """Returns the configuration of CelebAMask-HQ at 512 px with a U."""
+    return Config(
+        data=DataConfig(name="celebamask_hq", root="CelebAMask-HQ", image_size=512, stored_size=512, num_threads=16),
+        autoencoder=AutoencoderConfig(kind="kl", weights="sd-vae-ft-mse"),
+        model=preset(
+            "U-B",
+            patch_size=2,
+            patch_overlap=1,
+            region_pooling=True,
+            modulation="shared",
+            remat="dots",
+        ),
+        flow=FlowConfig(time_mean=-math.log(SHIFT), time_std=1.0, mask_dropout=0.1),
+        optim=OptimConfig(name="muon", learning_rate=1e-3, warmup_steps=1_000, decay_steps=400_000, ema_decay=0.9999),
+        train=TrainConfig(num_steps=400_000, batch_size=64, compute_dtype="bfloat16", checkpoint_every_steps=10_000),
+        sample=Sampling(steps=25, guidance=1.5, shift=SHIFT),
+        parser=ParserConfig(width=64, num_steps=10_000, batch_size=64),
+        evaluate=EvaluateConfig(num_samples=2_000),
+    )

@@ -27,7 +27,7 @@ def get_config() -> Config:
             depth=4,
             d_model=128,
             patch_size=4,
-            patch_overlap=2,
+            patch_overlap=3,
             d_state=4,
             expand=1,
             mlp_ratio=2.0,

@@ -20,7 +20,7 @@ Params = Mapping[str, Any]
 """Nested dictionaries of NumPy arrays, as of a `Denoiser` without Flax types."""
 
 
-class Attention(nn.Module):
+class Attention(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
     """Multi-head softmax attention; see `sisma_jax.models.dit.Attention`.
 
     Args:
@@ -50,7 +50,7 @@ class Attention(nn.Module):
         return self.out(y.transpose(1, 2).flatten(2))
 
 
-class Block(nn.Module):
+class Block(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
     """Self-attention, cross-attention and feed-forward layer with adaLN-zero; see `sisma_jax.models.layers.Block`.
 
     Args:
@@ -76,12 +76,13 @@ class Block(nn.Module):
             return torch.addcmul(x, gate, sublayer(modulated(x, shift, scale)))
 
         x = residual(x, lambda y: self.mixer(y, self.mixer.keys_and_values(y)))
-        if self.reader is not None:
-            x = residual(x, lambda y: self.reader(y, read))
+        reader = self.reader
+        if reader is not None:
+            x = residual(x, lambda y: reader(y, read))
         return residual(x, lambda y: self.down(functional.gelu(self.up(y), approximate="tanh")))
 
 
-class TorchDit(nn.Module):
+class TorchDit(nn.Module):  # pyright: ignore[reportUntypedBaseClass]
     """A denoiser with patch size 1 and fixed positions.
 
     Args:

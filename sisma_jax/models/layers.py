@@ -129,8 +129,8 @@ class Modulation(nnx.Linear):
         zeros = nnx.initializers.zeros
         super().__init__(d_model, size, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
-    def __call__(self, embedding: Float[Array, "B D"]) -> Float[Array, "B M"]:
-        """Returns the values."""
+    def __call__(self, embedding: Float[Array, "B D"], out_sharding: None = None) -> Float[Array, "B M"]:
+        """Returns the values; `out_sharding` is not used."""
         return super().__call__(jax.nn.silu(embedding))
 
 

@@ -36,6 +36,7 @@ class RegionPooling(Sublayer):
 
     def read(self, condition: Condition, paths: Paths) -> Float[Array, "B H W K"]:
         """Returns the shares of the classes in `condition`; `paths` is not used."""
+        assert condition.regions is not None, "a model with region pooling encodes the regions"
         return condition.regions
 
     def __call__(self, x: Grid, read: Float[Array, "B H W K"], paths: Paths) -> Grid:

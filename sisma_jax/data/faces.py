@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import threading
 from pathlib import Path
 
 import cv2
@@ -21,6 +22,8 @@ _FRAMED = 0.75
 # 146 of 150 faces that were pasted into larger photographs, and 4 false ones.
 _LARGEST, _SMALLEST, _LEAST_BOX = 1024, 256, 36
 _SCALE_STEP, _NEIGHBORS = 1.1, 5
+# A detector keeps the scales of the image in itself: two threads at once read memory out of bounds.
+_LOCK = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,9 @@ def find_faces(photo: UInt8[np.ndarray, "H W 3"]) -> list[Square]:
     size = max(1, round(width * scale)), max(1, round(height * scale))
     grey = cv2.resize(cv2.cvtColor(photo, cv2.COLOR_RGB2GRAY), size, interpolation=interpolation)
     least = (_LEAST_BOX, _LEAST_BOX)
-    boxes = np.reshape(_detector().detectMultiScale(grey, _SCALE_STEP, _NEIGHBORS, minSize=least), (-1, 4)) / scale
+    with _LOCK:
+        found = _detector().detectMultiScale(grey, _SCALE_STEP, _NEIGHBORS, minSize=least)
+    boxes = np.reshape(found, (-1, 4)) / scale
     faces: list[Square] = []
     is_taken: Bool[np.ndarray, "H W"] = np.zeros((height, width), np.bool_)
     for left, top, side, _ in sorted(boxes.tolist(), key=lambda box: (-box[2], box[0], box[1])):

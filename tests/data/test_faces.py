@@ -1,5 +1,7 @@
 """Faces are found in larger photographs, and a framed portrait is taken as it is."""
 
+import concurrent.futures
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -85,3 +87,11 @@ def test_real_portraits_are_their_own_frames():
     found = [find_faces(photos.read_image_file(path)) for path in paths]
     assert all(one in ([], [Square(0, 0, 128)]) for one in found)
     assert sum(map(bool, found)) >= 54
+
+
+def test_threads_find_faces_at_the_same_time():
+    """Of images of different sizes, with one detector, which raises errors without a lock."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(256, size=(size, size, 3), dtype=np.uint8) for size in (60, 400, 128, 300)] * 4
+    with concurrent.futures.ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(find_faces, images)) == [find_faces(image) for image in images[:4]] * 4

@@ -521,8 +521,8 @@ class Config:
             )
         if self.flow.objective == "mean_flow" and model.time_frequencies == "dit":
             raise InputError(
-                "model.time_frequencies dit varies too fast for the derivative that flow.objective mean_flow needs; use "
-                "smooth."
+                "model.time_frequencies dit varies too fast for the derivative that flow.objective mean_flow needs; "
+                "set it to smooth."
             )
         every, checkpoints = self.evaluate.every_steps, self.train.checkpoint_every_steps
         if every % checkpoints:

@@ -267,6 +267,13 @@ def test_settings_that_a_mean_flow_does_not_have_are_refused(values, message):
     assert dataclasses.replace(CONFIG, flow=FlowConfig(), sample=Sampling(**values)).sample.steps == 25
 
 
+def test_a_mean_flow_needs_smooth_time_features():
+    model = dataclasses.replace(CONFIG.model, time_frequencies="dit")
+    with pytest.raises(InputError, match=r"model.time_frequencies dit varies too fast.*set it to smooth"):
+        dataclasses.replace(CONFIG, model=model)
+    assert dataclasses.replace(CONFIG, model=model, flow=FlowConfig()).model.time_frequencies == "dit"
+
+
 def test_only_mean_flows_take_a_duration():
     plain = make_denoiser(dataclasses.replace(CONFIG, flow=FlowConfig()), KEY)
     xt, t = jnp.zeros((2, 8, 8, 3)), jnp.zeros(2)

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from sisma_jax.models.condition import Condition
 from sisma_jax.models.mamba import SelfMamba
 from sisma_jax.models.scan_orders import ScanOrder
 
@@ -45,7 +44,7 @@ def run(weights: dict[str, jax.Array], x: jax.Array) -> jax.Array:
     mixer.out_norm = lambda y: y
     length = x.shape[1]
     path = ScanOrder("rows", "odd", reverse=False).path(1, length)
-    return mixer(x[:, None], Condition(x[:, None]), (path,))[:, 0]
+    return mixer(x[:, None], None, (path,))[:, 0]
 
 
 @pytest.fixture(scope="module")

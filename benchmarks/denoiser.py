@@ -280,7 +280,7 @@ def work_of_layer(block: Block, side: int, d_model: int) -> list[Work]:
     work = []
     for module in (getattr(block, name) for name in block.names):
         if isinstance(module, FeedForward):
-            work.append(_applied("feed-forward", module, x, Condition(x), ()))
+            work.append(_applied("feed-forward", module, x, None, ()))
         elif isinstance(module, Attention):
             linears = (
                 (module.query_proj,)

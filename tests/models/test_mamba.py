@@ -22,7 +22,7 @@ def test_self_mamba_follows_its_path(reverse, ssd_head):
     path = order.path(6, 5)
     last_row = path.tokens[-1] // 5
     changed = x.at[0, last_row].add(1.0)
-    mix = jax.jit(lambda x: mixer(x, Condition(x), (path,)))
+    mix = jax.jit(lambda x: mixer(x, None, (path,)))
     difference = np.abs(mix(changed) - mix(x)).max(axis=-1)[0]
     far = [row for row in range(6) if abs(row - last_row) > 1]
     np.testing.assert_array_equal(difference[far], 0)
@@ -45,7 +45,7 @@ def test_cross_mamba_gradients_reach_both_streams():
     paths = tuple(order.path(4, 4) for order in orders_of_layer(0, 2))
 
     def loss(x, features):
-        return (mixer(x, Condition(features), paths) ** 2).sum()
+        return (mixer(x, mixer.read(Condition(features), paths), paths) ** 2).sum()
 
     grads = jax.jit(jax.grad(loss, argnums=(0, 1)))(x, features)
     assert all(np.abs(grad).max() > 1e-4 for grad in grads)

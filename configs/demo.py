@@ -1,6 +1,6 @@
 """The demo: drawn faces at 64 px, in pixel space, with a mean flow that trains on two CPU cores.
 
-Cost: about seven minutes on 2 CPU cores, half of them for training the denoiser. Run:
+Cost: about eight minutes on 2 CPU cores, five of them for training the denoiser. Run:
     python run.py --config configs/demo.py
 
 A face takes one or two evaluations of the network, with guidance inside. docs/ablation.md compares the choices.
@@ -36,8 +36,8 @@ def get_config() -> Config:
             d_label=16,
         ),
         flow=FlowConfig(objective="mean_flow", prediction="data"),
-        optim=OptimConfig(name="muon", learning_rate=4e-3, warmup_steps=30, decay_steps=430, ema_decay=0.99),
-        train=TrainConfig(num_steps=430, batch_size=16, log_every_steps=10, checkpoint_every_steps=143),
+        optim=OptimConfig(name="muon", learning_rate=4e-3, warmup_steps=30, decay_steps=429, ema_decay=0.99),
+        train=TrainConfig(num_steps=429, batch_size=16, log_every_steps=10, checkpoint_every_steps=143),
         sample=Sampling(steps=2, guidance=1.5),
         parser=ParserConfig(num_steps=600),
         evaluate=EvaluateConfig(num_samples=48, diversity_masks=8, samples_per_mask=4),

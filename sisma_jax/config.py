@@ -376,8 +376,9 @@ class TrainConfig(Section):
 class Sampling(Section):
     """How to sample: solver, classifier-free guidance and batches. Each call may override single values."""
 
-    # A pytree for `jax.jit`, registered in `diffusion/sampling.py`: `steps`, `solver` and `is_guided` are static, and
-    # the other settings are traced. `batch_size` and `seed` are left out, because only the caller uses them.
+    # A pytree for `jax.jit`, registered in `diffusion/sampling.py`. `steps`, `solver`, `is_guided` and
+    # `is_always_guided` are static; the other settings are traced. `batch_size` and `seed` are left out, because
+    # only callers use them.
     section: ClassVar[str] = "sample"
 
     steps: int = value(25, COUNT, may_change=True)

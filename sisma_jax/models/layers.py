@@ -152,16 +152,15 @@ class ModulationOffset(nnx.Module):
 class Block(nnx.Module):
     """Residual sub-layers with adaLN-zero (arXiv 2212.09748).
 
-    Each sub-layer computes x += gate · sublayer(modulate(LN(x), shift, scale)). Shift, scale and gate are linear in
-    SiLU(embedding). The gates are initially zero, so a new block is the identity.
+    Each sub-layer computes x += gate · sublayer(modulate(LN(x), shift, scale)). The gates are initially zero, so a new
+    block is the identity.
 
     Args:
-      d_model: channels of a token and of the embedding.
       sublayers: in order, by the name of the attribute that stores them.
-      rngs: randomness of the initial parameters.
+      modulation: maps the argument `embedding` to shift, scale and gate of every sub-layer.
     """
 
-    def __init__(self, d_model: int, sublayers: Mapping[str, Sublayer], modulation: nnx.Module):
+    def __init__(self, sublayers: Mapping[str, Sublayer], modulation: Modulation | ModulationOffset):
         self.names = tuple(sublayers)
         for name, sublayer in sublayers.items():
             setattr(self, name, sublayer)
@@ -183,7 +182,7 @@ class Block(nnx.Module):
 
         Args:
           x: tokens.
-          embedding: of the time and of conditions per image.
+          embedding: of the time and of conditions per image, or the modulation that all layers share.
           read: result of `read`.
           paths: scan paths of this layer.
         """
@@ -198,8 +197,8 @@ class Block(nnx.Module):
 def make_block(config: ModelConfig, parts: LayerParts, *, dtype: jnp.dtype, rngs: nnx.Rngs) -> Block:
     """Returns one layer with newly initialised parameters.
 
-    Its sub-layers are a mixer; a reader of the mask, unless `config.mask_conditioning` is "concat"; and a feed-forward
-    layer, unless `config.mlp_ratio` is 0.
+    Its sub-layers are region pooling, if `config.region_pooling` is set; a mixer; a reader of the mask, unless
+    `config.mask_conditioning` is "concat"; and a feed-forward layer, unless `config.mlp_ratio` is 0.
 
     Args:
       config: sizes and wiring of the model.
@@ -220,7 +219,7 @@ def make_block(config: ModelConfig, parts: LayerParts, *, dtype: jnp.dtype, rngs
     size = modulation_size(config)
     shared = config.modulation == "shared"
     modulation = ModulationOffset(size) if shared else Modulation(config.d_model, size, rngs=rngs)
-    return Block(config.d_model, sublayers, modulation)
+    return Block(sublayers, modulation)
 
 
 def modulation_size(config: ModelConfig) -> int:
@@ -294,7 +293,7 @@ class Stack(nnx.Module):
 
         Args:
           x: tokens.
-          embedding: of the time and of conditions per image, the same for all layers.
+          embedding: of the time and of conditions per image, or the modulation that all layers share.
           condition: with mask features on the token grid of x.
           read: result of `read`; None if every layer is to compute its part of it.
           per_layer: further arguments of the layers, with a leading axis of layers.

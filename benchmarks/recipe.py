@@ -40,7 +40,8 @@ from sisma_jax.pipeline import Pipeline
 from sisma_jax.training.state import init_state
 from sisma_jax.training.step import make_held_out_loss, make_update
 
-BEST = ("--optim.name=muon", "--model.region_pooling", "--model.patch_overlap=2", "--model.modulation=shared")
+THREE = ("--model.region_pooling", "--model.patch_overlap=2", "--model.modulation=shared")
+BEST = ("--optim.name=muon", *THREE)
 # For each variant the options that it changes in the base, which has AdamW and none of the choices below.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "AdamW": (),
@@ -53,6 +54,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "Muon, one modulation": ("--optim.name=muon", "--model.modulation=shared"),
     "Muon, overlapping patches": ("--optim.name=muon", "--model.patch_overlap=2"),
     "Muon, region pooling": ("--optim.name=muon", "--model.region_pooling"),
+    "AdamW and the three, rate x 2": (*THREE, "--optim.learning_rate=4e-3"),
     "all": BEST,
     "all, rate x 2": (*BEST, "--optim.learning_rate=4e-3"),
     "all, rate x 4": (*BEST, "--optim.learning_rate=8e-3"),

@@ -37,7 +37,7 @@ def get_config() -> Config:
             remat="dots",
         ),
         flow=FlowConfig(objective="mean_flow", time_mean=-math.log(SHIFT), time_std=1.0, mask_dropout=0.1),
-        optim=OptimConfig(name="muon", learning_rate=1e-3, warmup_steps=1_000, decay_steps=400_000, ema_decay=0.9999),
+        optim=OptimConfig(learning_rate=1e-4, warmup_steps=1_000, ema_decay=0.9999),
         train=TrainConfig(num_steps=400_000, batch_size=64, compute_dtype="bfloat16", checkpoint_every_steps=10_000),
         sample=Sampling(steps=2, guidance=1.5, shift=SHIFT),
         parser=ParserConfig(width=64, num_steps=10_000, batch_size=64),

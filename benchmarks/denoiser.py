@@ -42,7 +42,7 @@ from sisma_jax.kernels import selective_scan
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.denoiser import Denoiser
-from sisma_jax.models.dit import HEAD_CHANNELS, Attention, CrossAttention, attention
+from sisma_jax.models.dit import Attention, CrossAttention, attention
 from sisma_jax.models.factory import layer_parts
 from sisma_jax.models.layers import Block, FeedForward, make_block
 from sisma_jax.models.mamba import CrossMamba, OrderedScan, SelfMamba
@@ -179,65 +179,6 @@ def read(graph: nnx.GraphDef[Denoiser], params: State, condition: Condition) -> 
       condition: the encoded masks.
     """
     return nnx.merge(graph, params).read(condition)
-
-
-def torch_candidates(
-    name: str, params: State, config: ModelConfig, x: jax.Array, t: jax.Array, mask: jax.Array, *, is_compiled: bool
-) -> list[measure.Candidate]:
-    """Returns the DiT in PyTorch with the same parameters, which must give the values of the candidate `name`.
-
-    Args:
-      name: of the candidate in JAX, which is also the group of both.
-      params: parameters of the DiT.
-      config: of the DiT.
-      x: noisy latents, float32 (1, H, W, C).
-      t: times in [0, 1], float32 (1,).
-      mask: mask features, float32 (1, H, W, D).
-      is_compiled: also add the module compiled by `torch.compile`.
-    """
-    import torch  # pyright: ignore[reportMissingImports]  optional, not in the development environment
-
-    from benchmarks.torch_dit import TorchDit
-
-    d_head = min(HEAD_CHANNELS, config.d_model)
-    module = TorchDit(jax.tree.map(np.asarray, nnx.to_pure_dict(params)), x.shape[1], d_head).eval()
-    sequence, times, features = (torch.from_numpy(np.array(a)) for a in (x, t, mask))
-    with torch.inference_mode():
-        read = module.read(features.flatten(1, 2))
-    candidates = [("PyTorch", module)]
-    if is_compiled:
-        candidates.append(("torch.compile", torch.compile(module)))
-
-    def run(module: Callable[..., "torch.Tensor"]) -> np.ndarray:
-        with torch.inference_mode():
-            y = module(sequence.flatten(1, 2), times, features.flatten(1, 2), read)
-        return y.numpy().reshape(x.shape)
-
-    return [measure.Candidate(f"{name}, {label}", functools.partial(run, one), group=name) for label, one in candidates]
-
-
-def peer_candidate(peer: str, x: jax.Array, t: jax.Array, mask: jax.Array) -> measure.Candidate:
-    """Returns a PyTorch module of the user as a candidate; see the module's docstring.
-
-    Args:
-      peer: "MODULE:FUNCTION".
-      x: noisy latents, float32 (1, H, W, C).
-      t: times in [0, 1], float32 (1,).
-      mask: mask features, float32 (1, H, W, D).
-    """
-    import torch  # pyright: ignore[reportMissingImports]  optional, not in the development environment
-
-    path, _, function = peer.partition(":")
-    module = getattr(importlib.import_module(path), function)(x.shape[1], mask.shape[-1]).eval()
-    arguments = [
-        torch.from_numpy(np.array(a)) for a in (x.reshape(1, -1, x.shape[-1]), t, mask.reshape(1, -1, mask.shape[-1]))
-    ]
-
-    def run() -> np.ndarray:
-        with torch.inference_mode():
-            return module(*arguments).numpy()
-
-    return measure.Candidate(peer, run)
 
 
 def layers_at(config: ModelConfig, side: int) -> dict[int, int]:
@@ -408,11 +349,15 @@ def main(
                 )
             ]
             if has_torch:
+                from benchmarks.torch_dit import torch_candidates  # which imports PyTorch
+
                 new += torch_candidates(name, params, config, x, t, mask, is_compiled=torch_compile)
             candidates += new
             for one in new:
                 sizes[one.name], config_of[one.name] = sum(leaf.size for leaf in jax.tree.leaves(state)), config
         if peer:
+            from benchmarks.torch_dit import peer_candidate
+
             candidates.append(peer_candidate(peer, x, t, mask))
         results = measure.measure(candidates, repeats, budget_secs, tolerance=1e-3)
         del candidates  # and the parameters with them

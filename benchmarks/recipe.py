@@ -33,6 +33,7 @@ from benchmarks import measure
 from benchmarks.ablation import ROOT, spread, use_one_core
 from sisma_jax import allocator, config_files
 from sisma_jax.config import Config, MeshConfig
+from sisma_jax.data.classes import CELEBAMASK_HQ
 from sisma_jax.data.dataset import DataSet
 from sisma_jax.evaluation.patch_borders import border_ratio
 from sisma_jax.parallel import sharding
@@ -60,7 +61,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "all, rate x 4": (*BEST, "--optim.learning_rate=8e-3"),
     "all, rate x 8": (*BEST, "--optim.learning_rate=16e-3"),
 }
-SKIN, HAIR = 1, 13
+SKIN, HAIR = (CELEBAMASK_HQ.names.index(name) for name in ("skin", "hair"))
 MEASURED = (("held_out_loss", 4), ("patch_borders", 2), ("tones", 1))  # in the table, with their decimal digits
 NUM_PICTURES = 32
 

@@ -1,19 +1,26 @@
-"""The DiT of `sisma_jax.models.dit` in PyTorch, with the same parameters: the peer for speed on CPUs.
+"""Peers of the denoiser in PyTorch: the DiT of `sisma_jax.models.dit` with the same parameters, and modules of users.
 
-It uses `torch.nn.functional.scaled_dot_product_attention`, which is several times faster on CPUs than JAX's attention.
+The DiT uses `torch.nn.functional.scaled_dot_product_attention`, which on CPUs is faster than JAX's for long sequences.
 What depends on the mask alone, the keys and values of cross-attention, is computed once per image, as in SISMA.
 
     pip install -r benchmarks/requirements-torch.txt
 """
 
-from collections.abc import Mapping
+import functools
+import importlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  optional, not in the development environment
+from flax import nnx
 from torch import nn  # pyright: ignore[reportMissingImports]
 from torch.nn import functional  # pyright: ignore[reportMissingImports]
 
+from benchmarks import measure
+from sisma_jax.config import ModelConfig
+from sisma_jax.models.dit import HEAD_CHANNELS
 from sisma_jax.models.embeddings import FREQUENCIES, position_features
 
 Params = Mapping[str, Any]
@@ -146,3 +153,56 @@ def linear(params: Params) -> nn.Linear:
 def layer(stacked: Params, index: int) -> Params:
     """Returns the parameters of one layer, from those of all layers along a leading axis."""
     return {name: layer(x, index) if isinstance(x, Mapping) else x[index] for name, x in stacked.items()}
+
+
+def torch_candidates(
+    name: str, params: Any, config: ModelConfig, x: jax.Array, t: jax.Array, mask: jax.Array, *, is_compiled: bool
+) -> list[measure.Candidate]:
+    """Returns the DiT in PyTorch with the same parameters, which must give the values of the candidate `name`.
+
+    Args:
+      name: of the candidate in JAX, which is also the group of both.
+      params: parameters of the DiT, an `nnx.State`.
+      config: of the DiT.
+      x: noisy latents, float32 (1, H, W, C).
+      t: times in [0, 1], float32 (1,).
+      mask: mask features, float32 (1, H, W, D).
+      is_compiled: also add the module compiled by `torch.compile`.
+    """
+    d_head = min(HEAD_CHANNELS, config.d_model)
+    module = TorchDit(jax.tree.map(np.asarray, nnx.to_pure_dict(params)), x.shape[1], d_head).eval()
+    sequence, times, features = (torch.from_numpy(np.array(a)) for a in (x, t, mask))
+    with torch.inference_mode():
+        read = module.read(features.flatten(1, 2))
+    candidates = [("PyTorch", module)]
+    if is_compiled:
+        candidates.append(("torch.compile", torch.compile(module)))
+
+    def run(module: Callable[..., torch.Tensor]) -> np.ndarray:
+        with torch.inference_mode():
+            y = module(sequence.flatten(1, 2), times, features.flatten(1, 2), read)
+        return y.numpy().reshape(x.shape)
+
+    return [measure.Candidate(f"{name}, {label}", functools.partial(run, one), group=name) for label, one in candidates]
+
+
+def peer_candidate(peer: str, x: jax.Array, t: jax.Array, mask: jax.Array) -> measure.Candidate:
+    """Returns a PyTorch module of the user as a candidate; benchmarks/denoiser.py describes it.
+
+    Args:
+      peer: "MODULE:FUNCTION".
+      x: noisy latents, float32 (1, H, W, C).
+      t: times in [0, 1], float32 (1,).
+      mask: mask features, float32 (1, H, W, D).
+    """
+    path, _, function = peer.partition(":")
+    module = getattr(importlib.import_module(path), function)(x.shape[1], mask.shape[-1]).eval()
+    arguments = [
+        torch.from_numpy(np.array(a)) for a in (x.reshape(1, -1, x.shape[-1]), t, mask.reshape(1, -1, mask.shape[-1]))
+    ]
+
+    def run() -> np.ndarray:
+        with torch.inference_mode():
+            return module(*arguments).numpy()
+
+    return measure.Candidate(peer, run)

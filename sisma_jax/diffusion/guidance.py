@@ -1,6 +1,6 @@
 """Classifier-free guidance (arXiv 2207.12598): one velocity from two function evaluations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +41,14 @@ def guided(
       skips: skip the evaluation with the null condition at times when no example is guided. The program then contains
         the network twice.
     """
-    velocities = with_and_without(denoise, condition, null)
+    velocities = jointly(denoise, condition, null)
 
     def velocity(x: Point, t: Float[Array, " B"]) -> Point:
         low, high = interval
         is_guided = (low <= t) & (t < high)
 
         def extrapolated(x: Point) -> Point:
-            conditional, unconditional = velocities(x, t)
+            conditional, unconditional = velocities((x, t), (x, t))
             guided = unconditional + scale * (conditional - unconditional)
             # A scale of 1 outside the interval would not be bit-identical to v.
             chosen = _rescaled(guided, conditional, x, t, rescale)
@@ -61,30 +61,30 @@ def guided(
     return velocity
 
 
-def with_and_without(
-    denoise: Callable[[Point, Float[Array, " B"], Condition], Point], condition: Condition, null: Condition
-) -> Callable[[Point, Float[Array, " B"]], tuple[Point, Point]]:
-    """Returns (x, t) -> the velocities with the condition and with the null condition.
+def jointly(
+    denoise: Callable[[Point, Float[Array, " B"], Condition], Point], *conditions: Condition
+) -> Callable[..., tuple[Point, ...]]:
+    """Returns a function of a pair (x, t) for each condition, which returns the velocity of each.
 
-    Both function evaluations run as one batch of twice the size.
+    All function evaluations run as one batch.
 
     Args:
       denoise: (x, t, condition) -> velocity.
-      condition: condition of each example.
-      null: the null condition of each example, or of one.
+      conditions: each of B examples, or of one; at least one of B.
     """
-    conditions = interleaved(condition, null)
+    every = interleaved(*conditions)
 
-    def velocities(x: Point, t: Float[Array, " B"]) -> tuple[Point, Point]:
-        pairs = denoise(_in_turn(x, x), _in_turn(t, t), conditions).reshape(-1, 2, *x.shape[1:])
-        return pairs[:, 0], pairs[:, 1]
+    def velocities(*points: tuple[Point, Float[Array, " B"]]) -> tuple[Point, ...]:
+        xs, times = zip(*points, strict=True)
+        y = denoise(_in_turn(xs), _in_turn(times), every)
+        return tuple(jnp.moveaxis(y.reshape(-1, len(points), *y.shape[1:]), 1, 0))
 
     return velocities
 
 
-def _in_turn(x: Array, y: Array) -> Array:
-    """Returns the rows of x and y interleaved. A sharded batch then has each pair on one device and moves no data."""
-    return jnp.stack([x, y], axis=1).reshape(-1, *x.shape[1:])
+def _in_turn(arrays: Sequence[Array]) -> Array:
+    """Returns the rows of the arrays in turn; see `interleaved`."""
+    return jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:])
 
 
 def _rescaled(

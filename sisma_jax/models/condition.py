@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -48,24 +49,24 @@ class Condition:
         return time if self.guidance is None else time + self.guidance
 
 
-def interleaved(condition: Condition, null: Condition) -> Condition:
-    """Returns the rows of both conditions in turn. A sharded batch then has each pair on one device and moves no data.
+def interleaved(*conditions: Condition) -> Condition:
+    """Returns the rows of the conditions in turn. A sharded batch has rows that belong together on one device.
 
     Args:
-      condition: of B examples.
-      null: of B examples, or of one, which is repeated.
+      conditions: each of B examples, or of one, which is repeated; at least one of B.
     """
 
-    def in_turn(axis: int) -> Callable[[Array, Array], Array]:
-        def pairs(x: Array, y: Array) -> Array:
-            shape = (*x.shape[:axis], -1, *x.shape[axis + 1 :])
-            return jnp.stack([x, jnp.broadcast_to(y, x.shape)], axis=axis + 1).reshape(shape)
+    def in_turn(axis: int) -> Callable[..., Array]:
+        def stacked(*arrays: Array) -> Array:
+            shape = np.broadcast_shapes(*(x.shape for x in arrays))
+            rows = jnp.stack([jnp.broadcast_to(x, shape) for x in arrays], axis=axis + 1)
+            return rows.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
-        return pairs
+        return stacked
 
     # The first axis of what the layers have read is that of the layers.
-    read = jax.tree.map(in_turn(1), condition.read, null.read)
-    rest = jax.tree.map(in_turn(0), dataclasses.replace(condition, read=None), dataclasses.replace(null, read=None))
+    read = jax.tree.map(in_turn(1), *(condition.read for condition in conditions))
+    rest = jax.tree.map(in_turn(0), *(dataclasses.replace(condition, read=None) for condition in conditions))
     return dataclasses.replace(rest, read=read)
 
 

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from sisma_jax.config import Config, DataConfig, FlowConfig, Sampling
+from sisma_jax.config import Config, DataConfig, FlowConfig, Sampling, TrainConfig
 from sisma_jax.diffusion import flow, objectives, sampling
 from sisma_jax.diffusion.objectives import make_objective
 from sisma_jax.diffusion.solvers import jump, time_grid
@@ -169,6 +170,43 @@ def test_the_gradient_is_finite_and_reaches_what_is_new(prediction):
     for part in (grads["duration"], grads["condition_encoder"]["guidance"]):
         assert float(jnp.abs(part["down"]["kernel"]).max()) > 0
     assert np.isfinite(metrics["velocity_error"])
+
+
+@pytest.mark.parametrize("accumulate_steps", [1, 2])
+@pytest.mark.parametrize("same_time", [0.5, 0.75, 1.0])
+def test_the_first_of_every_two_examples_has_no_duration(same_time, accumulate_steps):
+    config = dataclasses.replace(
+        CONFIG,
+        flow=dataclasses.replace(FLOW, same_time=same_time),
+        train=TrainConfig(batch_size=4000, accumulate_steps=accumulate_steps),
+    )
+    duration = make_objective(config).draw(make_batch(4000), KEY, 0.1)["duration"]
+    for part in range(accumulate_steps):
+        pairs = duration[part::accumulate_steps].reshape(-1, 2)
+        assert not pairs[:, 0].any()
+        assert (pairs[:, 1] == 0).mean() == pytest.approx(2 * same_time - 1, abs=0.06)
+
+
+def test_examples_without_duration_cost_less_and_learn_the_same():
+    """With a smaller share of them, the loss is the same for any examples, but it treats all alike."""
+    params = nnx.to_pure_dict(PARAMS)
+    examples = make_objective(CONFIG).draw(make_batch(6), KEY, 0.3)
+    results, flops = [], []
+    for same_time in (0.5, 0.25):
+        config = dataclasses.replace(CONFIG, flow=dataclasses.replace(FLOW, same_time=same_time))
+        gradient = jax.jit(jax.value_and_grad(make_objective(config).loss, has_aux=True))
+        compiled = gradient.lower(params, examples).compile()
+        results.append(compiled(params, examples))
+        flops.append(compiled.cost_analysis()["flops"])
+    chex.assert_trees_all_close(*results, rtol=1e-3, atol=1e-5)
+    assert flops[0] < 0.9 * flops[1]
+
+
+def test_an_odd_number_of_examples_has_a_loss():
+    objective = make_objective(CONFIG)
+    examples = objective.draw(make_batch(3), KEY, 0.3)
+    _, metrics = jax.eval_shape(objective.loss, nnx.to_pure_dict(PARAMS), examples)
+    assert metrics["velocity_error"].shape == ()
 
 
 def test_the_derivative_is_that_of_differences():

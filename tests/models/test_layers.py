@@ -18,6 +18,7 @@ def test_what_is_kept_in_memory_is_the_same_and_so_are_its_derivatives(first):
     np.testing.assert_array_equal(jax.jit(jax.grad(lambda x: (weights * in_memory(x)).sum()))(x), weights)
 
 
+@pytest.mark.optimized
 def test_only_programs_for_cpus_keep_it_in_memory():
     """XLA:CPU leaves the conditional of the value and of the gradient; other programs have none."""
     x = jnp.ones((2, 4, 4, 8))

@@ -200,6 +200,8 @@ def _opened(path: AnyPath) -> Iterator[Any]:
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}; name a file that the command `export` wrote.") from error
     except (OSError, safetensors.SafetensorError) as error:
+        if path.is_dir():
+            raise InputError(f"{path} is a folder; name a file that the command `export` wrote.") from error
         raise InputError(
             f"{path} cannot be read as safetensors ({error}); it is damaged, or the command `export` did not write it."
         ) from error

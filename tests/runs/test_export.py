@@ -146,9 +146,10 @@ def test_files_that_are_not_safetensors_are_named(exported, tmp_path):
         with pytest.raises(InputError, match=r"model.safetensors cannot be read as safetensors"):
             load_exported(exported)
     (tmp_path / "notes.txt").write_text("no arrays, but long enough for a header")
-    for path in (tmp_path / "notes.txt", tmp_path):
-        with pytest.raises(InputError, match="cannot be read as safetensors"):
-            load_exported(path)
+    with pytest.raises(InputError, match="cannot be read as safetensors"):
+        load_exported(tmp_path / "notes.txt")
+    with pytest.raises(InputError, match="is a folder; name a file"):
+        load_exported(tmp_path)
     with pytest.raises(InputError, match=r"There is no file .*missing"):
         load_exported(tmp_path / "missing")
 

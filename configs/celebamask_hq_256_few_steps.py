@@ -3,8 +3,8 @@
 It needs the same files as celebamask_hq_256.py. Run on a TPU VM or a GPU:
     python run.py --config configs/celebamask_hq_256_few_steps.py --data.root=FOLDER --autoencoder.weights=FOLDER
 
-A step takes about 1.6 times as long as one of flow matching. To start from a run of celebamask_hq_256_u.py, export that
-run and add --train.init_from=FILE.
+A step takes about 1.6 times as long as one of flow matching. Textures are better if it starts from a run of
+celebamask_hq_256_u.py (docs/ablation.md): export that run and add --train.init_from=FILE.
 """
 
 from sisma_jax.config import (

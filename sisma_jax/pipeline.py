@@ -29,7 +29,7 @@ from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.models.face_parser import FaceParser
 from sisma_jax.models.factory import Params, make_graph
-from sisma_jax.parallel import sharding
+from sisma_jax.parallel import compiler, sharding
 from sisma_jax.runs.export import EXPORT_SUFFIX, load_exported
 from sisma_jax.segmentation import paint, segment
 
@@ -331,6 +331,7 @@ def jit_sampler(
         functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow),
         static_argnames="key_impl",
         out_shardings=sharding.replicated(mesh),
+        compiler_options=compiler.options(mesh),
     )
 
 

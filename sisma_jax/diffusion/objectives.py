@@ -156,6 +156,7 @@ class MeanFlow(FlowMatching):
         """
         x0, x1 = examples["x0"], examples["x1"]
         model, frozen = (nnx.merge(self._graph, p) for p in (params, jax.lax.stop_gradient(params)))
+        frozen_condition = frozen.encode(examples, examples["is_dropped"])
         rows = _Rows(
             xt=flow.interpolate(x0, x1, examples["t"]),
             t=examples["t"],
@@ -163,7 +164,8 @@ class MeanFlow(FlowMatching):
             difference=x1 - x0,
             guidance=examples["guidance"],
             condition=model.encode(examples, examples["is_dropped"]),
-            frozen_condition=frozen.encode(examples, examples["is_dropped"]),
+            frozen_condition=frozen_condition,
+            null=frozen.null(frozen_condition),
         )
         if self._is_paired and len(x0) % 2 == 0:
             errors = jnp.stack(self._errors_of_pairs(model, frozen, *_pairs(rows)))
@@ -174,8 +176,7 @@ class MeanFlow(FlowMatching):
     def _errors(self, model: nnx.Module, frozen: nnx.Module, rows: "_Rows") -> Float[Array, " B"]:
         """Returns the squared error of the velocity of each row, for any duration."""
         points = (rows.xt, rows.t), (rows.xt, rows.t)
-        conditions = rows.frozen_condition, frozen.null(rows.frozen_condition)
-        velocity, null = jointly(self._velocity(frozen), *conditions)(*points)
+        velocity, null = jointly(self._velocity(frozen), rows.frozen_condition, rows.null)(*points)
         return self._error_of_average(model, rows, velocity, null)
 
     def _errors_of_pairs(
@@ -183,9 +184,7 @@ class MeanFlow(FlowMatching):
     ) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
         """Returns the squared errors of rows with h = 0, and of as many with any duration."""
         at_instants, in_intervals = (instants.xt, instants.t), (intervals.xt, intervals.t)
-        condition = intervals.frozen_condition
-        conditions = condition, frozen.null(condition), frozen.null(instants.frozen_condition)
-        evaluate = jointly(self._velocity(frozen), *conditions)
+        evaluate = jointly(self._velocity(frozen), intervals.frozen_condition, intervals.null, instants.null)
         velocity, null, null_at_instants = evaluate(in_intervals, in_intervals, at_instants)
         at_once = self._velocity(model)(*at_instants, instants.condition)
         target = instants.target(jax.lax.stop_gradient(at_once), null_at_instants)
@@ -225,6 +224,7 @@ class _Rows:
     guidance: Float[Array, "B 3"]
     condition: Condition
     frozen_condition: Condition
+    null: Condition
 
     def target(self, velocity: Point, null: Point) -> Point:
         """Returns the target of the velocity, with guidance at times in the interval of the guidance.

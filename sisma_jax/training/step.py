@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Key, Num
 from sisma_jax.config import Config
 from sisma_jax.diffusion.objectives import Batch, Examples, make_objective
 from sisma_jax.models.factory import Params
-from sisma_jax.parallel import sharding
+from sisma_jax.parallel import compiler, sharding
 from sisma_jax.training.optimizers import make_optimizer
 from sisma_jax.training.state import TrainState
 
@@ -130,7 +130,7 @@ def jit_update(update: Update, state: TrainState, mesh: Mesh) -> Update:
       mesh: of all devices. It must be in context (`jax.set_mesh`) when the step is called or lowered.
     """
     shardings = sharding.of_state(state, mesh), sharding.replicated(mesh)
-    return jax.jit(update, donate_argnums=0, out_shardings=shardings)
+    return jax.jit(update, donate_argnums=0, out_shardings=shardings, compiler_options=compiler.options(mesh))
 
 
 def make_held_out_loss(config: Config, mesh: Mesh) -> Callable[[Params, Batch, int], Float[Array, " B"]]:

@@ -57,6 +57,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "Muon, region pooling": ("--optim.name=muon", "--model.region_pooling"),
     "AdamW and the three, rate x 2": (*THREE, "--optim.learning_rate=4e-3"),
     "all": BEST,
+    "all, adaptive weights": (*BEST, "--flow.adaptive_weights"),
     "all, rate x 2": (*BEST, "--optim.learning_rate=4e-3"),
     "all, rate x 4": (*BEST, "--optim.learning_rate=8e-3"),
     "all, rate x 8": (*BEST, "--optim.learning_rate=16e-3"),

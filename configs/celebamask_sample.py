@@ -34,7 +34,7 @@ def get_config() -> Config:
             modulation="shared",
             d_label=16,
         ),
-        flow=FlowConfig(prediction="data"),
+        flow=FlowConfig(prediction="data", adaptive_weights=True),
         optim=OptimConfig(name="muon", learning_rate=4e-3, warmup_steps=100, decay_steps=3000, ema_decay=0.998),
         train=TrainConfig(num_steps=3000, batch_size=16, log_every_steps=50, checkpoint_every_steps=500),
         sample=Sampling(steps=25, guidance=1.5),

@@ -239,6 +239,9 @@ class FlowConfig(Section):
     """Mean of logit(t) in training, where t = 0 is noise and t = 1 is data; -log(s) shifts times towards noise by s."""
     time_std: float = value(1.0, POSITIVE)
     """Standard deviation of logit(t)."""
+    adaptive_weights: bool = False
+    """Weigh each example by 1 / (its error + 0.001), so that all examples and times count alike (arXiv 2505.13447,
+    eq. 22). Mean flows always do."""
     mask_dropout: float = value(0.1, DECAY)
     """Probability that a training example loses its mask, for classifier-free guidance (arXiv 2207.12598)."""
     same_time: float = value(0.5, FRACTION)

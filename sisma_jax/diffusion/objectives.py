@@ -28,7 +28,7 @@ Batch = dict[str, Any]
 conditions, "mask", uint8 (B, H, W)."""
 Examples = dict[str, Any]
 """Inputs of a loss: the conditions of a batch and the random draws. The first axis of every array is the batch."""
-# The c in the weights of mean flows; the errors of an untrained network are about 1.
+# The c in the adaptive weights; the errors of an untrained network are about 1.
 _WEIGHT_OFFSET = 1e-3
 
 
@@ -72,7 +72,8 @@ class FlowMatching:
           params: parameters of the denoiser.
           examples: what `draw` returned.
         """
-        return self.held_out_losses(params, examples).mean(), {}
+        errors = self.held_out_losses(params, examples)
+        return _adaptively_weighted(errors) if self._config.adaptive_weights else (errors.mean(), {})
 
     def held_out_losses(self, params: Params, examples: Examples) -> Float[Array, " B"]:
         """Returns the mean squared error of each example's velocity, without guidance, float32.
@@ -171,7 +172,7 @@ class MeanFlow(FlowMatching):
             errors = jnp.stack(self._errors_of_pairs(model, frozen, *_pairs(rows)))
         else:
             errors = self._errors(model, frozen, rows)
-        return jnp.mean(errors / (jax.lax.stop_gradient(errors) + _WEIGHT_OFFSET)), {"velocity_error": errors.mean()}
+        return _adaptively_weighted(errors)
 
     def _errors(self, model: nnx.Module, frozen: nnx.Module, rows: "_Rows") -> Float[Array, " B"]:
         """Returns the squared error of the velocity of each row, for any duration."""
@@ -243,6 +244,11 @@ def _pairs(rows: _Rows) -> tuple[_Rows, _Rows]:
     """Returns the first and the second of every two rows. A sharded batch has both on one device and moves no data."""
     pairs = jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), rows)
     return tuple(jax.tree.map(lambda x, i=i: x[:, i], pairs) for i in (0, 1))
+
+
+def _adaptively_weighted(errors: Float[Array, "..."]) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns the mean of the errors with weights that are constants for the gradient, and the mean without them."""
+    return jnp.mean(errors / (jax.lax.stop_gradient(errors) + _WEIGHT_OFFSET)), {"velocity_error": errors.mean()}
 
 
 def _squared_error(estimate: Point, target: Point) -> Float[Array, " B"]:

@@ -93,3 +93,17 @@ def test_examples_are_the_same_under_x64():
         wide = draw(batch, KEY)
     assert jax.tree.map(lambda x: x.dtype, wide) == jax.tree.map(lambda x: x.dtype, plain)
     chex.assert_trees_all_equal(*(jax.device_get(tree) for tree in (wide, plain)))
+
+
+def test_adaptive_weights_divide_the_gradient_of_each_example_by_its_error():
+    config = dataclasses.replace(CONFIG, flow=dataclasses.replace(CONFIG.flow, adaptive_weights=True))
+    plain, weighted = make_objective(CONFIG), make_objective(config)
+    params = nnx.to_pure_dict(random_params(nnx.split(nnx.eval_shape(lambda: make_denoiser(CONFIG, KEY)))[1]))
+    examples = plain.draw(make_batch(), KEY, 0.5)
+    errors = jax.jit(plain.held_out_losses)(params, examples)
+    (loss, metrics), gradient = jax.jit(jax.value_and_grad(weighted.loss, has_aux=True))(params, examples)
+    np.testing.assert_allclose(loss, (errors / (errors + 1e-3)).mean(), rtol=1e-6)
+    np.testing.assert_allclose(metrics["velocity_error"], errors.mean(), rtol=1e-6)
+    weights = 1 / (errors + 1e-3)
+    wanted = jax.jit(jax.grad(lambda params: (weights * plain.held_out_losses(params, examples)).mean()))(params)
+    chex.assert_trees_all_close(gradient, wanted, rtol=1e-4, atol=1e-6)

@@ -1,6 +1,6 @@
 """The demo: drawn faces at 64 px, in pixel space, with a mean flow that trains on two CPU cores.
 
-Cost: about eight minutes on 2 CPU cores, five of them for training the denoiser. Run:
+Cost: about six minutes on 2 CPU cores, four of them for training the denoiser. Run:
     python run.py --config configs/demo.py
 
 A face takes one or two evaluations of the network, with guidance inside. docs/ablation.md compares the choices.

@@ -92,7 +92,7 @@ def configured(base: str, options: tuple[str, ...], steps: int, seed: int, root:
     default = config_files.load(ROOT / "configs" / f"{base}.py")
     model = dataclasses.replace(default.model, region_pooling=False, patch_overlap=0, modulation="per_layer")
     optim = dataclasses.replace(default.optim, name="adamw", learning_rate=2e-3, warmup_steps=30, ema_decay=0.99)
-    flow = dataclasses.replace(default.flow, objective="flow_matching")
+    flow = dataclasses.replace(default.flow, objective="flow_matching", adaptive_weights=False)
     sample = dataclasses.replace(default.sample, steps=20)
     default = dataclasses.replace(default, model=model, optim=optim, flow=flow, sample=sample)
     data = (f"--data.cache_dir={cache_dir}", *((f"--data.root={root}",) if root else ()))

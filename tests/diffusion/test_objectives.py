@@ -95,15 +95,11 @@ def test_examples_are_the_same_under_x64():
     chex.assert_trees_all_equal(*(jax.device_get(tree) for tree in (wide, plain)))
 
 
-def test_adaptive_weights_divide_the_gradient_of_each_example_by_its_error():
+def test_adaptive_weights_divide_the_gradient_of_each_example_by_its_error(monkeypatch):
     config = dataclasses.replace(CONFIG, flow=dataclasses.replace(CONFIG.flow, adaptive_weights=True))
-    plain, weighted = make_objective(CONFIG), make_objective(config)
-    params = nnx.to_pure_dict(random_params(nnx.split(nnx.eval_shape(lambda: make_denoiser(CONFIG, KEY)))[1]))
-    examples = plain.draw(make_batch(), KEY, 0.5)
-    errors = jax.jit(plain.held_out_losses)(params, examples)
-    (loss, metrics), gradient = jax.jit(jax.value_and_grad(weighted.loss, has_aux=True))(params, examples)
+    objective, errors = make_objective(config), jnp.asarray([0.01, 0.1, 2.0])
+    monkeypatch.setattr(objective, "held_out_losses", lambda params, examples: params["errors"])
+    (loss, metrics), gradient = jax.value_and_grad(objective.loss, has_aux=True)({"errors": errors}, {})
     np.testing.assert_allclose(loss, (errors / (errors + 1e-3)).mean(), rtol=1e-6)
     np.testing.assert_allclose(metrics["velocity_error"], errors.mean(), rtol=1e-6)
-    weights = 1 / (errors + 1e-3)
-    wanted = jax.jit(jax.grad(lambda params: (weights * plain.held_out_losses(params, examples)).mean()))(params)
-    chex.assert_trees_all_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(gradient["errors"], 1 / (errors + 1e-3) / 3, rtol=1e-6)

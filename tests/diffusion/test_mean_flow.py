@@ -159,8 +159,10 @@ def test_draws_of_times_and_guidance():
     assert later.mean() > 0.4  # the mean of the larger of two standard normal numbers is 0.56
 
 
-def test_the_gradient_is_finite_and_reaches_what_is_new():
-    objective = make_objective(CONFIG)
+@pytest.mark.parametrize("prediction", ["velocity", "data"])
+def test_the_gradient_is_finite_and_reaches_what_is_new(prediction):
+    config = dataclasses.replace(CONFIG, flow=dataclasses.replace(FLOW, prediction=prediction))
+    objective = make_objective(config)
     params = nnx.to_pure_dict(PARAMS)
     examples = objective.draw(make_batch(4), KEY, 0.5)
     grads, metrics = jax.jit(jax.grad(objective.loss, has_aux=True))(params, examples)

@@ -11,6 +11,12 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # XLA's optimisations take longer than they save; below is where they matter. Processes that tests start have this too.
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+# Many tests compile the same small program: once a session is enough, in all processes that share it, those that tests
+# start too. The first one makes the folder, and deletes it when it ends; the others have its environment.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="sisma_jax_compiled_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
 
 from jaxtyping import install_import_hook
 
@@ -24,13 +30,6 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Many tests compile the same small program: once a session is enough, in all processes that share it. The first one
-# makes the folder, and deletes it when it ends; the others have its environment.
-if "SISMA_JAX_TEST_CACHE" not in os.environ:
-    _cache = tempfile.TemporaryDirectory(prefix="sisma_jax_compiled_")
-    os.environ["SISMA_JAX_TEST_CACHE"] = _cache.name
-jax.config.update("jax_compilation_cache_dir", os.environ["SISMA_JAX_TEST_CACHE"])
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 # Compilation makes the first example of a property slow and says nothing of the property.
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("default")

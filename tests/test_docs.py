@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -55,7 +54,6 @@ def test_the_way_to_a_pod_is_passable(tmp_path):
     environment = os.environ | {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "XLA_FLAGS": "",
         "CONFIG": "tiny.py",
         "FLAGS": "--data.root=raw --autoencoder.weights=vae --train.num_steps=16",

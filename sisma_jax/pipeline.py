@@ -4,33 +4,32 @@ import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Key, UInt8
 
 from sisma_jax import config_files
 from sisma_jax.call_arguments import as_photo, finite_number, random_keys, whole_number
-from sisma_jax.config import Config, FlowConfig, MeshConfig, Sampling
+from sisma_jax.config import Config, MeshConfig, Sampling
 from sisma_jax.data import photos, regions
 from sisma_jax.data.classes import ClassSet, as_classes
 from sisma_jax.data.faces import Square, find_faces
 from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.data.masks import Masks, convert_mask, read_masks, report_cropping, resize_mask
 from sisma_jax.data.photo_files import to_8_bits
-from sisma_jax.diffusion.sampling import sample
 from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
-from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
-from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.autoencoder import IdentityAutoencoder
 from sisma_jax.models.face_parser import FaceParser
-from sisma_jax.models.factory import Params, make_graph
-from sisma_jax.parallel import compiler, sharding
+from sisma_jax.models.factory import Params
+from sisma_jax.parallel import sharding
+from sisma_jax.runs import named_weights
 from sisma_jax.runs.export import EXPORT_SUFFIX, load_exported
+from sisma_jax.sampler import Autoencoder, Faces, Sampler
 from sisma_jax.segmentation import paint, segment
 
 if TYPE_CHECKING:
@@ -38,7 +37,31 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-Autoencoder = IdentityAutoencoder | KlAutoencoder
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """An edit of a photograph, before its faces are sampled.
+
+    Attributes:
+      faces: what to sample.
+      image: the photograph, (H, W, 3).
+      square: its part in which the faces are.
+      weights: opacity of each face in the square.
+    """
+
+    faces: Faces
+    image: np.ndarray
+    square: Square
+    weights: Sequence[np.ndarray]
+
+    def composite(self, images: UInt8[np.ndarray, "N S S 3"]) -> np.ndarray:
+        """Returns the edited photographs, (N, H, W, 3), with the sampled faces."""
+        return np.stack(
+            [
+                regions.composite(self.image, face, weight, self.square)
+                for face, weight in zip(images, self.weights, strict=True)
+            ]
+        )
 
 
 class Pipeline:
@@ -48,7 +71,7 @@ class Pipeline:
 
     Attributes:
       config: configuration of the run.
-      params: EMA parameters of the denoiser, sharded over the mesh.
+      sampler: the compiled programs, with the EMA parameters of the denoiser.
       step: training step of the parameters.
       autoencoder: converts between images and latents.
       mesh: of the devices that sample.
@@ -83,11 +106,7 @@ class Pipeline:
         self.step = step
         self.autoencoder = autoencoder or IdentityAutoencoder()
         self.mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
-        self.params = sharding.distribute(params, sharding.of_state(params, self.mesh))
-        autoencoder_graph, autoencoder_params = nnx.split(self.autoencoder)
-        replicated = jax.tree.map(lambda _: sharding.replicated(self.mesh), autoencoder_params)
-        self._autoencoder_params = sharding.distribute(autoencoder_params, replicated)
-        self._sample = jit_sampler(config, autoencoder_graph, self.mesh)
+        self.sampler = Sampler(config, params, self.autoencoder, self.mesh)
 
     @functools.cached_property
     def parser(self) -> FaceParser | None:
@@ -130,9 +149,44 @@ class Pipeline:
             or a setting is out of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        classes = as_classes(classes)
-        masks = self._resized(self._checked(self._read(mask, "mask", classes), "mask", classes))
-        return self._run({"mask": masks}, key, num_samples, self._settings(sampling, overrides))
+        settings = self.settings(sampling, **overrides)
+        return self._sampled(self.faces(self.masks(mask, classes), key, num_samples), settings)
+
+    def stream(
+        self,
+        mask: Masks,
+        *,
+        key: Key[Array, ""] | Key[Array, " N"],
+        num_samples: int = 1,
+        every: int = 1,
+        classes: ClassSet | str | None = None,
+        sampling: Sampling | None = None,
+        **overrides: Any,
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "N S S 3"]]]:
+        """Returns an iterator of (step, images): the predictions during sampling, and at last the sampled faces.
+
+        The images of a step are the data that the model predicts at the last function evaluation of this step,
+        x + (1 - t) v, decoded. The last item has the number of all steps and images that are bit-identical to those of
+        `__call__` with the same arguments: both run the same compiled programs. The computation proceeds while the
+        caller iterates.
+
+        Args:
+          mask: as for `__call__`.
+          key: as for `__call__`.
+          num_samples: as for `__call__`.
+          every: the predictions of every so many steps.
+          classes: as for `__call__`.
+          sampling: as for `__call__`.
+          overrides: as for `__call__`.
+
+        Raises:
+          InputError: as for `__call__`, or `every` is not positive.
+          TypeError: `Sampling` has no field of the name of an override.
+        """
+        settings, every = self.settings(sampling, **overrides), whole_number(every, "every", least=1)
+        batches = self._batches(self.faces(self.masks(mask, classes), key, num_samples), settings)
+        streams = [self.sampler.steps(faces, settings, size, every) for faces, size in batches]
+        return ((items[0][0], np.concatenate([images for _, images in items])) for items in zip(*streams, strict=True))
 
     def edit(
         self,
@@ -143,7 +197,7 @@ class Pipeline:
         image_mask: Masks | None = None,
         region: Bool[np.ndarray, "h w"] | None = None,
         square: Square | None = None,
-        margin: int | None = None,
+        margin: float | None = None,
         num_samples: int = 1,
         classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
@@ -178,6 +232,37 @@ class Pipeline:
             wrong, or a setting is out of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
+        edit = self.prepare_edit(
+            image,
+            mask,
+            key=key,
+            image_mask=image_mask,
+            region=region,
+            square=square,
+            margin=margin,
+            num_samples=num_samples,
+            classes=classes,
+        )
+        return edit.composite(self._sampled(edit.faces, self.settings(sampling, **overrides)))
+
+    def prepare_edit(
+        self,
+        image: np.ndarray,
+        mask: Masks,
+        *,
+        key: Key[Array, ""] | Key[Array, " N"],
+        image_mask: Masks | None = None,
+        region: Bool[np.ndarray, "h w"] | None = None,
+        square: Square | None = None,
+        margin: float | None = None,
+        num_samples: int = 1,
+        classes: ClassSet | str | None = None,
+    ) -> Edit:
+        """Returns what `edit` samples, and how it puts the faces into the photograph; the arguments are its own.
+
+        Raises:
+          InputError: as for `edit`.
+        """
         image, size = as_photo(image, "image"), self.config.data.image_size
         (height, width), small = image.shape[:2], to_8_bits(image)
         band = size // 32 if margin is None else finite_number(margin, "margin")
@@ -200,17 +285,14 @@ class Pipeline:
         weights = [regions.feather(one, band * square.side / size) for one in inside]
         reach = np.stack([regions.feather(regions.resize_region(one, size), band) > 0 for one in inside])
         framed = [regions.sample_mask(one, square, height, width, size) for one in masks]
-        faces = self._run(
-            {"mask": np.stack(self._checked(framed, "mask", classes))},
+        faces = self.faces(
+            np.stack(self._checked(framed, "mask", classes)),
             key,
             num_samples,
-            self._settings(sampling, overrides),
-            photos.resize_image(square.crop(small), size)[None],
+            photos.resize_image(square.crop(small), size),
             reach,
         )
-        return np.stack(
-            [regions.composite(image, face, weights[i // num_samples], square) for i, face in enumerate(faces)]
-        )
+        return Edit(faces, image, square, [weight for weight in weights for _ in range(num_samples)])
 
     def _guess(self, photo: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
         """Returns the predicted mask of a photograph whose mask is not given."""
@@ -246,52 +328,79 @@ class Pipeline:
         faces = segment(photo, self.parser, "photo")
         return paint(faces, *photo.shape[:2]) if whole else faces[0].mask
 
-    def _settings(self, given: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
-        """Returns the given settings, or those of the configuration, with the overrides, which are checked here."""
+    def settings(self, sampling: Sampling | None = None, **overrides: Any) -> Sampling:
+        """Returns the given settings, or those of the configuration, with single fields replaced.
+
+        Args:
+          sampling: as for `__call__`.
+          overrides: as for `__call__`.
+
+        Raises:
+          InputError: a setting is out of range, or `seed` is given.
+          TypeError: `Sampling` has no field of the name of an override.
+        """
         if "seed" in overrides:
             raise InputError("seed cannot be overridden in a call; give key=jax.random.key(seed).")
-        settings = dataclasses.replace(self.config.sample if given is None else given, **overrides)
+        settings = dataclasses.replace(self.config.sample if sampling is None else sampling, **overrides)
         self.config.flow.check_sampling(settings)
         return settings
 
-    def _run(
+    def masks(self, mask: Masks, classes: ClassSet | str | None = None) -> UInt8[np.ndarray, "B S S"]:
+        """Returns masks as `__call__` reads them: class indices of the model, at its resolution.
+
+        Args:
+          mask: as for `__call__`.
+          classes: as for `__call__`.
+
+        Raises:
+          InputError: the mask has unknown class indices or another form.
+        """
+        classes = as_classes(classes)
+        return self._resized(self._checked(self._read(mask, "mask", classes), "mask", classes))
+
+    def faces(
         self,
-        inputs: Mapping[str, np.ndarray],
+        masks: UInt8[np.ndarray, "B S S"],
         key: Key[Array, ""] | Key[Array, " N"],
-        num_samples: int,
-        settings: Sampling,
-        image: UInt8[np.ndarray, "1 S S 3"] | None = None,
-        reach: Bool[np.ndarray, "B S S"] | None = None,
-    ) -> UInt8[np.ndarray, "N S S 3"]:
+        num_samples: int = 1,
+        image: UInt8[np.ndarray, "S S 3"] | None = None,
+        region: Bool[np.ndarray, "B S S"] | None = None,
+    ) -> Faces:
+        """Returns the inputs of the sampler, one row per face.
+
+        Args:
+          masks: of `masks`.
+          key: as for `__call__`.
+          num_samples: faces per mask.
+          image: photograph to edit, at the model's resolution.
+          region: its pixels to generate, for each mask.
+
+        Raises:
+          InputError: `key` is no key, the number of keys is wrong, or `num_samples` is not positive.
+        """
         num_samples = whole_number(num_samples, "num_samples", least=1)
-        total = len(inputs["mask"]) * num_samples
-        keys = random_keys(key, total)
-        key_data = np.asarray(jax.random.key_data(keys))
-        # Powers of two, so that calls for different numbers of faces share few compiled programs.
-        batch_size = sharding.round_up(min(1 << (total - 1).bit_length(), settings.batch_size), self.mesh)
-        faces = []
-        for start in range(0, total, batch_size):
-            # The last batch is padded with copies, so that only one shape is compiled. Their faces are discarded.
-            rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-            given = inputs if reach is None else {**inputs, "region": reach}
-            batch = sharding.to_devices(
-                {name: x[rows // num_samples] for name, x in given.items()}, self.mesh, batch_size
-            )
-            region = batch.pop("region", None)
-            with jax.set_mesh(self.mesh):
-                faces.append(
-                    self._sample(
-                        self.params,
-                        self._autoencoder_params,
-                        key_data[rows],
-                        batch,
-                        settings,
-                        image,
-                        region,
-                        key_impl=jax.random.key_impl(keys),
-                    )
-                )
-        return np.concatenate([np.asarray(batch) for batch in faces])[:total]
+        keys = random_keys(key, total := len(masks) * num_samples)
+        rows = np.arange(total) // num_samples
+        return Faces(
+            np.asarray(jax.random.key_data(keys)),
+            masks[rows],
+            None if image is None else np.repeat(image[None], total, axis=0),
+            None if region is None else region[rows],
+            str(jax.random.key_impl(keys)),
+        )
+
+    def _sampled(self, faces: Faces, settings: Sampling) -> UInt8[np.ndarray, "N S S 3"]:
+        """Returns the sampled images, in batches of at most `settings.batch_size`."""
+        batches = self._batches(faces, settings)
+        return np.concatenate(
+            [images for one, size in batches for _, images in self.sampler.steps(one, settings, size)]
+        )
+
+    def _batches(self, faces: Faces, settings: Sampling) -> list[tuple[Faces, int]]:
+        """Returns the faces of each batch and the size of its program, which is the same for all of them."""
+        size = self.sampler.batch_size(len(faces), settings.batch_size)
+        starts = range(0, len(faces), size)
+        return [(faces.take(range(start, min(start + size, len(faces)))), size) for start in starts]
 
     def _resized(self, masks: Sequence[UInt8[np.ndarray, "_ _"]]) -> UInt8[np.ndarray, "B S S"]:
         report_cropping(masks)
@@ -315,57 +424,12 @@ class Pipeline:
         return [self.mask_prior.check(one, own, label, named=named) for one, label in zip(masks, labels, strict=True)]
 
 
-def jit_sampler(
-    config: Config, autoencoder_graph: nnx.GraphDef[Autoencoder], mesh: Mesh
-) -> Callable[..., UInt8[Array, "B S S 3"]]:
-    """Returns the jitted function from parameters, keys and masks to faces, which are replicated.
-
-    Its arguments are those of `_sample` from `params` on. The mesh must be in context when it is called or lowered.
-
-    Args:
-      config: configuration of the run.
-      autoencoder_graph: graph definition of the autoencoder, from `nnx.split`.
-      mesh: of all devices.
-    """
-    return jax.jit(
-        functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow),
-        static_argnames="key_impl",
-        out_shardings=sharding.replicated(mesh),
-        compiler_options=compiler.options(mesh),
-    )
-
-
-def _sample(
-    graph: nnx.GraphDef[Denoiser],
-    autoencoder_graph: nnx.GraphDef[Autoencoder],
-    flow: FlowConfig,
-    params: Params,
-    autoencoder_params: nnx.State[Any, Any],
-    key_data: UInt32[Array, "B words"],
-    inputs: Mapping[str, Array],
-    settings: Sampling,
-    image: UInt8[Array, "1 S S 3"] | None,
-    region: Bool[Array, "B S S"] | None,
-    *,
-    key_impl: str,
-) -> UInt8[Array, "B S S 3"]:
-    return sample(
-        nnx.merge(graph, params),
-        jax.random.wrap_key_data(key_data, impl=key_impl),
-        inputs,
-        settings,
-        autoencoder=nnx.merge(autoencoder_graph, autoencoder_params),
-        flow=flow,
-        image=image,
-        region=region,
-    )
-
-
 def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", mesh: Mesh | None = None) -> Pipeline:
     """Returns the pipeline for a run's folder, or for a file that the command `export` wrote.
 
     Args:
-      path: folder or file, on the disk or in a bucket (gs://...).
+      path: folder or file, on the disk or in a bucket (gs://...); "demo", the demo's weights in the package; or
+        "hf://OWNER/NAME[/FILE][@REVISION]", an exported file on the Hugging Face Hub.
       checkpoint: for a folder, the checkpoint whose EMA parameters are used: "newest", "best" (by the metric
         `train.best`), or the step of a checkpoint. The first two skip damaged checkpoints.
       mesh: of all devices. By default, the parameters are replicated and batches are sharded.
@@ -374,7 +438,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
       InputError: the folder contains no run; its checkpoint or its autoencoder does not exist or is damaged; or the
         file does not exist, is damaged, or was written by another program.
     """
-    path = to_path(path)
+    path = to_path(named_weights.find(path))
     if path.suffix == EXPORT_SUFFIX:
         return from_exported(path, mesh=mesh)
     from sisma_jax.runs.folder import RunFolder  # exported files do not need it

@@ -18,9 +18,6 @@ from sisma_jax.models.condition import Condition
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.parallel import sharding
 
-# The first evaluation of an edit sees only noise of the photograph; see `editing.keeping`.
-_LEAST_STEPS_OF_EDIT = 2
-
 MOST_READ_BYTES = 2**30
 """Largest size per device of what the layers read from the masks, if it is to be computed once per image.
 
@@ -127,11 +124,11 @@ def sample(
         one = jnp.stack([guidance, low, high])[None]
         condition = read_once(model, model.encode({**inputs, "guidance": jnp.broadcast_to(one, (len(x0), 3))}))
 
-        def average(x: Point, t: Float[Array, " B"], duration: Float[Array, " B"]) -> Point:
+        def average(x: Point, t: Float[Array, " #B"], duration: Float[Array, " #B"]) -> Point:
             # With the divisor of the loss, which is part of what the network was trained to predict.
             return to_velocity(model(x, t, condition, duration), x, t, flow.prediction, MIN_REMAINING_IN_LOSS)
 
-        steps = settings.steps if image is None else max(settings.steps, _LEAST_STEPS_OF_EDIT)
+        steps = settings.steps if image is None else max(settings.steps, editing.LEAST_STEPS)
         x1 = jump(keeping(average), x0, time_grid(steps, shift))
         return to_uint8(autoencoder.decode(x1))
 
@@ -140,7 +137,7 @@ def sample(
     null = model.null(jax.tree.map(lambda x: x[:1], condition)) if settings.is_guided else None
     condition = read_once(model, condition)
 
-    def denoise(x: Point, t: Float[Array, " B"], condition: Condition) -> Point:
+    def denoise(x: Point, t: Float[Array, " #B"], condition: Condition) -> Point:
         return to_velocity(model(x, t, condition), x, t, flow.prediction)
 
     if null is not None:

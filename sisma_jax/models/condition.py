@@ -32,15 +32,16 @@ class Condition:
       regions: for region pooling, the share of each token's pixels that have each class.
       read: what the layers of the denoiser have read from the condition, so that they need not read it again: arrays
         (layers, B, ...); None if they have not.
-      guidance: embedding of the guidance that a mean flow contains; None in other models.
+      guidance: embedding of the guidance that a mean flow contains, one row per image or one for all of them; None in
+        other models.
     """
 
     mask: Float[Array, "B h w D"]
-    guidance: Float[Array, "B D"] | None = None
+    guidance: Float[Array, "#B D"] | None = None
     regions: Float[Array, "B h w K"] | None = None
     read: PyTree[Array] = None
 
-    def embedding(self, time: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    def embedding(self, time: Float[Array, "#B D"]) -> Float[Array, "#B D"]:
         """Returns the vector per image that modulates the layers.
 
         Args:
@@ -136,7 +137,16 @@ class ConditionEncoder(nnx.Module):
         regions = None if condition.regions is None else jnp.zeros_like(condition.regions)
         return Condition(self.mask_encoder.null_features(shape), self._guidance(None, shape[0]), regions)
 
-    def _guidance(self, given: Float[Array, "B 3"] | None, batch: int) -> Float[Array, "B D"] | None:
+    def with_guidance(self, condition: Condition, guidance: Float[Array, "#B 3"]) -> Condition:
+        """Returns the condition of a mean flow with another guidance.
+
+        Args:
+          condition: what `__call__` returned.
+          guidance: as for `__call__`; one row for all examples, or one per example.
+        """
+        return dataclasses.replace(condition, guidance=self._guidance(guidance, len(guidance)))
+
+    def _guidance(self, given: Float[Array, "#B 3"] | None, batch: int) -> Float[Array, "#B D"] | None:
         if self.guidance is None:
             return None
         if given is None:

@@ -108,6 +108,16 @@ class Pipeline:
         self.mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
         self.sampler = Sampler(config, params, self.autoencoder, self.mesh)
 
+    @property
+    def params(self) -> Params:
+        """EMA parameters of the denoiser, sharded over the mesh; they may be replaced by others of the same shapes."""
+        return self.sampler.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        """Replaces the parameters."""
+        self.sampler.params = params
+
     @functools.cached_property
     def parser(self) -> FaceParser | None:
         """The face parser, which predicts masks of photographs; None if the run has none. It is read on first use.

@@ -41,7 +41,7 @@ def time_grid(steps: int, shift: float | Float[Array, ""] = 1.0) -> Float[Array,
         raise ValueError(f"steps must be positive, got {steps}")
     if isinstance(shift, int | float) and not shift > 0:
         raise ValueError(f"shift must be positive, got {shift}")
-    return shift_time(jnp.linspace(0.0, 1.0, steps + 1, dtype=jnp.float32), shift)
+    return jnp.asarray(shift_time(jnp.linspace(0.0, 1.0, steps + 1, dtype=jnp.float32), shift))
 
 
 def integrate(velocity: Velocity, x0: Point, times: Float[Array, " T"], solver: str) -> Point:
@@ -79,7 +79,8 @@ def integrate(velocity: Velocity, x0: Point, times: Float[Array, " T"], solver: 
         slope = velocity(point, time[None])
         return (base + to_point * slope, base + to_base * slope), None
 
-    return jax.lax.scan(evaluate, (x0, x0), SOLVERS[solver](times))[0][0]
+    time, to_point, to_base = map(jnp.asarray, SOLVERS[solver](times))
+    return jax.lax.scan(evaluate, (x0, x0), (time, to_point, to_base))[0][0]
 
 
 def jump(average: AverageVelocity, x0: Point, times: Float[Array, " T"]) -> Point:

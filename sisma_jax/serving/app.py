@@ -218,11 +218,7 @@ class Service:
         """Yields the events of a stream, whose last one is "done" or "error"."""
         request_id, steps = request.state.request_id, call.settings.steps
         while True:
-            try:
-                async with asyncio.timeout(deadline - time.monotonic()):
-                    name, value = await job.event()
-            except TimeoutError:
-                name, value = "error", self._late()
+            name, value = await self._event_before(deadline, job)
             if name == "start":
                 about = {"request_id": request_id, "steps": steps, "seeds": call.seeds}
                 yield name, {**about, "settings": call.shown_settings()}
@@ -236,6 +232,13 @@ class Service:
             else:
                 yield name, value.body(request_id)
                 return
+
+    async def _event_before(self, deadline: float, job: Job) -> tuple[str, Any]:
+        try:
+            async with asyncio.timeout(deadline - time.monotonic()):
+                return await job.event()
+        except TimeoutError:
+            return "error", self._late()
 
     def _late(self) -> Problem:
         return Problem(504, f"the images were not ready within {self._limits.timeout_secs:g} seconds.")
@@ -259,8 +262,8 @@ class Service:
 
     async def _in_worker(self, function: Callable[..., Any], *arguments: Any) -> Any:
         """Runs a function in a thread for images, with the request id in its log."""
-        context = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(self._workers, context.run, function, *arguments)
+        run = functools.partial(contextvars.copy_context().run, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._workers, run)
 
     def _stream_id(self, request: Request) -> str:
         given = request.headers.get("x-stream-id", "")

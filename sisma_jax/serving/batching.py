@@ -75,12 +75,21 @@ class Job:
             self._send("start", None)
 
     def show(self, step: int, images: np.ndarray) -> None:
-        """Sends the predictions of a step."""
+        """Sends the predictions of a step.
+
+        Args:
+          step: number of the solver step, from 1.
+          images: uint8, one row per image of the job.
+        """
         if self._events.qsize() < _MAX_WAITING_STEPS:
             self._send("step", (step, images))
 
     def finish(self, images: np.ndarray) -> None:
-        """Sends the sampled images."""
+        """Sends the sampled images.
+
+        Args:
+          images: uint8, one row per image of the job.
+        """
         self.compute_secs = time.monotonic() - self.arrival - self.queue_secs
         self._send("done", images)
 

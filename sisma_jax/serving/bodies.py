@@ -2,12 +2,13 @@
 
 import asyncio
 import json
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from python_multipart.exceptions import FormParserError
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from sisma_jax.serving.limits import MAX_FIELDS, MAX_TEXT, Limits
 from sisma_jax.serving.problems import Problem, busy
@@ -86,8 +87,6 @@ class BodyReader:
                 raise Problem(
                     408, f"the body did not arrive within {limits.body_secs:g} seconds.", {"Connection": "close"}
                 ) from error
-            if isinstance(error, ClientDisconnect | Problem):
-                raise
             raise
         if not size:
             raise Problem(400, "the body is empty.")
@@ -139,7 +138,7 @@ def _from_query(request: Request, image: str) -> dict[str, Any]:
 
 
 async def _from_multipart(headers: Headers, data: bytes) -> dict[str, Any]:
-    async def stream() -> Any:
+    async def stream() -> AsyncGenerator[bytes]:
         yield data
 
     parser = MultiPartParser(headers, stream(), max_files=8, max_fields=MAX_FIELDS, max_part_size=MAX_TEXT)

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sisma_jax.config import Sampling
@@ -138,8 +139,7 @@ def _seeds_and_keys(given: Mapping[str, Any], default: int) -> tuple[list[int], 
     if not seeds:
         raise Problem(422, "'seeds' is empty; give at least one.")
     keys = [jax.random.fold_in(jax.random.key(seed), number) for seed, number in zip(seeds, numbers, strict=True)]
-    data = np.stack([np.asarray(jax.random.key_data(key)) for key in keys])
-    return seeds, jax.random.wrap_key_data(data, impl=str(jax.random.key_impl(keys[0])))
+    return seeds, jnp.stack(keys)
 
 
 def _pngs(faces: np.ndarray) -> list[bytes]:

@@ -77,7 +77,7 @@ class Field:
             raise Problem(422, f"{self.name!r} has {len(value)} entries; the limit is {self.most}.")
         for number in value if isinstance(value, list) else [value]:
             self._check(number)
-        return float(value) if self.kind == "number" else value
+        return float(value) if isinstance(value, int) and self.kind == "number" else value
 
     def _image(self, value: Any) -> Any:
         if isinstance(value, Upload) or (isinstance(value, list) and self.kind == "mask"):

@@ -26,17 +26,31 @@ class Problem(Exception):
         self.headers = dict(headers or {})
 
     def body(self, request_id: str) -> dict[str, Any]:
-        """Returns the JSON object of the response."""
+        """Returns the JSON object of the response.
+
+        Args:
+          request_id: of the request that is refused or has failed.
+        """
         title = http.HTTPStatus(self.status).phrase
         return {"error": self.error, "status": self.status, "title": title, "request_id": request_id}
 
     def response(self, request_id: str) -> Response:
-        """Returns the response."""
+        """Returns the response.
+
+        Args:
+          request_id: of the request that is refused or has failed.
+        """
         # What is wrong may quote the request, which need not be valid Unicode.
         content = json.dumps(self.body(request_id)).encode()
         return Response(content, self.status, self.headers, MEDIA_TYPE)
 
 
 def busy(status: int, error: str, retry_secs: int = 1) -> Problem:
-    """Returns a problem that goes away: 429 or 503 with Retry-After."""
+    """Returns a problem that goes away, with the header Retry-After.
+
+    Args:
+      status: 429 or 503.
+      error: what is wrong.
+      retry_secs: value of the header.
+    """
     return Problem(status, error, {"Retry-After": str(retry_secs)})

@@ -23,7 +23,7 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
     class LimitedProtocol(H11Protocol):
         """HTTP/1.1 that closes connections without a request, or whose headers do not arrive in time."""
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        def connection_made(self, transport: asyncio.Transport) -> None:
             super().connection_made(transport)
             if len(self.connections) > limits.connections:
                 transport.close()
@@ -34,8 +34,8 @@ def _protocol(limits: Limits) -> type[H11Protocol]:
         def _watch(self) -> None:
             if self.transport.is_closing():
                 return
-            cycle = self.cycle
-            is_idle = cycle is None or cycle.response_complete
+            cycle = self.cycle  # None until the first request
+            is_idle = not cycle or cycle.response_complete
             if is_idle and self._idle_since is (cycle or self):
                 self.transport.close()
                 return
@@ -89,7 +89,12 @@ class Server(uvicorn.Server):
         batcher.thread.start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Starts the shutdown; a second signal ends it at once."""
+        """Starts the shutdown; a second signal ends it at once.
+
+        Args:
+          sig: number of the signal; all have the same effect.
+          frame: not used.
+        """
         if self._loop is None or self._ending is not None:
             self.force_exit = self.should_exit = True
             return

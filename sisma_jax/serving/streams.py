@@ -49,7 +49,7 @@ class EventStream(Response):
         upcoming: asyncio.Task[tuple[str, Any]] | None = None
         try:
             while True:
-                upcoming = upcoming or asyncio.ensure_future(anext(events))  # pyright: ignore
+                upcoming = upcoming or asyncio.ensure_future(anext(events))
                 done, _ = await asyncio.wait({upcoming}, timeout=_WAIT_SECS)
                 if not done:
                     await _part(send, b": wait\n\n")
@@ -80,7 +80,11 @@ async def _left(receive: Receive) -> None:
 
 
 def multipart_response(pngs: Sequence[bytes]) -> Response:
-    """Returns a response of the type multipart/mixed (RFC 2046), with one part per image."""
+    """Returns a response of the type multipart/mixed (RFC 2046), with one part per image.
+
+    Args:
+      pngs: the bytes of the PNG files.
+    """
     boundary = secrets.token_hex(16)
     parts = [
         f"--{boundary}\r\nContent-Type: image/png\r\nContent-Location: {i}.png\r\n\r\n".encode() + png + b"\r\n"

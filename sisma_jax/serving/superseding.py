@@ -40,7 +40,11 @@ class Superseding:
         self._on_supersede = on_supersede
 
     def enter(self, stream_id: str) -> Ticket:
-        """Returns the ticket of a request, which supersedes the request before it."""
+        """Returns the ticket of a request, which supersedes the request before it.
+
+        Args:
+          stream_id: of the request; "" if it has none.
+        """
         ticket = Ticket(stream_id)
         if stream_id:
             if older := self._newest.get(stream_id):

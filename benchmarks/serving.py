@@ -19,10 +19,12 @@ from pathlib import Path
 
 import httpx
 
-from tests.serving.hostile import requests
+from tests.serving.hostile import requests, slow_body
 from tests.serving.running import Server, mask_png, serving
 
 _PNG = {"Content-Type": "image/png"}
+# In place of a status: httpx did not send the request, or the server closed the connection.
+_NOT_SENT, _CLOSED = -1, 0
 
 
 def _ask(client: httpx.Client, seed: int, steps: int) -> tuple[int, float]:
@@ -86,25 +88,61 @@ def memory_mib(server: Server) -> float:
 
 
 def fuzz(server: Server, count: int, steps: int) -> None:
-    """Sends hostile requests, and prints their statuses and the server's memory before and after."""
-    statuses, before = collections.Counter[int](), memory_mib(server)
+    """Sends hostile requests by several clients, with slow bodies beside them; prints statuses and memory.
+
+    The memory is that of the server before the first request and after each tenth of them. It may not grow from the
+    second tenth on: before, the allocator gets its arenas and the libraries load what they need.
+    """
+    statuses, lock, memory = collections.Counter[int](), threading.Lock(), [memory_mib(server)]
+    hostile, is_over = requests(count, seed=1), threading.Event()
+
+    def work() -> None:
+        with server.client() as client:
+            while True:
+                with lock:
+                    request = next(hostile, None)
+                if request is None:
+                    return
+                method, path, options = request
+                try:
+                    status = client.request(method, path, **options).status_code
+                except (httpx.LocalProtocolError, httpx.InvalidURL):
+                    status = _NOT_SENT  # httpx refuses
+                except httpx.RemoteProtocolError:
+                    status = _CLOSED
+                with lock:
+                    statuses[status] += 1
+                    if statuses.total() % max(count // 10, 1) == 0:
+                        memory.append(memory_mib(server))
+
+    def trickle() -> None:
+        while not is_over.is_set():
+            status = slow_body(server)
+            with lock:
+                slow[status] += 1
+
+    slow = collections.Counter[int]()
+    slow_clients = [threading.Thread(target=trickle) for _ in range(8)]
+    clients = [threading.Thread(target=work) for _ in range(4)]
+    for thread in slow_clients + clients:
+        thread.start()
+    for thread in clients:
+        thread.join()
+    is_over.set()
+    for thread in slow_clients:
+        thread.join()
     with server.client() as client:
-        for method, path, options in requests(count, seed=1):
-            try:
-                statuses[client.request(method, path, **options).status_code] += 1
-            except (httpx.LocalProtocolError, httpx.InvalidURL):
-                continue  # httpx refuses to send it
-            except httpx.RemoteProtocolError:
-                statuses[0] += 1  # the connection was closed
         status, _ = _ask(client, 0, steps)
     row = {
         "statuses": dict(sorted(statuses.items())),
-        "mib": [round(before), round(memory_mib(server))],
+        "slow_bodies": dict(sorted(slow.items())),
+        "mib": [round(size) for size in memory],
         "then": status,
     }
     print(json.dumps(row), flush=True)
     assert status == 200
-    assert max(statuses) < 500, statuses
+    assert max(statuses | slow) < 500, statuses
+    assert memory[-1] < 1.1 * memory[2], memory
 
 
 def kill(weights: Path, options: list[str], times: int, steps: int) -> None:
@@ -141,7 +179,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--max_batch", type=int, default=8)
     given = parser.parse_args()
-    options = ["--max_batch", str(given.max_batch)]
+    options = ["--max_batch", str(given.max_batch)] + ["--body_timeout", "3"] * (given.what == "fuzz")
     if given.what == "kill":
         kill(given.weights, options, given.times, given.steps)
         return

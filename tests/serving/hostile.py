@@ -2,12 +2,14 @@
 
 import base64
 import json
+import socket
 import struct
+import time
 import zlib
 
 import numpy as np
 
-from tests.serving.running import mask_png, png
+from tests.serving.running import Server, mask_png, png
 
 _JUNK = [None, True, -1, 1e308, 10**400, "", "\0", "../../etc/passwd", "file:///etc/passwd", [], {}, [[]], "1", 1.5]
 _PATHS = [
@@ -104,6 +106,25 @@ def _one(rng: np.random.Generator, good: bytes) -> tuple[str, str, dict]:
     rows = rng.integers(-5, 400, (rng.integers(4), rng.integers(4))).tolist()
     image = base64.b64encode(png(np.zeros((8, 8, 3), np.uint8))).decode()
     return "POST", path, {"json": {"mask": rows, "image": image, "region": rows, "photo": image[: rng.integers(40)]}}
+
+
+def slow_body(server: Server) -> int:
+    """The status for a body of which a byte arrives now and then; 0 if the connection is closed."""
+    host, port = server.url.removeprefix("http://").split(":")
+    head = f"POST /v1/sample HTTP/1.1\r\nHost: {host}\r\nContent-Type: image/png\r\nContent-Length: 100000\r\n\r\n"
+    with socket.create_connection((host, int(port)), timeout=0.5) as sock:
+        sock.sendall(head.encode())
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            try:
+                sock.sendall(b"x")
+                answer = sock.recv(100)
+            except TimeoutError:
+                continue
+            except OSError:
+                return 0
+            return int(answer.split()[1]) if answer else 0
+    raise AssertionError("a slow body keeps its connection for a minute")
 
 
 def _json() -> dict[str, str]:

@@ -110,6 +110,8 @@ def fuzz(server: Server, count: int, steps: int) -> None:
                     status = _NOT_SENT  # httpx refuses
                 except httpx.RemoteProtocolError:
                     status = _CLOSED
+                if status >= 500:
+                    print(method, path, repr(options)[:2000], flush=True)
                 with lock:
                     statuses[status] += 1
                     if statuses.total() % max(count // 10, 1) == 0:

@@ -230,6 +230,6 @@ def parse(given: Mapping[str, Any], fields: Sequence[Field]) -> dict[str, Any]:
     if unknown := [name for name in given if name not in known]:
         raise Problem(422, f"{unknown[0][:100]!r} is no field; the fields are {', '.join(known)}.")
     for field in fields:
-        if field.is_required and field.name not in given:
+        if field.is_required and given.get(field.name) is None:
             raise Problem(422, f"{field.name!r} is missing: {field.about}")
     return {name: known[name].parse(value) for name, value in given.items() if value is not None}

@@ -38,6 +38,7 @@ def refused(response, status, *texts):
         (b"\xff\xfe", 400, "not valid JSON"),
         (b'{"seed": 1, "seed": 2}', 422, "given twice"),
         (b"{}", 422, "'mask' is missing"),
+        (b'{"mask": null}', 422, "'mask' is missing"),
         (b'{"mask": "$$"}', 400, "not base64"),
         (b'{"mask": "AAAA"}', 415, "no PNG file"),
         (b'{"mask": 3}', 422, "'mask' must be base64"),

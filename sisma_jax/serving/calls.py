@@ -11,7 +11,6 @@ import numpy as np
 from sisma_jax.config import Sampling
 from sisma_jax.data.classes import ClassSet, known_names
 from sisma_jax.data.faces import Square
-from sisma_jax.data.masks import convert_mask
 from sisma_jax.data.photo_files import Photo
 from sisma_jax.errors import InputError
 from sisma_jax.pipeline import Pipeline
@@ -20,6 +19,10 @@ from sisma_jax.serving import images
 from sisma_jax.serving.fields import SETTINGS
 from sisma_jax.serving.limits import Limits
 from sisma_jax.serving.problems import Problem
+
+OWN_CLASSES = "model"
+"""Value of the field `classes` for the classes of the model. A mask that names its classes is not checked for another
+order, so people may paint what no training mask shows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Calls:
         own = pipe.config.data.classes
         known = {name: ClassSet.load(name) for name in known_names()}
         self._known = {name: classes for name, classes in known.items() if classes.table_to(own) is not None}
+        self._known[OWN_CLASSES] = own
         self.class_sets = tuple(sorted(self._known))
 
     def sample(self, given: Mapping[str, Any]) -> Call:
@@ -68,7 +72,7 @@ class Calls:
         Raises:
           Problem, InputError: a field does not fit.
         """
-        masks = self._pipe.masks(self._mask(given, "mask"))
+        masks = self._pipe.masks(self._mask(given, "mask"), self._named(given))
         seeds, keys = _seeds_and_keys(given, self._pipe.config.sample.seed)
         faces = self._pipe.faces(masks, keys, len(seeds))
         size = self._pipe.config.data.image_size
@@ -98,6 +102,7 @@ class Calls:
             square=None if square is None else Square(*square),
             margin=given.get("margin"),
             num_samples=len(seeds),
+            classes=self._named(given),
         )
 
         def encode(faces: np.ndarray) -> list[bytes]:
@@ -116,12 +121,14 @@ class Calls:
         photo: Photo = images.photo_of(given["photo"], "photo", self._limits)
         return self._pipe.segment(photo.pixels, whole=given.get("whole", False))
 
+    def _named(self, given: Mapping[str, Any]) -> ClassSet | None:
+        """Returns the class set that the request names."""
+        return self._known[given["classes"]] if "classes" in given else None
+
     def _mask(self, given: Mapping[str, Any], name: str) -> np.ndarray:
-        """Returns a mask in the classes of the model."""
-        own = self._pipe.config.data.classes
-        classes = self._known[given["classes"]] if "classes" in given else own
-        mask = images.mask_of(given[name], name, classes, self._limits)
-        return mask if classes == own else convert_mask(mask, classes, own, name)
+        """Returns a mask in the classes that the request names, or in those of the model."""
+        classes = self._named(given) or self._pipe.config.data.classes
+        return images.mask_of(given[name], name, classes, self._limits)
 
     def _settings(self, given: Mapping[str, Any]) -> Sampling:
         return self._pipe.settings(**{name: given[name] for name in SETTINGS if name in given})

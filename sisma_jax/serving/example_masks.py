@@ -33,14 +33,25 @@ def example_mask(name: str) -> np.ndarray:
     return draw_face((_SEED, _FACES[name]), SIZE)[1]
 
 
+def file_name(name: str) -> str:
+    """Returns the name of an example's file."""
+    return f"{name.lower().replace(' ', '_')}.png"
+
+
+def listing() -> dict[str, object]:
+    """Returns what `examples.json` says: the names of the classes, and each example's file and name."""
+    return {
+        "names": list(CELEBAMASK_HQ.names),
+        "examples": [{"file": file_name(name), "name": name} for name in _FACES],
+    }
+
+
 def write(folder: Path = FOLDER) -> None:
-    """Writes one PNG file of class indices per example, and `examples.json`, which lists them with their classes."""
+    """Writes one PNG file of class indices per example, and `examples.json`, which lists them."""
     folder.mkdir(parents=True, exist_ok=True)
-    examples = [{"file": f"{name.lower().replace(' ', '_')}.png", "name": name} for name in _FACES]
-    for example in examples:
-        Image.fromarray(example_mask(example["name"])).save(folder / example["file"], optimize=True)
-    listed = {"names": CELEBAMASK_HQ.names, "examples": examples}
-    (folder / "examples.json").write_text(f"{json.dumps(listed, indent=2)}\n")
+    for name in _FACES:
+        Image.fromarray(example_mask(name)).save(folder / file_name(name), optimize=True)
+    (folder / "examples.json").write_text(f"{json.dumps(listing(), indent=2)}\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class PaintingPage:
         self.browser.open(f"{self.url}/{fragment}", width=width, height=height, dark=dark)
         self.wait(lambda: self.faces() > 0 and self.is_idle())
 
-    def wait(self, condition: Callable[[], object], secs: float = 10) -> None:
+    def wait(self, condition: Callable[[], object], secs: float = 30) -> None:
         WebDriverWait(self.driver, secs, poll_frequency=0.02).until(lambda _: condition())
 
     def find(self, selector: str) -> WebElement:

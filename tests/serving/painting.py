@@ -100,18 +100,27 @@ class PaintingPage:
         left, top, width, height = area  # pyright: ignore
         return left + x * width, top + y * height
 
+    def press(self, x: float, y: float) -> None:
+        """Presses the mouse at a point of the mask, as fractions of its sides."""
+        self._mouse("mousePressed", x, y, buttons=1)
+
+    def move(self, x: float, y: float) -> None:
+        self._mouse("mouseMoved", x, y, buttons=1)
+
+    def release(self, x: float, y: float) -> None:
+        self._mouse("mouseReleased", x, y, buttons=0)
+
     def drag(self, *points: Sequence[float]) -> None:
         """Presses the mouse at the first point, moves it, and releases it at the last; fractions of the mask."""
-        places = [self.at(*point) for point in points]
-        self._mouse("mousePressed", *places[0], buttons=1)
-        for place in places[1:]:
-            self._mouse("mouseMoved", *place, buttons=1)
-        self._mouse("mouseReleased", *places[-1], buttons=0)
+        self.press(*points[0])
+        for point in points[1:]:
+            self.move(*point)
+        self.release(*points[-1])
 
     def _mouse(self, kind: str, x: float, y: float, buttons: int) -> None:
-        button = "none" if kind == "mouseMoved" and not buttons else "left"
+        left, top = self.at(x, y)
         self.browser.command(
-            "Input.dispatchMouseEvent", type=kind, x=x, y=y, button=button, buttons=buttons, clickCount=1
+            "Input.dispatchMouseEvent", type=kind, x=left, y=top, button="left", buttons=buttons, clickCount=1
         )
 
     def keys(self, *keys: str) -> None:

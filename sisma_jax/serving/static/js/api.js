@@ -95,7 +95,7 @@ export class Client {
     const response = await this.#sample(mask, settings, signal, "text/event-stream");
     let isDone = false;
     try {
-      for await (const { name, data } of readEvents(/** @type {ReadableStream<Uint8Array>} */ (response.body))) {
+      for await (const { name, data } of readEvents(/** @type {ReadableStream<Uint8Array<ArrayBuffer>>} */ (response.body))) {
         if (name === "error") throw new ApiError(data.error, data.status);
         if (name === "step") yield { ...data, images: data.images.map(blobOf), faces: null };
         if (name === "done") {
@@ -132,7 +132,7 @@ export class Client {
    * Returns the PNG file of a photograph's mask.
    * @param {Blob} photo
    * @param {{whole: boolean}} options - whole: the mask of the whole photograph, not that of its largest face.
-   * @returns {Promise<Uint8Array>}
+   * @returns {Promise<Uint8Array<ArrayBuffer>>}
    */
   async segment(photo, { whole }) {
     const form = new FormData();
@@ -161,9 +161,10 @@ export class Client {
    * @param {AbortSignal} [signal]
    */
   #post(path, body, accept, signal) {
-    // A new id for what no stroke supersedes: a mask of a photograph is wanted even if painting goes on.
-    const id = signal ? { "X-Stream-Id": this.#streamId } : {};
-    return this.#send(path, { method: "POST", body, signal, headers: { Accept: accept, ...id } });
+    // What cannot be cancelled is not superseded either: a mask of a photograph is wanted even if painting goes on.
+    const headers = new Headers({ Accept: accept });
+    if (signal) headers.set("X-Stream-Id", this.#streamId);
+    return this.#send(path, { method: "POST", body, signal, headers });
   }
 
   /**
@@ -172,10 +173,11 @@ export class Client {
    * @returns {Promise<Response>}
    */
   async #send(path, options) {
-    const key = this.#key ? { Authorization: `Bearer ${this.#key}` } : {};
+    const headers = new Headers(options.headers);
+    if (this.#key) headers.set("Authorization", `Bearer ${this.#key}`);
     let response;
     try {
-      response = await fetch(path, { ...options, headers: { ...options.headers, ...key } });
+      response = await fetch(path, { ...options, headers });
     } catch (error) {
       throw asApiError(error);
     }
@@ -193,7 +195,7 @@ function asApiError(error) {
   return error;
 }
 
-/** @param {Uint8Array} file */
+/** @param {Uint8Array<ArrayBuffer>} file */
 function png(file) {
   return new Blob([file], { type: "image/png" });
 }

@@ -40,7 +40,7 @@ export class Board {
   #elements;
   #options;
   #zoom = 1;
-  #colors = new Uint32Array(256);
+  #colors = /** @type {Uint32Array} */ (new Uint32Array(256));
   #image = /** @type {ImageData | null} */ (null);
   #frame = 0;
   #stroke = /** @type {{move: (point: Point) => void, label: string} | null} */ (null);
@@ -58,6 +58,7 @@ export class Board {
     this.#document.addEventListener("draw", () => this.refresh());
     this.#listen();
     new ResizeObserver(() => this.#layout()).observe(this.#elements.frame);
+    window.addEventListener("resize", () => this.#layout()); // also if only the pixels of the device change
   }
 
   get zoom() {

@@ -20,7 +20,7 @@ export function byId(id) {
  * @returns {any}
  */
 export function element(tag, properties = {}, ...children) {
-  const made = document.createElement(tag);
+  const made = /** @type {any} */ (document.createElement(tag));
   for (const [name, value] of Object.entries(properties)) {
     if (name.includes("-")) made.setAttribute(name, String(value));
     else made[name] = value;

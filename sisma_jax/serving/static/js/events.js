@@ -2,7 +2,7 @@
 
 /**
  * Yields the events of a stream. Comments are left out.
- * @param {ReadableStream<Uint8Array>} body
+ * @param {ReadableStream<Uint8Array<ArrayBuffer>>} body
  * @returns {AsyncGenerator<{name: string, data: any}>}
  */
 export async function* readEvents(body) {

@@ -32,6 +32,12 @@ export class FaceView {
     this.showBitmaps(bitmaps);
   }
 
+  /** @param {number} version - of the mask to which the finished faces belong. */
+  set version(version) {
+    this.#canvas.dataset.version = String(version);
+    this.#canvas.dispatchEvent(new CustomEvent("finished", { bubbles: true }));
+  }
+
   /** @param {ImageBitmap[]} bitmaps */
   showBitmaps(bitmaps) {
     this.#bitmaps = bitmaps;

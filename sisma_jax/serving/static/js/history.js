@@ -15,7 +15,7 @@ const MOST_BYTES = 64 << 20;
 export class MaskDocument extends EventTarget {
   /** @type {Step[]} */ #done = [];
   /** @type {Step[]} */ #undone = [];
-  /** @type {Uint8Array} The pixels after the last finished step. */ #base;
+  /** @type {Uint8Array<ArrayBuffer>} The pixels after the last finished step. */ #base;
 
   constructor() {
     super();
@@ -59,6 +59,7 @@ export class MaskDocument extends EventTarget {
   commit(label) {
     const patch = difference(this.mask, this.#base, this.mask.data);
     if (patch) this.#push({ label, patch });
+    this.#settle();
     return patch !== null;
   }
 
@@ -71,12 +72,10 @@ export class MaskDocument extends EventTarget {
   replace(mask, label, { forget = false } = {}) {
     const step = { label, before: copyMask({ ...this.mask, data: this.#base }), after: copyMask(mask) };
     this.mask = copyMask(mask);
-    if (forget) {
-      this.#done.length = this.#undone.length = 0;
-      this.#announce();
-    } else {
-      this.#push(step);
-    }
+    if (forget) this.#done.length = this.#undone.length = 0;
+    else this.#push(step);
+    this.touch();
+    this.#settle();
   }
 
   /** @returns {string | null} what was undone. */
@@ -98,7 +97,6 @@ export class MaskDocument extends EventTarget {
     let kept = 0;
     while (kept < Math.min(sizes.length, MOST_STEPS) && (bytes += sizes[sizes.length - 1 - kept]) <= MOST_BYTES) kept++;
     this.#done.splice(0, this.#done.length - Math.max(kept, 1));
-    this.#announce();
   }
 
   /**
@@ -113,13 +111,14 @@ export class MaskDocument extends EventTarget {
     this.rewind();
     if (step.patch) applyPatch(this.mask, step.patch, side);
     else this.mask = copyMask(/** @type {Mask} */ (step[side]));
-    this.#announce();
+    this.touch();
+    this.#settle();
     return step.label;
   }
 
-  #announce() {
+  /** The pixels as they are now are those of a finished step. */
+  #settle() {
     this.#base = this.mask.data.slice();
-    this.touch();
     this.dispatchEvent(new Event("commit"));
   }
 }

@@ -20,7 +20,7 @@ const MOST_PIXELS = 1 << 22;
 
 /**
  * Returns run lengths: a byte for the class, and the length in groups of 7 bits, low groups first.
- * @param {Uint8Array} data
+ * @param {Uint8Array<ArrayBuffer>} data
  */
 export function encodeRuns(data) {
   const bytes = [];
@@ -38,7 +38,7 @@ export function encodeRuns(data) {
 }
 
 /**
- * @param {Uint8Array} bytes
+ * @param {Uint8Array<ArrayBuffer>} bytes
  * @param {number} length - of the result.
  * @throws {Error} the runs do not have this length together.
  */
@@ -61,7 +61,7 @@ export function decodeRuns(bytes, length) {
   return data;
 }
 
-/** @param {Uint8Array} bytes */
+/** @param {Uint8Array<ArrayBuffer>} bytes */
 export function toBase64Url(bytes) {
   let text = "";
   for (let i = 0; i < bytes.length; i += 4096) text += String.fromCharCode(...bytes.subarray(i, i + 4096));

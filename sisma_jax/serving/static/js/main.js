@@ -89,7 +89,7 @@ function showDone(milliseconds) {
   const { faces, mode, photo } = store.get();
   hideError({ onlyTransient: true });
   showProgress(0, 0);
-  byId("time").textContent = `${Math.round(milliseconds)} ms`;
+  byId("time").textContent = milliseconds < 1000 ? `${Math.round(milliseconds)} ms` : `${(milliseconds / 1000).toFixed(1)} s`;
   byId("face").setAttribute("aria-label", photo ? `Edited photograph ${photo.name}` : "Face for the mask");
   if (mode === "quality") announce("The face is finished.");
   if (faces) calibrate(store, faces);
@@ -466,6 +466,7 @@ wireShortcuts();
 wireMenus();
 wireSharing(store, mask);
 mask.addEventListener("draw", () => {
+  byId("mask").dataset.version = String(mask.version);
   if (board.isStroking) repainter.draft();
 });
 mask.addEventListener("commit", requestSoon);

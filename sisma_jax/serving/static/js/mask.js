@@ -4,7 +4,7 @@
  * @typedef {object} Mask
  * @property {number} width - pixels.
  * @property {number} height - pixels.
- * @property {Uint8Array} data - class indices, row by row, width * height.
+ * @property {Uint8Array<ArrayBuffer>} data - class indices, row by row, width * height.
  */
 
 /**
@@ -13,8 +13,8 @@
  * @property {number} y
  * @property {number} width
  * @property {number} height
- * @property {Uint8Array} before
- * @property {Uint8Array} after
+ * @property {Uint8Array<ArrayBuffer>} before
+ * @property {Uint8Array<ArrayBuffer>} after
  */
 
 /**
@@ -47,8 +47,8 @@ export function equalMasks(a, b) {
 /**
  * Returns the smallest rectangle in which two masks of the same size differ, or null if they are equal.
  * @param {Mask} mask
- * @param {Uint8Array} before
- * @param {Uint8Array} after
+ * @param {Uint8Array<ArrayBuffer>} before
+ * @param {Uint8Array<ArrayBuffer>} after
  * @returns {Patch | null}
  */
 export function difference({ width, height }, before, after) {
@@ -68,7 +68,7 @@ export function difference({ width, height }, before, after) {
 }
 
 /**
- * @param {Uint8Array} data
+ * @param {Uint8Array<ArrayBuffer>} data
  * @param {number} stride
  * @param {{x: number, y: number, width: number, height: number}} area
  */

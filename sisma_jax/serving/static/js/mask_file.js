@@ -8,7 +8,7 @@ import { decodePng } from "./png.js";
 
 /**
  * Reads a PNG file of a mask.
- * @param {Uint8Array} file
+ * @param {Uint8Array<ArrayBuffer>} file
  * @param {Pick<import("./classes.js").Model, "names" | "colors" | "limits" | "title">} model
  * @returns {Promise<Mask>}
  * @throws {Error} the file cannot be read, or is no mask of these classes; the message says why.

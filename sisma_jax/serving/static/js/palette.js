@@ -19,7 +19,7 @@ export function wirePalette(store) {
     if (!model || !(button instanceof HTMLInputElement)) return;
     button.checked = true;
     const item = /** @type {HTMLElement} */ (button.parentElement);
-    if (list.scrollHeight > list.clientHeight) item.scrollIntoView({ block: "nearest" });
+    list.scrollLeft = item.offsetLeft - (list.clientWidth - item.offsetWidth) / 2; // on phones it is a row
     byId("current-class").textContent = readableName(model.names[value]);
   });
 }

@@ -30,10 +30,14 @@ export function currentJob(parts) {
   const settings = { seeds, steps: steps[mode], guidance };
   const key = JSON.stringify([parts.mask.version, settings, mode, photo?.name ?? null]);
   const isStream = mode === "quality" && !photo && settings.steps > 1 && seeds.length <= model.limits.stream_images;
+  const { version } = parts.mask;
   return {
     key,
     isLive: mode === "live",
-    run: (signal) => (isStream ? runStream(parts, settings, signal) : runOnce(parts, settings, signal)),
+    async run(signal) {
+      await (isStream ? runStream : runOnce)(parts, settings, signal);
+      parts.view.version = version;
+    },
   };
 }
 

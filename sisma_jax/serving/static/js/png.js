@@ -8,7 +8,7 @@ const CRC_TABLE = Uint32Array.from({ length: 256 }, (_, n) => {
   return n;
 });
 
-/** @param {Uint8Array} bytes */
+/** @param {Uint8Array<ArrayBuffer>} bytes */
 function crc32(bytes) {
   let crc = 0xffffffff;
   for (const byte of bytes) crc = CRC_TABLE[(crc ^ byte) & 255] ^ (crc >>> 8);
@@ -17,7 +17,7 @@ function crc32(bytes) {
 
 /**
  * Returns bytes that went through a stream of the Compression Streams API.
- * @param {Uint8Array} bytes
+ * @param {Uint8Array<ArrayBuffer>} bytes
  * @param {CompressionStream | DecompressionStream} stream
  * @param {number} [most] - bytes of the result.
  * @throws {Error} the data is damaged, or the result is larger than `most`.
@@ -50,7 +50,7 @@ export async function transformed(bytes, stream, most = Infinity) {
 /**
  * Returns a grey PNG file of 8 bits whose samples are the class indices.
  * @param {import("./mask.js").Mask} mask
- * @returns {Promise<Uint8Array>}
+ * @returns {Promise<Uint8Array<ArrayBuffer>>}
  */
 export async function encodeMask({ width, height, data }) {
   const rows = new Uint8Array((width + 1) * height); // each row starts with the number of its filter, 0: none
@@ -60,11 +60,11 @@ export async function encodeMask({ width, height, data }) {
   view.setUint32(0, width);
   view.setUint32(4, height);
   header.set([8, 0, 0, 0, 0], 8);
-  const chunks = [
+  const chunks = /** @type {[string, Uint8Array<ArrayBuffer>][]} */ ([
     ["IHDR", header],
     ["IDAT", await transformed(rows, new CompressionStream("deflate"))],
     ["IEND", new Uint8Array()],
-  ];
+  ]);
   const length = chunks.reduce((sum, [, content]) => sum + 12 + content.length, SIGNATURE.length);
   const file = new Uint8Array(length);
   const words = new DataView(file.buffer);
@@ -85,13 +85,13 @@ export async function encodeMask({ width, height, data }) {
  * @property {number} width
  * @property {number} height
  * @property {number} channels - 1 grey or palette indices, 2 grey and alpha, 3 RGB, 4 RGBA.
- * @property {Uint8Array | Uint16Array} samples - row by row, `channels` per pixel.
+ * @property {Uint8Array<ArrayBuffer> | Uint16Array} samples - row by row, `channels` per pixel.
  * @property {[number, number, number][] | null} palette
  */
 
 /**
  * Reads a PNG file of any bit depth and colour type.
- * @param {Uint8Array} file
+ * @param {Uint8Array<ArrayBuffer>} file
  * @param {number} mostPixels
  * @returns {Promise<Raster>}
  * @throws {Error} the file is no PNG, is damaged, too large or interlaced.
@@ -130,7 +130,7 @@ export async function decodePng(file, mostPixels) {
 }
 
 /**
- * @param {Uint8Array} content
+ * @param {Uint8Array<ArrayBuffer>} content
  * @returns {[number, number, number][]}
  */
 function colorsOf(content) {
@@ -143,7 +143,7 @@ function colorsOf(content) {
 
 /**
  * Undoes the filters of the rows (PNG specification, section 9).
- * @param {Uint8Array} rows - each with the number of its filter before it.
+ * @param {Uint8Array<ArrayBuffer>} rows - each with the number of its filter before it.
  * @param {number} stride - bytes per row.
  * @param {number} height
  * @param {number} pixel - bytes per pixel, at least 1.
@@ -177,7 +177,7 @@ function paeth(left, up, corner) {
 
 /**
  * Returns one number per sample, for 1 to 16 bits.
- * @param {Uint8Array} bytes
+ * @param {Uint8Array<ArrayBuffer>} bytes
  * @param {number} stride
  * @param {number} perRow - samples per row.
  * @param {number} height

@@ -17,11 +17,13 @@
  */
 export function createStore(initial) {
   let state = { ...initial };
+  /** @type {Set<{keys: (keyof T)[], react: (state: Readonly<T>) => void}>} */
   const watchers = new Set();
   return {
     get: () => state,
     set(changes) {
-      const changed = Object.keys(changes).filter((key) => !Object.is(changes[key], state[key]));
+      const keys = /** @type {(keyof T)[]} */ (Object.keys(changes));
+      const changed = keys.filter((key) => !Object.is(changes[key], state[key]));
       if (!changed.length) return;
       state = { ...state, ...changes };
       for (const { keys, react } of [...watchers]) {

@@ -1,6 +1,6 @@
 """Writes the example masks of the painting page: label maps of drawn faces.
 
-    python -m sisma_jax.serving.example_masks
+python -m sisma_jax.serving.example_masks
 """
 
 import json

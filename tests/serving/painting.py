@@ -15,7 +15,10 @@ from selenium.webdriver.support.wait import WebDriverWait
 from sisma_jax.data.classes import CELEBAMASK_HQ
 from tests.browser import Browser
 
-COUNT_FACES = "addEventListener('face', () => (window.faces = (window.faces ?? 0) + 1))"
+COUNT_FACES = """addEventListener('face', () => {
+    window.firstFace ??= performance.now();
+    window.faces = (window.faces ?? 0) + 1;
+});"""
 _COLORS = {tuple(color): index for index, color in enumerate(CELEBAMASK_HQ.colors)}
 
 
@@ -116,6 +119,15 @@ class PaintingPage:
         for point in points[1:]:
             self.move(*point)
         self.release(*points[-1])
+
+    def touch(self, *fingers: Sequence[Sequence[float]]) -> None:
+        """Moves fingers together, each along its points of the mask, as fractions of its sides."""
+        for i, points in enumerate(zip(*fingers, strict=True)):
+            places = [self.at(*point) for point in points]
+            touches = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(places)]
+            kind = "touchStart" if i == 0 else "touchMove"
+            self.browser.command("Input.dispatchTouchEvent", type=kind, touchPoints=touches)
+        self.browser.command("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
 
     def _mouse(self, kind: str, x: float, y: float, buttons: int) -> None:
         left, top = self.at(x, y)

@@ -270,6 +270,19 @@ def test_paints_by_keyboard_alone(page):
     assert not page.find("#shortcuts").is_displayed()
 
 
+def test_one_finger_paints_and_two_zoom(page):
+    page.open(width=390, height=844)
+    mask = page.mask()
+    page.choose_class("hat")
+    page.until_repainted(lambda: page.touch([(0.2, 0.1), (0.5, 0.1), (0.8, 0.1)]))
+    painted = page.mask()
+    assert ((painted == HAT) == (painted != mask)).all()
+    assert (painted == HAT).sum() > 1000
+    page.touch([(0.4, 0.5), (0.3, 0.5), (0.2, 0.5)], [(0.6, 0.5), (0.7, 0.5), (0.8, 0.5)])
+    assert float(page.find("#zoom-value").text.removesuffix("%")) > 150
+    np.testing.assert_array_equal(page.mask(), painted)
+
+
 def test_every_control_is_reached_by_the_tabulator(page):
     reached = []
     for _ in range(60):
@@ -279,7 +292,18 @@ def test_every_control_is_reached_by_the_tabulator(page):
             break
         reached.append(name)
     wanted = {"copy-link", "help", "class", "tool", "mirror", "undo", "redo", "board-view", "size", "zoom-in", "mode"}
-    wanted |= {"new-person", "blank", "open-mask", "open-photo", "edit-photo", "steps", "guidance", "count", "seed", "keep"}
+    wanted |= {
+        "new-person",
+        "blank",
+        "open-mask",
+        "open-photo",
+        "edit-photo",
+        "steps",
+        "guidance",
+        "count",
+        "seed",
+        "keep",
+    }
     assert wanted <= set(reached)
 
 
@@ -319,15 +343,15 @@ def test_waits_for_a_server_that_is_gone_and_continues(page):
     face = page.face()
     page.drag((0.2, 0.2), (0.8, 0.2))
     page.wait(lambda: "cannot be reached" in page.banner())
-    page.until_repainted(
-        lambda: page.browser.command("Network.emulateNetworkConditions", offline=False, **conditions)
-    )
+    page.until_repainted(lambda: page.browser.command("Network.emulateNetworkConditions", offline=False, **conditions))
     page.wait(lambda: page.banner() == "")
     assert not np.array_equal(page.face(), face)
     assert all("ERR_INTERNET_DISCONNECTED" in message for message in page.browser.messages())
 
 
-@pytest.mark.parametrize(("status", "text"), [(503, "The server is starting. The page tries again in 1 s"), (422, "No.")])
+@pytest.mark.parametrize(
+    ("status", "text"), [(503, "The server is starting. The page tries again in 1 s"), (422, "No.")]
+)
 def test_errors_of_the_server_are_shown(page, status, text):
     problem = json.dumps({"error": text.split(".")[0]})
     page.driver.execute_script(
@@ -351,6 +375,11 @@ def test_accessible_and_within_the_width(page, width, dark):
     page.open(width=width, dark=dark)
     page.until_repainted(lambda: page.choose("count", 4))
     assert page.browser.evaluate("document.documentElement.scrollWidth") <= width
+    nodes = page.driver.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    focusable = [node for node in nodes if any(one["name"] == "focusable" for one in node.get("properties", ()))]
+    nameless = [node for node in focusable if not node["name"]["value"] and node["role"]["value"] != "RootWebArea"]
+    assert len(focusable) > 50
+    assert nameless == []
     if importlib.util.find_spec("axe_core_python") is None:
         pytest.skip("The package axe-core-python, which has axe-core, is not installed.")
     spec = importlib.util.find_spec("axe_core_python")

@@ -21,24 +21,29 @@ export function showShortcuts() {
   /** @type {HTMLDialogElement} */ (byId("shortcuts")).showModal();
 }
 
+/** @type {Promise<string | null> | null} */
+let answer = null;
+
 /**
- * Asks for the API key.
+ * Asks for the API key; once for all who ask while the dialog is open.
  * @param {string} reason - what the server said.
  * @returns {Promise<string | null>} null if the dialog is closed without a key.
  */
 export function askForKey(reason) {
   const dialog = /** @type {HTMLDialogElement} */ (byId("key-dialog"));
   const input = /** @type {HTMLInputElement} */ (byId("key"));
-  byId("key-reason").textContent = reason;
-  input.value = "";
-  if (!dialog.open) dialog.showModal();
-  return new Promise((resolve) => {
-    dialog.addEventListener(
-      "close",
-      () => resolve(dialog.returnValue === "use" && input.value.trim() ? input.value.trim() : null),
-      { once: true },
-    );
+  answer ??= new Promise((resolve) => {
+    byId("key-reason").textContent = reason;
+    input.value = "";
+    dialog.returnValue = "";
+    dialog.showModal();
+    const finish = () => {
+      answer = null;
+      resolve(dialog.returnValue === "use" && input.value.trim() ? input.value.trim() : null);
+    };
+    dialog.addEventListener("close", finish, { once: true });
   });
+  return answer;
 }
 
 /** Makes the buttons of the dialogs work; forms cannot be submitted under the content security policy. */

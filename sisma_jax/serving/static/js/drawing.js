@@ -43,15 +43,15 @@ function clipped({ width, height }, y, from, to, paint) {
 }
 
 /**
- * A line with round ends: the pixels within half the width of the segment, and at least one per step.
+ * A line with round ends: the pixels near the segment, and at least one per step.
  * @param {Mask} mask
  * @param {[number, number]} start - whole numbers.
  * @param {[number, number]} end - whole numbers.
- * @param {number} thickness - pixels.
+ * @param {number} thickness - pixels; odd numbers are exact, since lines lie on centres of pixels.
  * @param {Span} paint
  */
 export function segment(mask, [x0, y0], [x1, y1], thickness, paint) {
-  const radius = thickness / 2;
+  const radius = thickness / 2 - 0.25; // at half the width, round ends would have tips of one pixel
   const [dx, dy] = [x1 - x0, y1 - y0];
   const length = Math.hypot(dx, dy);
   const top = Math.floor(Math.min(y0, y1) - radius);

@@ -1,23 +1,24 @@
 /** The page: makes the parts and joins them. docs/painting_page.md describes what it does. */
 
-import { Client } from "./api.js";
+import { wireShortcuts } from "./actions.js";
+import { ApiError, Client } from "./api.js";
 import { Board } from "./board.js";
 import { backgroundOf, colorWords, otherSides, readableName } from "./classes.js";
 import { newPerson, wireSettings, wireTools } from "./controls.js";
-import { askForKey, fillShortcuts, showShortcuts, wireDialogs } from "./dialogs.js";
+import { askForKey, wireDialogs } from "./dialogs.js";
 import { byId } from "./dom.js";
 import { FaceView } from "./faces.js";
+import { Starter } from "./files.js";
 import { loadExamples, showExamples } from "./gallery.js";
 import { MaskDocument } from "./history.js";
 import { decodeLink } from "./link.js";
 import { blankMask } from "./mask.js";
 import { announce, hideError, sentence, showError, showPhase, wireMessages } from "./messages.js";
-import { boardSide, onBoard, openMask, openMaskOfPhoto, openPhoto } from "./opening.js";
+import { onBoard } from "./opening.js";
 import { wirePalette } from "./palette.js";
 import { calibrate, currentJob } from "./picture.js";
 import { Repainter } from "./repainting.js";
 import { modelName, wireSharing } from "./sharing.js";
-import { listenForShortcuts, shortcutsFor } from "./shortcuts.js";
 import { INITIAL } from "./state.js";
 import { createStore } from "./store.js";
 
@@ -59,6 +60,8 @@ const board = new Board({
     byId("zoom-value").textContent = `${Math.round(zoom * 100)} %`;
   },
 });
+
+const starter = new Starter({ store, mask, client, board, unlock });
 
 /** Asks for the face of the current state, once for all changes of one task. */
 const requestSoon = (() => {
@@ -157,29 +160,6 @@ function moveInHistory(direction) {
   if (label) announce(`${direction === "undo" ? "Undone" : "Done again"}: ${label}.`);
 }
 
-/**
- * Shows a mask for new faces.
- * @param {import("./mask.js").Mask} made
- * @param {string} label
- * @param {{forget?: boolean}} [options]
- */
-function startFrom(made, label, options = {}) {
-  const wasPhoto = store.get().photo !== null;
-  board.abandon();
-  store.set({ photo: null });
-  mask.replace(made, label, { forget: wasPhoto || options.forget });
-}
-
-/** @param {File} file */
-async function editPhoto(file) {
-  const photo = await openPhoto(file, requireModel(), client);
-  board.abandon();
-  store.set({ photo, faces: null });
-  mask.replace(photo.before, "photograph", { forget: true });
-  showOriginal();
-  announce(`Editing ${photo.name}. Change its mask, and the photograph changes there.`);
-}
-
 /** Shows the photograph that is edited while nothing of its mask is changed. */
 function showOriginal() {
   const { photo, seeds } = store.get();
@@ -188,79 +168,6 @@ function showOriginal() {
   view.showBitmaps(seeds.map(() => photo.bitmap));
   byId("face").setAttribute("aria-label", `Photograph ${photo.name}`);
   byId("time").textContent = "";
-}
-
-function requireModel() {
-  const { model } = store.get();
-  if (!model) throw new Error("The server has not answered yet.");
-  return model;
-}
-
-/**
- * Opens a file, and says what is wrong with it.
- * @param {(file: File) => Promise<void>} open
- * @param {File} file
- */
-async function opening(open, file) {
-  document.body.setAttribute("aria-busy", "true");
-  byId("opening").hidden = false;
-  try {
-    await open(file);
-    hideError();
-  } catch (error) {
-    if (error instanceof Error && "status" in error && error.status === 401) {
-      await unlock(error, () => opening(open, file));
-    } else {
-      showError(sentence(error), { retry: () => opening(open, file) });
-    }
-  } finally {
-    document.body.removeAttribute("aria-busy");
-    byId("opening").hidden = true;
-  }
-}
-
-const OPENERS = /** @type {Record<string, (file: File) => Promise<void>>} */ ({
-  "open-mask": async (file) => startFrom(await openMask(file, requireModel()), "mask from a file"),
-  "open-photo": async (file) => {
-    startFrom(await openMaskOfPhoto(file, requireModel(), client), "mask of a photograph");
-  },
-  "edit-photo": editPhoto,
-});
-
-function wireFiles() {
-  for (const [id, open] of Object.entries(OPENERS)) {
-    const input = /** @type {HTMLInputElement} */ (byId(`${id}-file`));
-    byId(id).addEventListener("click", () => input.click());
-    input.addEventListener("change", () => {
-      const [file] = input.files ?? [];
-      input.value = "";
-      if (file) opening(open, file);
-    });
-  }
-  byId("blank").addEventListener("click", () => {
-    const model = requireModel();
-    startFrom(blankMask(boardSide(model), boardSide(model), backgroundOf(model.names)), "empty mask");
-  });
-  byId("stop-editing").addEventListener("click", () => startFrom(onBoard(mask.mask, requireModel()), "mask"));
-  document.addEventListener("dragover", (event) => event.preventDefault());
-  document.addEventListener("drop", (event) => {
-    event.preventDefault();
-    const [file] = event.dataTransfer?.files ?? [];
-    if (file) opening(openDropped, file);
-  });
-}
-
-/**
- * A file that was dropped is a mask if it can be one, else a photograph.
- * @param {File} file
- */
-async function openDropped(file) {
-  try {
-    await OPENERS["open-mask"](file);
-  } catch (error) {
-    if (!requireModel().segment) throw error;
-    await OPENERS["open-photo"](file);
-  }
 }
 
 function wirePhoto() {
@@ -298,62 +205,6 @@ function wireHistory() {
   byId("zoom-fit").addEventListener("click", () => board.zoomTo(1));
 }
 
-function wireShortcuts() {
-  /** @param {number} by */
-  const nextClass = (by) => () => {
-    const { model, value } = store.get();
-    if (!model) return;
-    const next = (value + by + model.names.length) % model.names.length;
-    store.set({ value: next });
-    announce(readableName(model.names[next]));
-  };
-  /** @param {number} factor */
-  const resize = (factor) => () => {
-    const { min, max } = /** @type {HTMLInputElement} */ (byId("size"));
-    const wanted = factor > 1 ? Math.ceil(store.get().size * factor) : Math.floor(store.get().size * factor);
-    store.set({ size: Math.max(Number(min), Math.min(Number(max), wanted)) });
-    announce(`Brush ${store.get().size} pixels`);
-  };
-  const tools = ["brush", "fill", "line", "ellipse", "eraser", "eyedropper"].map((tool) => [
-    tool,
-    () => {
-      store.set({ tool: /** @type {import("./tools.js").Tool} */ (tool) });
-      announce(tool);
-    },
-  ]);
-  const shortcuts = shortcutsFor({
-    ...Object.fromEntries(tools),
-    thinner: resize(1 / 1.25),
-    thicker: resize(1.25),
-    previousClass: nextClass(-1),
-    nextClass: nextClass(1),
-    mirror: () => {
-      store.set({ isMirrored: !store.get().isMirrored });
-      announce(`Mirrored drawing ${store.get().isMirrored ? "on" : "off"}`);
-    },
-    zoomIn: () => board.zoomIn(),
-    zoomOut: () => board.zoomOut(),
-    zoomFit: () => board.zoomTo(1),
-    newPerson: () => {
-      newPerson(store);
-      announce("New person");
-    },
-    keep: () => {
-      store.set({ isKept: !store.get().isKept });
-      announce(store.get().isKept ? "The person is kept" : "A new person after each stroke");
-    },
-    toggleMode: () => {
-      store.set({ mode: store.get().mode === "live" ? "quality" : "live" });
-      announce(`${store.get().mode} mode`);
-    },
-    undo: () => moveInHistory("undo"),
-    redo: () => moveInHistory("redo"),
-    help: showShortcuts,
-  });
-  fillShortcuts(shortcuts);
-  listenForShortcuts(shortcuts, () => /** @type {HTMLInputElement} */ (byId("single-keys")).checked);
-}
-
 function wireMenus() {
   const menu = /** @type {HTMLDetailsElement} */ (byId("downloads"));
   document.addEventListener("click", (event) => {
@@ -386,7 +237,7 @@ function openPicture(picture, model) {
     areStepsChosen: true,
     guidance: Math.min(high, Math.max(low, picture.guidance)),
   });
-  startFrom(onBoard(picture.mask, model), "link", { forget: true });
+  starter.begin(onBoard(picture.mask, model), "link", { forget: true });
   if (picture.model && picture.model !== modelName(model)) {
     showError(`The link was made with another model (${picture.model}); the face may differ.`);
   }
@@ -396,7 +247,7 @@ function openPicture(picture, model) {
 async function openLink() {
   try {
     const picture = await decodeLink(location.hash);
-    if (picture) openPicture(picture, requireModel());
+    if (picture) openPicture(picture, starter.model);
     return picture !== null;
   } catch (error) {
     showError(`The link cannot be opened: ${sentence(error)}`);
@@ -424,10 +275,10 @@ async function begin(model) {
   const examples = loadExamples(model).catch(() => []);
   const hasPicture = await openLink();
   const found = await examples;
-  showExamples(found, model, ({ name, mask: example }) => startFrom(onBoard(example, model), name));
+  showExamples(found, model, ({ name, mask: example }) => starter.begin(onBoard(example, model), name));
   if (!hasPicture) {
     const first = found[0]?.mask ?? blankMask(1, 1, backgroundOf(model.names));
-    startFrom(onBoard(first, model), "example", { forget: true });
+    starter.begin(onBoard(first, model), "example", { forget: true });
   }
   window.addEventListener("hashchange", openLink);
 }
@@ -441,7 +292,7 @@ async function connect() {
       hideError();
       return await begin(model);
     } catch (error) {
-      if (!(error instanceof Error && "status" in error)) throw error;
+      if (!(error instanceof ApiError)) throw error;
       if (error.status === 401) {
         showPhase("locked");
         return unlock(error, connect);
@@ -459,10 +310,9 @@ wireDialogs();
 wirePalette(store);
 wireTools(store);
 wireSettings(store);
-wireFiles();
 wirePhoto();
 wireHistory();
-wireShortcuts();
+wireShortcuts(store, board, moveInHistory);
 wireMenus();
 wireSharing(store, mask);
 mask.addEventListener("draw", () => {

@@ -39,7 +39,7 @@ export const INITIAL = {
   model: null,
   tool: "brush",
   value: 0,
-  size: 12,
+  size: 13,
   isMirrored: false,
   mode: "live",
   steps: { live: 1, quality: 1 },

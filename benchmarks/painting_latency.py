@@ -4,10 +4,10 @@
     python -m benchmarks.painting_latency --url http://127.0.0.1:8000 --steps 1
 
 Needs the packages of the group `dev`, and Chromium (`make browser`). Server and browser share the machine. A stroke is
-drawn by mouse events, about 16 ms apart, in a random place and class. Its time runs from the time stamp of the event that
-releases the mouse button to the task after the next frame with the face for the painted mask. It is 0 if that face was
-there before, since the page also asks for faces while the stroke is drawn. The first face is timed from the start of the
-navigation.
+drawn by mouse events, about 16 ms apart, in a random place and class. Its time runs from the time stamp of the event
+that releases the mouse button to the task after the next frame with the face for the painted mask. It is 0 if that
+face was there before, since the page also asks for faces while the stroke is drawn. The first face is timed from the
+start of the navigation.
 """
 
 import argparse

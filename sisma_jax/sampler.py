@@ -113,6 +113,7 @@ class Sampler:
         self._flow = config.flow
         denoiser = make_graph(config)
         self._start = jax.jit(functools.partial(_start, denoiser, graph), static_argnames="key_impl")
+        self._read = jax.jit(functools.partial(_read, denoiser))
         self._advance = jax.jit(functools.partial(_advance, denoiser, config.flow), donate_argnames="carry")
         self._decode = jax.jit(functools.partial(_decode, graph), out_shardings=sharding.replicated(mesh))
         self._join = jax.jit(lambda *rows: jax.tree.map(lambda *x: jnp.concatenate(x), *rows))
@@ -160,6 +161,8 @@ class Sampler:
           stops: steps in increasing order; the last one is `settings.steps`.
         """
         given, carry = self._begin(faces, batch_size)
+        with jax.set_mesh(self.mesh):
+            given = self._read(self.params, given)
         is_edit = self._flow.objective == "mean_flow" and faces.image is not None
         num_steps = max(settings.steps, editing.LEAST_STEPS if is_edit else 1)
         ends = solvers.step_ends(num_steps, settings.solver)[num_steps - settings.steps :]
@@ -235,6 +238,10 @@ def _start(
         image=batch.get("image"),
         region=batch.get("region"),
     )
+
+
+def _read(graph: nnx.GraphDef[Denoiser], params: Params, given: Given) -> Given:
+    return stepping.read(nnx.merge(graph, params), given)
 
 
 def _advance(

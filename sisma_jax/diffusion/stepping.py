@@ -1,4 +1,4 @@
-"""Sampling in parts: start, any number of evaluations, images. `sampling.sample` is the same as one program.
+"""Sampling in parts: start, read, any number of evaluations. `sampling.sample` is the same as one program.
 
 The loop over the evaluations has bounds that are arguments. One compiled program therefore serves all solvers and
 numbers of steps, and a trajectory has the same bits if it is computed in one call or in several.
@@ -39,11 +39,13 @@ class Given:
       condition: the encoded inputs.
       is_generated: latent positions that are sampled: all of them, except in an edit.
       of_kept: velocity at the other positions, see `editing.keeping`.
+      null: the null condition of one image, for all of them; None before `read`.
     """
 
     condition: Condition
     is_generated: Bool[Array, "B h w 1"]
     of_kept: Point
+    null: Condition | None = None
 
 
 class Carry(NamedTuple):
@@ -103,6 +105,19 @@ def start(
     return given, jax.tree.map(sharding.constrain, Carry(x0, x0 + 0, x0 + 0))
 
 
+def read(model: Denoiser, given: Given) -> Given:
+    """Returns what stays the same, with the null condition, and with what the layers read from both (`read_once`).
+
+    Args:
+      model: the denoiser with its parameters.
+      given: of `start`, of one example or more. Those of several calls may be concatenated.
+    """
+    condition = read_once(model, given.condition)
+    # That of one image, because all have the same.
+    null = model.null(jax.tree.map(lambda x: x[:1], given.condition))
+    return dataclasses.replace(given, condition=condition, null=null if condition.read is None else model.read(null))
+
+
 def advance(
     model: Denoiser,
     given: Given,
@@ -118,7 +133,7 @@ def advance(
 
     Args:
       model: the denoiser with its parameters.
-      given: of `start`.
+      given: of `read`.
       carry: of `start` or of the evaluations before.
       table: `solvers.evaluations`, of MAX_EVALUATIONS columns; for a mean flow, that of "euler".
       guidance: settings of guidance, which a mean flow needs; None for none.
@@ -126,7 +141,7 @@ def advance(
       stop: column behind the last one.
       flow: the objective with which the model was trained, and what the network predicts.
     """
-    velocity = (_average if flow.objective == "mean_flow" else _instantaneous)(model, given.condition, guidance, flow)
+    velocity = (_average if flow.objective == "mean_flow" else _instantaneous)(model, given, guidance, flow)
 
     def evaluate(i: Int[Array, ""], carry: Carry) -> Carry:
         time, to_point, to_base = jax.lax.dynamic_index_in_dim(table, i, axis=1, keepdims=False)
@@ -137,12 +152,12 @@ def advance(
     return jax.tree.map(sharding.constrain, jax.lax.fori_loop(first, stop, evaluate, carry))
 
 
-def _average(model: Denoiser, condition: Condition, guidance: Guidance | None, flow: FlowConfig) -> AverageVelocity:
+def _average(model: Denoiser, given: Given, guidance: Guidance | None, flow: FlowConfig) -> AverageVelocity:
     """Returns the average velocity of a mean flow. Euler's factor of the point is the duration of a step."""
     assert guidance is not None
     # One row for all images, as for the time.
     one = jnp.stack([jnp.asarray(value, jnp.float32) for value in (guidance.scale, guidance.low, guidance.high)])
-    condition = read_once(model, model.with_guidance(condition, one[None]))
+    condition = model.with_guidance(given.condition, one[None])
 
     def velocity(x: Point, t: Float[Array, " #B"], duration: Float[Array, " #B"]) -> Point:
         # With the divisor of the loss, which is part of what the network was trained to predict.
@@ -151,22 +166,16 @@ def _average(model: Denoiser, condition: Condition, guidance: Guidance | None, f
     return velocity
 
 
-def _instantaneous(
-    model: Denoiser, condition: Condition, guidance: Guidance | None, flow: FlowConfig
-) -> AverageVelocity:
+def _instantaneous(model: Denoiser, given: Given, guidance: Guidance | None, flow: FlowConfig) -> AverageVelocity:
     """Returns the velocity, which does not depend on the duration."""
 
     def denoise(x: Point, t: Float[Array, " #B"], condition: Condition) -> Point:
         return to_velocity(model(x, t, condition), x, t, flow.prediction)
 
     if guidance is None:
-        condition = read_once(model, condition)
-        return lambda x, t, _: denoise(x, t, condition)
-    # That of one image, because all have the same.
-    null = model.null(jax.tree.map(lambda x: x[:1], condition))
-    condition = read_once(model, condition)
-    null = null if condition.read is None else model.read(null)
+        return lambda x, t, _: denoise(x, t, given.condition)
+    assert given.null is not None, "`read` gives the null condition"
     scale, low, high, rescale = (jnp.asarray(value, jnp.float32) for value in guidance)
     # One program for all intervals, which skips the null condition outside of them.
-    velocity = guided(denoise, condition, null, scale, interval=(low, high), rescale=rescale, skips=True)
+    velocity = guided(denoise, given.condition, given.null, scale, interval=(low, high), rescale=rescale, skips=True)
     return lambda x, t, _: velocity(x, t)

@@ -18,7 +18,7 @@ from sisma_jax.diffusion.stepping import MAX_EVALUATIONS, Carry, Given, Guidance
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, to_uint8
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.models.factory import Params, make_graph
-from sisma_jax.parallel import sharding
+from sisma_jax.parallel import compiler, sharding
 
 Autoencoder = IdentityAutoencoder | KlAutoencoder
 
@@ -112,9 +112,14 @@ class Sampler:
         self._autoencoder_params = sharding.distribute(autoencoder_params, replicated)
         self._flow = config.flow
         denoiser = make_graph(config)
+        compiler_options = compiler.options(mesh)
         self._start = jax.jit(functools.partial(_start, denoiser, graph), static_argnames="key_impl")
-        self._read = jax.jit(functools.partial(_read, denoiser))
-        self._advance = jax.jit(functools.partial(_advance, denoiser, config.flow), donate_argnames="carry")
+        self._read = jax.jit(functools.partial(_read, denoiser), compiler_options=compiler_options)
+        self._advance = jax.jit(
+            functools.partial(_advance, denoiser, config.flow),
+            donate_argnames="carry",
+            compiler_options=compiler_options,
+        )
         self._decode = jax.jit(functools.partial(_decode, graph), out_shardings=sharding.replicated(mesh))
         self._join = jax.jit(lambda *rows: jax.tree.map(lambda *x: jnp.concatenate(x), *rows))
 

@@ -21,6 +21,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from ..derivatives import with_gradient
@@ -103,11 +104,12 @@ def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSiz
     varies by a tenth between 12 and 96 KiB, and between 0.5 and 2 MiB, and is longer beyond these ranges.
 
     Args:
-      batch: number of examples.
+      batch: number of examples; a symbolic one (`jax.export`) counts as 8.
       length: steps of the sequence, at least 1.
       d_inner: number of channels, at least 1.
       d_state: states per channel.
     """
+    batch = 8 if jax.export.is_symbolic_dim(batch) else batch
     # Entries of 4 bytes: 96 KiB and 1.5 MiB.
     max_states, max_chunk_states = 24 * 1024, 384 * 1024
     # At batch 1, 1,536 channels are within the limit for states, but two blocks of 768 with chunks of twice the length

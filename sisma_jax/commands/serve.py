@@ -108,6 +108,8 @@ class Serve:
         for name in ("timeout", "body_timeout", "shutdown_timeout"):
             if not 0 < getattr(self, name) < 86_400:
                 raise InputError(f"`{name}` must be in (0, 86400) seconds, got {getattr(self, name)}.")
+        if not 0 <= self.port < 1 << 16:  # the C library takes its lower 16 bits
+            raise InputError(f"`port` must be in [0, 65535], got {self.port}.")
         if self.max_batch & (self.max_batch - 1):
             raise InputError(f"`max_batch` must be a power of two, got {self.max_batch}.")
         if self.max_queue < self.max_samples:

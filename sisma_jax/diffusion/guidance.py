@@ -70,13 +70,14 @@ def jointly(
 
     Args:
       denoise: (x, t, condition) -> velocity.
-      conditions: each of B examples, or of one; at least one of B. If all points have the same time, it may have one row.
+      conditions: each of B examples, or of one; at least one of B. If all points have the same time, it may have
+        one row.
     """
     every = interleaved(*conditions)
 
     def velocities(*points: tuple[Point, Float[Array, " #B"]]) -> tuple[Point, ...]:
         xs, times = zip(*points, strict=True)
-        is_one = len(times[0]) == 1 and all(t is times[0] for t in times)
+        is_one = times[0].shape[0] == 1 and all(t is times[0] for t in times)
         y = denoise(_in_turn(xs), times[0] if is_one else _in_turn(times), every)
         return tuple(jnp.moveaxis(y.reshape(-1, len(points), *y.shape[1:]), 1, 0))
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
@@ -64,13 +65,18 @@ jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
 def read_once(model: Denoiser, condition: Condition) -> Condition:
     """Returns the condition with what the layers read from it, unless that takes too much memory.
 
+    For a batch of unknown size (`jax.export`), one image must not take too much.
+
     Args:
       model: the denoiser.
       condition: the encoded inputs.
     """
     read = jax.eval_shape(model.read, condition).read
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
+    num_images = condition.mask.shape[0]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read)) // num_images
+    if not jax.export.is_symbolic_dim(num_images):
+        size *= num_images
     return model.read(condition) if size <= MOST_READ_BYTES * devices else condition
 
 
@@ -122,7 +128,7 @@ def sample(
 
     if flow.objective == "mean_flow":
         one = jnp.stack([guidance, low, high])[None]
-        condition = read_once(model, model.encode({**inputs, "guidance": jnp.broadcast_to(one, (len(x0), 3))}))
+        condition = read_once(model, model.encode({**inputs, "guidance": jnp.broadcast_to(one, (x0.shape[0], 3))}))
 
         def average(x: Point, t: Float[Array, " #B"], duration: Float[Array, " #B"]) -> Point:
             # With the divisor of the loss, which is part of what the network was trained to predict.

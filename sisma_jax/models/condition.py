@@ -59,7 +59,7 @@ def interleaved(*conditions: Condition) -> Condition:
 
     def in_turn(axis: int) -> Callable[..., Array]:
         def stacked(*arrays: Array) -> Array:
-            shape = np.broadcast_shapes(*(x.shape for x in arrays))
+            shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
             rows = jnp.stack([jnp.broadcast_to(x, shape) for x in arrays], axis=axis + 1)
             return rows.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
@@ -120,7 +120,7 @@ class ConditionEncoder(nnx.Module):
           ValueError: a side of the mask is not a multiple of `downsampling`.
         """
         mask = self.mask_encoder(inputs["mask"])
-        condition = Condition(mask, self._guidance(inputs.get("guidance"), len(mask)))
+        condition = Condition(mask, self._guidance(inputs.get("guidance"), mask.shape[0]))
         if self.has_regions:
             condition = dataclasses.replace(condition, regions=self.mask_encoder.class_shares(inputs["mask"]))
         if is_dropped is None:

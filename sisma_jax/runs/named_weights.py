@@ -45,8 +45,8 @@ def _demo() -> Path:
     file = importlib.resources.files("sisma_jax") / "weights" / f"{DEMO}{_SUFFIX}"
     if not isinstance(file, Path) or not file.is_file():
         raise InputError(
-            f"the package has no demo weights: there is no file {file}. Name an exported file with `weights`, or "
-            "train one: python run.py --config configs/demo.py"
+            f"the package has no demo weights: there is no file {file}. Name an exported file, or train the model of "
+            "configs/demo.py."
         )
     return file
 

@@ -29,7 +29,11 @@ _FACES = {
 
 
 def example_mask(name: str) -> np.ndarray:
-    """Returns an example, uint8 class indices of CelebAMask-HQ (256, 256)."""
+    """Returns an example, uint8 class indices of CelebAMask-HQ (256, 256).
+
+    Args:
+      name: of the example, as the page shows it.
+    """
     return draw_face((_SEED, _FACES[name]), SIZE)[1]
 
 

@@ -67,14 +67,11 @@ class Server:
     """
 
     def __init__(self, weights: Path, *options: str, environment: dict[str, str] | None = None):
-        # One device and XLA's optimisations, unlike in the tests' own process; the compiled programs are shared.
-        cache = os.environ.get("SISMA_JAX_TEST_CACHE", "")
+        # One device and XLA's optimisations, unlike in the tests' own process.
         variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
         variables.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
-        variables |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2", **(environment or {})}
+        variables |= environment or {}
         command = [sys.executable, "run.py", "serve", "--weights", str(weights), "--port", "0", *options]
-        if cache:
-            command += ["--compile_cache", f"{cache}/serving"]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

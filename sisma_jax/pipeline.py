@@ -2,25 +2,26 @@
 
 import dataclasses
 import functools
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Key, UInt8
+from PIL import Image
 
 from sisma_jax import config_files
-from sisma_jax.call_arguments import as_photo, finite_number, random_keys, whole_number
+from sisma_jax.call_arguments import Output, Photograph, as_photo, is_pil, random_keys, whole_number
 from sisma_jax.config import Config, MeshConfig, Sampling
-from sisma_jax.data import photos, regions
+from sisma_jax.data import regions
 from sisma_jax.data.classes import ClassSet, as_classes
-from sisma_jax.data.faces import Square, find_faces
+from sisma_jax.data.faces import Square
 from sisma_jax.data.location_prior import LocationPrior
-from sisma_jax.data.masks import Masks, convert_mask, read_masks, report_cropping, resize_mask
+from sisma_jax.data.masks import Masks, convert_mask, palette_image, read_masks, report_cropping, resize_mask
 from sisma_jax.data.photo_files import to_8_bits
+from sisma_jax.edits import prepare_edit
 from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
 from sisma_jax.models.autoencoder import IdentityAutoencoder
@@ -35,33 +36,8 @@ from sisma_jax.segmentation import paint, segment
 if TYPE_CHECKING:
     from sisma_jax.runs.folder import Checkpoint, RunFolder
 
-logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Edit:
-    """An edit of a photograph, before its faces are sampled.
-
-    Attributes:
-      faces: what to sample.
-      image: the photograph, (H, W, 3).
-      square: its part in which the faces are.
-      weights: opacity of each face in the square.
-    """
-
-    faces: Faces
-    image: np.ndarray
-    square: Square
-    weights: Sequence[np.ndarray]
-
-    def composite(self, images: UInt8[np.ndarray, "N S S 3"]) -> np.ndarray:
-        """Returns the edited photographs, (N, H, W, 3), with the sampled faces."""
-        return np.stack(
-            [
-                regions.composite(self.image, face, weight, self.square)
-                for face, weight in zip(images, self.weights, strict=True)
-            ]
-        )
+Keys = Key[Array, ""] | Key[Array, " N"]
+"""One random key, or one per face."""
 
 
 class Pipeline:
@@ -127,19 +103,36 @@ class Pipeline:
         """
         return self._parser() if callable(self._parser) else self._parser
 
+    @overload
+    def __call__(
+        self, mask: Masks, *, key: Keys, output: Literal["array"] = "array", **options: Any
+    ) -> UInt8[np.ndarray, "N S S 3"]: ...
+    @overload
+    def __call__(self, mask: Masks, *, key: Keys, output: Literal["pil"], **options: Any) -> list[Image.Image]: ...
     def __call__(
         self,
         mask: Masks,
         *,
-        key: Key[Array, ""] | Key[Array, " N"],
+        key: Keys,
         num_samples: int = 1,
+        output: Output = "array",
         classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
-    ) -> UInt8[np.ndarray, "N S S 3"]:
+    ) -> UInt8[np.ndarray, "N S S 3"] | list[Image.Image]:
         """Returns sampled faces as RGB images of the model's resolution S x S.
 
         The same key, mask and settings give the same faces, independently of the number of faces per call.
+
+        >>> pipe = sisma_jax.load("demo")
+        >>> size, classes = pipe.config.data.image_size, pipe.config.data.classes
+        >>> mask = np.full((size, size), classes.names.index("skin"), np.uint8)
+        >>> faces = pipe(mask, key=jax.random.key(0), num_samples=2, steps=1)
+        >>> faces.shape == (2, size, size, 3)
+        True
+        >>> [image] = pipe(mask, key=jax.random.key(0), output="pil")
+        >>> image.mode
+        'RGB'
 
         Args:
           mask: one mask or several: class indices, (H, W) or (B, H, W), one-hot, class colours, a PIL image, a path, or
@@ -148,6 +141,7 @@ class Pipeline:
           key: one key, or one key for each of the N faces. Face n depends on `fold_in(key, n)` or on key n. With the
             same key, another mask gives a face of a similar style.
           num_samples: faces per mask. The faces of mask i start at row i * num_samples of the result.
+          output: "array", or "pil" for a list of PIL images.
           classes: classes in whose order or colours the mask is, if these are not the classes of the model: a built-in
             name, a JSON file, or a class set.
           sampling: settings in place of the configuration's section `sample`. Its `seed` is not used, because `key`
@@ -159,20 +153,30 @@ class Pipeline:
             or a setting is out of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        settings = self.settings(sampling, **overrides)
-        return self._sampled(self.faces(self.masks(mask, classes), key, num_samples), settings)
+        settings, is_list = self.settings(sampling, **overrides), is_pil(output)
+        faces = self._sampled(self.faces(self.masks(mask, classes), key, num_samples), settings)
+        return _pil_images(faces) if is_list else faces
 
+    @overload
+    def stream(
+        self, mask: Masks, *, key: Keys, output: Literal["array"] = "array", **options: Any
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "N S S 3"]]]: ...
+    @overload
+    def stream(
+        self, mask: Masks, *, key: Keys, output: Literal["pil"], **options: Any
+    ) -> Iterator[tuple[int, list[Image.Image]]]: ...
     def stream(
         self,
         mask: Masks,
         *,
-        key: Key[Array, ""] | Key[Array, " N"],
+        key: Keys,
         num_samples: int = 1,
         every: int = 1,
+        output: Output = "array",
         classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
-    ) -> Iterator[tuple[int, UInt8[np.ndarray, "N S S 3"]]]:
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "N S S 3"] | list[Image.Image]]]:
         """Returns an iterator of (step, images): the predictions during sampling, and at last the sampled faces.
 
         The images of a step are the data that the model predicts at the last function evaluation of this step,
@@ -185,6 +189,7 @@ class Pipeline:
           key: as for `__call__`.
           num_samples: as for `__call__`.
           every: the predictions of every so many steps.
+          output: as for `__call__`.
           classes: as for `__call__`.
           sampling: as for `__call__`.
           overrides: as for `__call__`.
@@ -194,32 +199,45 @@ class Pipeline:
           TypeError: `Sampling` has no field of the name of an override.
         """
         settings, every = self.settings(sampling, **overrides), whole_number(every, "every", least=1)
+        form = _pil_images if is_pil(output) else lambda images: images
         batches = self._batches(self.faces(self.masks(mask, classes), key, num_samples), settings)
         streams = [self.sampler.steps(faces, settings, size, every) for faces, size in batches]
-        return ((items[0][0], np.concatenate([images for _, images in items])) for items in zip(*streams, strict=True))
+        return (
+            (items[0][0], form(np.concatenate([images for _, images in items]))) for items in zip(*streams, strict=True)
+        )
 
+    @overload
+    def edit(
+        self, image: Photograph, mask: Masks, *, key: Keys, output: Literal["array"] = "array", **options: Any
+    ) -> np.ndarray: ...
+    @overload
+    def edit(
+        self, image: Photograph, mask: Masks, *, key: Keys, output: Literal["pil"], **options: Any
+    ) -> list[Image.Image]: ...
     def edit(
         self,
-        image: np.ndarray,
+        image: Photograph,
         mask: Masks,
         *,
-        key: Key[Array, ""] | Key[Array, " N"],
+        key: Keys,
         image_mask: Masks | None = None,
-        region: Bool[np.ndarray, "h w"] | None = None,
+        region: regions.Region | None = None,
         square: Square | None = None,
         margin: float | None = None,
         num_samples: int = 1,
+        output: Output = "array",
         classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
-    ) -> np.ndarray:
+    ) -> np.ndarray | list[Image.Image]:
         """Returns edits of a photograph, (N, H, W, 3), which is generated anew where its mask was edited.
 
         All other pixels stay bit-identical. The face is sampled at the model's resolution in a square of the
         photograph, and resized to the resolution of the photograph.
 
         Args:
-          image: photograph, uint8 or uint16 (H, W, 3), RGB, of any size. The edits have its dtype.
+          image: photograph, uint8 or uint16 (H, W, 3), RGB, of any size; a PIL image; or a path. The edits have its
+            dtype.
           mask: edited mask, or a batch of edited masks, as for `__call__`. Each gives an edit of the same photograph.
             It has the aspect ratio of the photograph, or is square, for the central square of the photograph.
           key: as for `__call__`.
@@ -231,6 +249,7 @@ class Pipeline:
           margin: width, in pixels at the model's resolution S, of the band around the region in which the face is
             blended with the photograph. None: S / 32. 0: no pixel outside of the region changes.
           num_samples: edits per mask. The edits of mask i start at row i * num_samples of the result.
+          output: as for `__call__`.
           classes: as for `__call__`, of `mask` and `image_mask`.
           sampling: as for `__call__`.
           overrides: as for `__call__`.
@@ -239,11 +258,15 @@ class Pipeline:
           InputError: the photograph is not RGB with 8 or 16 bits, a mask has unknown class indices, `mask` and
             `image_mask` have different sizes, the region is empty or lies outside of `square`, `image_mask` and
             `region` are both given, or neither and there is no face parser, `margin` is negative, the number of keys is
-            wrong, or a setting is out of range.
+            wrong, a setting is out of range, or PIL images are to have 16 bits.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        edit = self.prepare_edit(
-            image,
+        photo, is_list = as_photo(image, "image"), is_pil(output)
+        if is_list and photo.dtype != np.uint8:
+            raise InputError("image has 16 bits per sample, and a PIL image 8; take the edits as output='array'.")
+        edit = prepare_edit(
+            self,
+            photo,
             mask,
             key=key,
             image_mask=image_mask,
@@ -253,90 +276,39 @@ class Pipeline:
             num_samples=num_samples,
             classes=classes,
         )
-        return edit.composite(self._sampled(edit.faces, self.settings(sampling, **overrides)))
+        edits = edit.composite(self._sampled(edit.faces, self.settings(sampling, **overrides)))
+        return _pil_images(edits) if is_list else edits
 
-    def prepare_edit(
-        self,
-        image: np.ndarray,
-        mask: Masks,
-        *,
-        key: Key[Array, ""] | Key[Array, " N"],
-        image_mask: Masks | None = None,
-        region: Bool[np.ndarray, "h w"] | None = None,
-        square: Square | None = None,
-        margin: float | None = None,
-        num_samples: int = 1,
-        classes: ClassSet | str | None = None,
-    ) -> Edit:
-        """Returns what `edit` samples, and how it puts the faces into the photograph; the arguments are its own.
-
-        Raises:
-          InputError: as for `edit`.
-        """
-        image, size = as_photo(image, "image"), self.config.data.image_size
-        (height, width), small = image.shape[:2], to_8_bits(image)
-        band = size // 32 if margin is None else finite_number(margin, "margin")
-        classes = as_classes(classes)
-        masks = self._read(mask, "mask", classes)
-        if image_mask is not None and region is not None:
-            raise InputError("give either image_mask, the mask before it was edited, or region, not both.")
-        if image_mask is not None:
-            changed = regions.changed_regions(masks, self._read(image_mask, "image_mask", classes))
-        elif region is not None:
-            changed = [regions.as_region(region)] * len(masks)
-        else:
-            changed = regions.guessed_regions(masks, self._guess(small))
-        for one in changed:
-            regions.require_region(one, height, width)
-        if square is None:
-            square = regions.choose_square(changed, find_faces(small), height, width)
-        regions.require_square(square, height, width)
-        inside = [regions.crop_region(one, square, height, width) for one in changed]
-        weights = [regions.feather(one, band * square.side / size) for one in inside]
-        reach = np.stack([regions.feather(regions.resize_region(one, size), band) > 0 for one in inside])
-        framed = [regions.sample_mask(one, square, height, width, size) for one in masks]
-        faces = self.faces(
-            np.stack(self._checked(framed, "mask", classes)),
-            key,
-            num_samples,
-            photos.resize_image(square.crop(small), size),
-            reach,
-        )
-        return Edit(faces, image, square, [weight for weight in weights for _ in range(num_samples)])
-
-    def _guess(self, photo: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
-        """Returns the predicted mask of a photograph whose mask is not given."""
-        if self.parser is None:
-            raise InputError(
-                "give image_mask, the mask before it was edited, or region, the region to generate: there is no face "
-                "parser that could predict the mask."
-            )
-        logger.warning(
-            "The photograph's own mask (image_mask) is not given. The region to generate is where the mask differs "
-            "from the prediction of the face parser, which is a rough guess."
-        )
-        return self.segment(photo, whole=True)
-
-    def segment(self, photo: np.ndarray, *, whole: bool = False) -> UInt8[np.ndarray, "_ _"]:
+    @overload
+    def segment(
+        self, photo: Photograph, *, whole: bool = False, output: Literal["array"] = "array"
+    ) -> UInt8[np.ndarray, "_ _"]: ...
+    @overload
+    def segment(self, photo: Photograph, *, whole: bool = False, output: Literal["pil"]) -> Image.Image: ...
+    def segment(
+        self, photo: Photograph, *, whole: bool = False, output: Output = "array"
+    ) -> UInt8[np.ndarray, "_ _"] | Image.Image:
         """Returns the mask of a photograph, as the face parser predicts it: class indices.
 
         Faces are found first. The mask is that of the largest face, in a square that frames it as the training images
         are framed, and fits `__call__`. If no face is found, the square is the central one.
 
         Args:
-          photo: uint8 or uint16 (H, W, 3), RGB, of any size.
+          photo: uint8 or uint16 (H, W, 3), RGB, of any size; a PIL image; or a path.
           whole: return the mask (H, W) of the whole photograph with all its faces, which fits `edit`.
+          output: "array", or "pil" for a palette image with the colours of the classes.
 
         Raises:
           InputError: the photograph is not RGB with 8 or 16 bits, or there is no face parser.
         """
-        photo = to_8_bits(as_photo(photo, "photo"))
+        pixels, is_image = to_8_bits(as_photo(photo, "photo")), is_pil(output)
         if self.parser is None:
             raise InputError(
                 "there is no face parser; train one with the command `parser`, or load a run or a file that has one."
             )
-        faces = segment(photo, self.parser, "photo")
-        return paint(faces, *photo.shape[:2]) if whole else faces[0].mask
+        faces = segment(pixels, self.parser, "photo")
+        mask = paint(faces, *pixels.shape[:2]) if whole else faces[0].mask
+        return palette_image(mask, self.config.data.classes) if is_image else mask
 
     def settings(self, sampling: Sampling | None = None, **overrides: Any) -> Sampling:
         """Returns the given settings, or those of the configuration, with single fields replaced.
@@ -366,12 +338,12 @@ class Pipeline:
           InputError: the mask has unknown class indices or another form.
         """
         classes = as_classes(classes)
-        return self._resized(self._checked(self._read(mask, "mask", classes), "mask", classes))
+        return self._resized(self.require_known_order(self.read_masks(mask, "mask", classes), "mask", classes))
 
     def faces(
         self,
         masks: UInt8[np.ndarray, "B S S"],
-        key: Key[Array, ""] | Key[Array, " N"],
+        key: Keys,
         num_samples: int = 1,
         image: UInt8[np.ndarray, "S S 3"] | None = None,
         region: Bool[np.ndarray, "B S S"] | None = None,
@@ -416,22 +388,45 @@ class Pipeline:
         report_cropping(masks)
         return np.stack([resize_mask(mask, self.config.data.image_size) for mask in masks])
 
-    def _read(self, mask: Any, name: str, classes: ClassSet | None) -> list[UInt8[np.ndarray, "_ _"]]:
+    def read_masks(self, mask: Masks, name: str, classes: ClassSet | None) -> list[UInt8[np.ndarray, "_ _"]]:
+        """Returns masks in their own sizes: class indices of the model, each (H, W).
+
+        Args:
+          mask: as for `__call__`.
+          name: of the argument, for messages.
+          classes: of the masks; None for those of the model.
+
+        Raises:
+          InputError: the mask has unknown class indices or another form.
+        """
         own = self.config.data.classes
         masks = read_masks(mask, own if classes is None else classes, name)
         if classes is not None and classes != own:
             masks = [convert_mask(one, classes, own, name) for one in masks]
         return masks
 
-    def _checked(
+    def require_known_order(
         self, masks: Sequence[UInt8[np.ndarray, "_ _"]], name: str, named: ClassSet | None
     ) -> list[UInt8[np.ndarray, "_ _"]]:
-        """Returns the masks as `LocationPrior.check` does; `named` are the classes from which they were converted."""
+        """Returns masks, after a comparison with where the classes lie in the training masks (`LocationPrior.check`).
+
+        Args:
+          masks: class indices of the model.
+          name: of the argument, for the message.
+          named: the classes from which they were converted, if the caller named them.
+
+        Raises:
+          InputError: the classes of a mask lie where those of another class set would.
+        """
         if self.mask_prior is None:
             return list(masks)
         labels = [name] if len(masks) == 1 else [f"{name}[{i}]" for i in range(len(masks))]
         own = self.config.data.classes
         return [self.mask_prior.check(one, own, label, named=named) for one, label in zip(masks, labels, strict=True)]
+
+
+def _pil_images(images: UInt8[np.ndarray, "N H W 3"]) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in images]
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", mesh: Mesh | None = None) -> Pipeline:

@@ -25,7 +25,7 @@ import jax.export
 import jax.numpy as jnp
 
 from ..derivatives import with_gradient
-from ..typing import Array, Float, Index
+from ..typing import Array, Float, Index, Size
 from .reference import CHECKPOINT_NAME, batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
 from .xla_windows import Window, at_step, for_windows, loop_into, pad_to_chunks, read, read_steps, write, write_steps
 
@@ -96,7 +96,7 @@ class BlockSizes:
     steps: int
 
 
-def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSizes:
+def block_sizes(batch: Size, length: int, d_inner: int, d_state: int) -> BlockSizes:
     """Returns the most channels whose states take up to 96 KiB, and the most steps whose states take up to 1.5 MiB.
 
     A block has at most 768 channels, unless the number of channels has no such divisor. The sizes are those of float32

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -120,7 +119,7 @@ class ConditionEncoder(nnx.Module):
           ValueError: a side of the mask is not a multiple of `downsampling`.
         """
         mask = self.mask_encoder(inputs["mask"])
-        condition = Condition(mask, self._guidance(inputs.get("guidance"), mask.shape[0]))
+        condition = Condition(mask, self._guidance(inputs.get("guidance"), mask))
         if self.has_regions:
             condition = dataclasses.replace(condition, regions=self.mask_encoder.class_shares(inputs["mask"]))
         if is_dropped is None:
@@ -135,7 +134,7 @@ class ConditionEncoder(nnx.Module):
         """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
         shape = condition.mask.shape
         regions = None if condition.regions is None else jnp.zeros_like(condition.regions)
-        return Condition(self.mask_encoder.null_features(shape), self._guidance(None, shape[0]), regions)
+        return Condition(self.mask_encoder.null_features(shape), self._guidance(None, condition.mask), regions)
 
     def with_guidance(self, condition: Condition, guidance: Float[Array, "#B 3"]) -> Condition:
         """Returns the condition of a mean flow with another guidance.
@@ -144,13 +143,13 @@ class ConditionEncoder(nnx.Module):
           condition: what `__call__` returned.
           guidance: as for `__call__`; one row for all examples, or one per example.
         """
-        return dataclasses.replace(condition, guidance=self._guidance(guidance, len(guidance)))
+        return dataclasses.replace(condition, guidance=self._guidance(guidance, condition.mask))
 
-    def _guidance(self, given: Float[Array, "#B 3"] | None, batch: int) -> Float[Array, "#B D"] | None:
+    def _guidance(self, given: Float[Array, "#B 3"] | None, mask: Float[Array, "B ..."]) -> Float[Array, "#B D"] | None:
         if self.guidance is None:
             return None
         if given is None:
-            given = jnp.broadcast_to(jnp.asarray([[1.0, 0.0, 1.0]], jnp.float32), (batch, 3))
+            given = jnp.broadcast_to(jnp.asarray([[1.0, 0.0, 1.0]], jnp.float32), (mask.shape[0], 3))
         scale, low, high = given.T
         # The share of the guided velocity that is guidance is 1 - 1 / scale, which is in [0, 1); see `MeanFlow`.
         return self.guidance(1 - 1 / scale, low, high)

@@ -12,6 +12,7 @@ from sisma_jax.config import Sampling
 from sisma_jax.data.classes import ClassSet, known_names
 from sisma_jax.data.faces import Square
 from sisma_jax.data.photo_files import Photo
+from sisma_jax.edits import prepare_edit
 from sisma_jax.errors import InputError
 from sisma_jax.pipeline import Pipeline
 from sisma_jax.sampler import Faces
@@ -93,7 +94,8 @@ class Calls:
         square = given.get("square")
         if square is not None and len(square) != 3:
             raise Problem(422, "'square' must be [top, left, side].")
-        edit = self._pipe.prepare_edit(
+        edit = prepare_edit(
+            self._pipe,
             photo.pixels,
             self._mask(given, "mask"),
             key=keys,

@@ -1,16 +1,8 @@
-"""One exported model for all tests of the server, and one server for those that do not change it."""
+"""One server for the tests that do not change it."""
 
 import pytest
 
-from tests.serving.running import export_model, serving
-
-
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory):
-    """The file of a tiny model with a face parser."""
-    file = tmp_path_factory.mktemp("served") / "tiny.safetensors"
-    export_model(file)
-    return file
+from tests.serving.running import serving
 
 
 @pytest.fixture(scope="module")

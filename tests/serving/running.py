@@ -12,34 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import jax
 import numpy as np
 from PIL import Image
 
 from sisma_jax.data.drawing import draw_face
-from sisma_jax.models import face_parser
-from sisma_jax.models.factory import init_params
-from sisma_jax.runs.export import export_params
-from tests.tiny import tiny_config
 
 ROOT = Path(__file__).parents[2]
 START_SECS = 600
-
-
-def export_model(file: Path) -> None:
-    """Writes a tiny model with a face parser, whose parameters are random, so that masks and seeds matter."""
-    config = tiny_config(Path("data"))
-    leaves, structure = jax.tree.flatten(init_params(config, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = [x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    classes = config.data.classes
-    parser = face_parser.FaceParser(
-        face_parser.make_graph(config.parser.width, len(classes)),
-        face_parser.init_params(jax.random.key(2), config.parser.width, len(classes)),
-        classes,
-        config.data.image_size,
-    )
-    export_params(file, config, 4, jax.tree.unflatten(structure, params), parser=parser)
 
 
 def mask_png(seed: int = 0, size: int = 16) -> bytes:

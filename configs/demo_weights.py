@@ -1,8 +1,8 @@
 r"""The model that the package ships (`sisma_jax.load("demo")`): the demo's, trained for longer on more drawn faces.
 
-Cost: about three hours on 2 CPU cores, an hour of them for flow matching, from which the mean flow starts. Run:
+Cost: about an hour on 2 CPU cores, half of it for flow matching, from which the mean flow starts. Run:
     python run.py --config configs/demo_weights.py --workdir runs/demo_flow train --flow.objective=flow_matching \
-        --flow.adaptive_weights --train.num_steps=12000 --optim.decay_steps=12000
+        --flow.adaptive_weights --train.num_steps=5000 --optim.decay_steps=5000
     python run.py --workdir runs/demo_flow export --out runs/demo_flow.safetensors
     python run.py --config configs/demo_weights.py --train.init_from=runs/demo_flow.safetensors
 """
@@ -17,7 +17,7 @@ from sisma_jax.config import Config, ParserConfig
 def get_config() -> Config:
     """Returns the configuration of the demo with more data and steps."""
     demo = config_files.load(Path(__file__).with_name("demo.py"))
-    num_steps = 8_000
+    num_steps = 4_500
     return dataclasses.replace(
         demo,
         data=dataclasses.replace(demo.data, num_train=20_000, num_test=500),

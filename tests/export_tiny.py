@@ -18,7 +18,7 @@ def export_tiny(file: Path, prior: LocationPrior | None = None) -> None:
     """Writes the file, whose folder exists: random parameters, so that masks and seeds matter, and a face parser."""
     config, rng = tiny_config(Path("data")), np.random.default_rng(0)
     abstract = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), abstract)
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype), abstract)
     classes, width = config.data.classes, config.parser.width
     parser = face_parser.FaceParser(
         face_parser.make_graph(width, len(classes)),

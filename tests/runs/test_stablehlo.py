@@ -63,8 +63,7 @@ def test_the_file_of_the_command_runs_in_a_process_without_sisma_jax(finished, t
     )
 
 
-@pytest.mark.parametrize("objective", ["flow_matching", "mean_flow"])
-@pytest.mark.parametrize("is_latent", [False, True])
+@pytest.mark.parametrize(("objective", "is_latent"), [("flow_matching", False), ("mean_flow", True)])
 def test_batches_of_any_size_have_the_faces_of_the_pipeline(tmp_path, objective, is_latent):
     config = (tiny_latent_config if is_latent else tiny_config)(tmp_path)
     config = dataclasses.replace(

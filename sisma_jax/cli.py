@@ -135,7 +135,7 @@ def _first_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str
 
 def _base_config(arguments: list[str]) -> Config:
     """Returns the configuration whose values the arguments override."""
-    given, _ = _first_arguments(arguments)
+    given, rest = _first_arguments(arguments)
     if given.weights:
         return export.read_config(given.weights)
     if given.config:
@@ -144,6 +144,8 @@ def _base_config(arguments: list[str]) -> Config:
         return Config()
     if given.workdir:
         return folder.read_config(to_path(given.workdir))
+    if any(word.partition("=")[0] == "--runs" for word in rest):  # `evaluate --runs` reads finished evaluations only
+        return Config()
     raise InputError("There is no configuration; name one with `config`, or the folder of a run with `workdir`.")
 
 

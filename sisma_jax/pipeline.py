@@ -434,7 +434,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
 
     Args:
       path: folder or file, on the disk or in a bucket (gs://...); "demo", the demo's weights in the package; or
-        "hf://OWNER/NAME[/FILE][@REVISION]", an exported file on the Hugging Face Hub.
+        `hf://OWNER/NAME[/FILE][@REVISION]`, an exported file on the Hugging Face Hub.
       checkpoint: for a folder, the checkpoint whose EMA parameters are used: "newest", "best" (by the metric
         `train.best`), or the step of a checkpoint. The first two skip damaged checkpoints.
       mesh: of all devices. By default, the parameters are replicated and batches are sharded.

@@ -34,11 +34,8 @@ from sisma_jax.data import photos
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.kernels import selective_scan
 from sisma_jax.kernels.selective_scan import CHECKPOINT_NAME
-from sisma_jax.models import face_parser
-from sisma_jax.models.factory import init_params
 from sisma_jax.runs import export, folder
 from tests.processes import ROOT
-from tests.tiny import tiny_config
 
 DOCUMENTS = sorted(
     str(path.relative_to(ROOT))
@@ -146,6 +143,13 @@ def _names_of_painting_page() -> dict[str, object]:
     return {}
 
 
+def _names_of_export() -> dict[str, object]:
+    pipe = sisma_jax.load("runs/demo")
+    stablehlo.export_sampler("faces.stablehlo", pipe.config, jax.device_get(pipe.params), pipe.autoencoder, ["cpu"])
+    Path("mask.png").write_bytes(photos.encode_png(_face(pipe.config.data.image_size)[1]))
+    return {}
+
+
 def _names_of_kernels() -> dict[str, object]:
     modules = {"jax": jax, "jnp": jnp, "nnx": nnx, "eqx": eqx}
     return {**modules, **_scan_arguments(), "selective_scan": selective_scan, "CHECKPOINT_NAME": CHECKPOINT_NAME}
@@ -154,6 +158,7 @@ def _names_of_kernels() -> dict[str, object]:
 # What the text of a document says is there before its first block.
 GIVEN: dict[str, Callable[[], dict[str, object]]] = {
     "README.md": _names_of_readme,
+    "docs/export.md": _names_of_export,
     "docs/masks.md": _names_of_masks,
     "docs/painting_page.md": _names_of_painting_page,
     "docs_site/api/index.md": lambda: {"mask": _face()[1]},
@@ -162,6 +167,7 @@ GIVEN: dict[str, Callable[[], dict[str, object]]] = {
 # What a document says of its variables after its last block.
 SHAPES = {
     "README.md": {"faces": (4, 16, 16, 3), "edits": (1, 32, 32, 3), "y": (1, 5, 8)},
+    "docs/export.md": {"faces": (4, 16, 16, 3)},
     "docs/first_faces.md": {"faces": (4, 16, 16, 3), "edits": (3, 64, 64, 3)},
     "docs/masks.md": {"faces": (1, 16, 16, 3), "mask": (32, 32)},
     "docs/painting_page.md": {"face": (1, 16, 16, 3)},
@@ -169,24 +175,8 @@ SHAPES = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory) -> pipeline.Pipeline:
-    """A tiny model with a face parser. Its parameters are random, so that making it compiles nothing."""
-    config, rng = tiny_config(Path("data")), np.random.default_rng(0)
-    size, classes = config.data.image_size, config.data.classes
-
-    def random(init: Callable[[], object]) -> object:
-        return jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), jax.eval_shape(init))
-
-    width, key = config.parser.width, jax.random.key(0)
-    parser = face_parser.FaceParser(
-        face_parser.make_graph(width, len(classes)),
-        random(lambda: face_parser.init_params(key, width, len(classes))),
-        classes,
-        size,
-    )
-    file = tmp_path_factory.mktemp("documents") / "faces.safetensors"
-    export.export_params(file, config, 4, random(lambda: init_params(config, key)), parser=parser)
-    return pipeline.load(file)
+def model(weights) -> pipeline.Pipeline:
+    return pipeline.load(weights)
 
 
 @pytest.mark.parametrize("document", sorted({block.document for block in BLOCKS if block.language == "python"}))

@@ -34,7 +34,7 @@ from sisma_jax.data import photos
 from sisma_jax.data.drawing import draw_face
 from sisma_jax.kernels import selective_scan
 from sisma_jax.kernels.selective_scan import CHECKPOINT_NAME
-from sisma_jax.runs import export, folder
+from sisma_jax.runs import export, folder, stablehlo
 from tests.processes import ROOT
 
 DOCUMENTS = sorted(

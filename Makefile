@@ -9,7 +9,7 @@ PIP := -m pip --quiet --disable-pip-version-check
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check lint types test test-newest core-check tpu-compiler browser cuda-compile gpu-check tpu-check clean
+.PHONY: demo check lint types test test-newest core-check docs tpu-compiler browser cuda-compile gpu-check tpu-check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python run.py --config configs/demo.py
@@ -43,6 +43,11 @@ core-check: $(VENV)/installed
 	$(VENV)-core/bin/python $(PIP) install .
 	$(VENV)/bin/python -m tests.export_tiny $(VENV)-core/tiny.safetensors
 	$(VENV)-core/bin/python -I tests/sample_with_core.py $(VENV)-core/tiny.safetensors
+
+# The documentation as a site in site/. Needs no network, and fails if a link leads nowhere.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	@echo "Documentation: site/index.html"
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; name another with: make PYTHON=python3.11")'
@@ -79,4 +84,4 @@ gpu-check tpu-check:
 	$(PYTHON) benchmarks/device_check.py --platform $(@:-check=)
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-core $(VENV)-cuda runs data
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-core $(VENV)-cuda runs data site

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import jax
 
-from .typing import Array
+from .typing import Array, Size
 
 
-def check_arrays(wanted: Mapping[str, tuple[Array | None, tuple[int, ...], str]], sizes: str) -> None:
+def check_arrays(wanted: Mapping[str, tuple[Array | None, tuple[Size, ...], str]], sizes: str) -> None:
     """Checks that arrays have the wanted shapes and floating-point types.
 
     Args:

@@ -16,13 +16,16 @@ Axes that exist only inside one kernel, such as `blocks` and `tiles`, have a wor
 because linters read "D" as a forward reference.
 """
 
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
 Index = int | Int[Array, ""]
 """A loop counter, grid index or offset: a Python int, or a traced scalar inside `jax.lax.fori_loop` and kernels."""
+
+Size = Any
+"""Length of an axis: int, or an expression of symbolic lengths (`jax.export`), whose class JAX does not publish."""
 
 Ref = jax.Ref
 """A Pallas reference: the block of an operand that `pallas_call` gives to one program, or a scratch buffer.
@@ -58,4 +61,4 @@ class ScanArrays(_ScanInputs):
     initial_state: Array
 
 
-__all__ = ["Array", "Bool", "Float", "Index", "Int", "Ref", "ScanArguments", "ScanArrays"]
+__all__ = ["Array", "Bool", "Float", "Index", "Int", "Ref", "ScanArguments", "ScanArrays", "Size"]

@@ -1,14 +1,26 @@
 """Checks and converts the arguments of calls of the pipeline, so that each wrong one gets an error that names it."""
 
 import math
-from typing import Any
+import os
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
+from PIL import Image, ImageOps
 
+from sisma_jax.data.photo_files import read_photo
 from sisma_jax.errors import InputError
+
+Photograph = np.ndarray | Image.Image | str | os.PathLike[str]
+"""A photograph in any form that `as_photo` takes."""
+
+Output = Literal["array", "pil"]
+"""The form of results: arrays, or lists of PIL images."""
+
+# Those of 8 bits that have one conversion to RGB; 16 bits would be clipped.
+_PHOTO_MODES = ("L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr")
 
 # Words of the data of a legacy key, by which its implementation is known.
 _LEGACY_IMPLEMENTATIONS = {2: "threefry2x32", 4: "rbg"}
@@ -46,20 +58,43 @@ def finite_number(value: Any, name: str) -> float:
     return float(value)
 
 
-def as_photo(value: Any, name: str) -> np.ndarray:
-    """Returns a photograph that a caller gives.
+def as_photo(value: Photograph, name: str) -> np.ndarray:
+    """Returns a photograph that a caller gives: uint8 or uint16 (H, W, 3), RGB, as it is to be seen.
 
     Args:
-      value: uint8 or uint16 (H, W, 3), RGB.
+      value: uint8 or uint16 (H, W, 3), RGB; a PIL image, without its transparency; or the path of a file, as for
+        `read_photo`.
       name: of the argument, for the message.
 
     Raises:
-      InputError: the value has another dtype or shape, or no pixels.
+      InputError: the value has another dtype or shape, or no pixels; or the file cannot be read.
     """
+    if isinstance(value, str | os.PathLike):
+        return read_photo(value).pixels
+    if isinstance(value, Image.Image):
+        if value.mode not in _PHOTO_MODES:
+            modes = ", ".join(_PHOTO_MODES)
+            raise InputError(f"{name} is a PIL image of mode {value.mode}; convert it to one of the modes {modes}.")
+        # A file may say how its image is to be turned.
+        value = np.asarray(ImageOps.exif_transpose(value).convert("RGB"))
     photo = np.asarray(value)
     if photo.dtype not in (np.uint8, np.uint16) or photo.ndim != 3 or photo.shape[2] != 3 or photo.size == 0:
         raise InputError(f"{name} must be uint8 or uint16 (H, W, 3), got {photo.dtype} {photo.shape}.")
     return photo
+
+
+def is_pil(output: Any) -> bool:
+    """Returns whether a caller wants PIL images.
+
+    Args:
+      output: "array" or "pil".
+
+    Raises:
+      InputError: the value is another one.
+    """
+    if output not in ("array", "pil"):
+        raise InputError(f"output must be 'array' or 'pil', got {output!r}.")
+    return output == "pil"
 
 
 def random_keys(key: Any, total: int) -> Key[Array, " N"]:

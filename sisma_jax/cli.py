@@ -29,6 +29,7 @@ from sisma_jax.commands.plan import Plan
 from sisma_jax.commands.prepare import Prepare
 from sisma_jax.commands.sample import Sample
 from sisma_jax.commands.segment import Segment
+from sisma_jax.commands.serve import Serve
 from sisma_jax.commands.train import All, Train
 from sisma_jax.config import Config, Sampling
 from sisma_jax.data.classes import ClassSet
@@ -38,11 +39,12 @@ from sisma_jax.parallel import distributed
 from sisma_jax.parallel.distributed import DistributedOptions
 from sisma_jax.parallel.preemption import stopping
 from sisma_jax.runs import export, folder
+from sisma_jax.runs.named_weights import DEMO
 
 # Disk and permission errors, which the user can fix. Any other OSError is a defect of the program.
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
 
-_COMMANDS = (All, Prepare, Autoencoder, Latents, Train, Parser, Segment, Sample, Evaluate, Export, Plan)
+_COMMANDS = (All, Prepare, Autoencoder, Latents, Train, Parser, Segment, Sample, Serve, Evaluate, Export, Plan)
 
 
 class Command(Protocol):
@@ -90,6 +92,7 @@ def parse(arguments: list[str], program: str = "run.py") -> Arguments:
       InputError: the configuration cannot be read, or a value is out of range.
       SystemExit: a flag or a command is unknown or has the wrong type (code 2), or help was requested (code 0).
     """
+    arguments = _with_demo(arguments)
     base = _base_config(arguments)
     kind, messages = _arguments_type(base.sample), io.StringIO()
     try:
@@ -114,13 +117,25 @@ def parse(arguments: list[str], program: str = "run.py") -> Arguments:
     return parsed
 
 
-def _base_config(arguments: list[str]) -> Config:
-    """Returns the configuration whose values the arguments override."""
+def _with_demo(arguments: list[str]) -> list[str]:
+    """Returns the arguments; the command `serve` without a model serves the demo's weights."""
+    given, rest = _first_arguments(arguments)
+    is_named = given.weights or given.config or given.workdir or given.help
+    return [*arguments, "--weights", DEMO] if "serve" in rest and not is_named else arguments
+
+
+def _first_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Returns the options that name the configuration, and the other arguments."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in ("--config", "--workdir", "--weights"):
         first.add_argument(name, default="")
     first.add_argument("-h", "--help", action="store_true")
-    given = first.parse_known_args(arguments)[0]
+    return first.parse_known_args(arguments)
+
+
+def _base_config(arguments: list[str]) -> Config:
+    """Returns the configuration whose values the arguments override."""
+    given, rest = _first_arguments(arguments)
     if given.weights:
         return export.read_config(given.weights)
     if given.config:
@@ -129,6 +144,8 @@ def _base_config(arguments: list[str]) -> Config:
         return Config()
     if given.workdir:
         return folder.read_config(to_path(given.workdir))
+    if any(word.partition("=")[0] == "--runs" for word in rest):  # `evaluate --runs` reads finished evaluations only
+        return Config()
     raise InputError("There is no configuration; name one with `config`, or the folder of a run with `workdir`.")
 
 

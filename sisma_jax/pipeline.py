@@ -2,43 +2,42 @@
 
 import dataclasses
 import functools
-import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Key, UInt8, UInt32
+from jaxtyping import Array, Bool, Key, UInt8
+from PIL import Image
 
 from sisma_jax import config_files
-from sisma_jax.call_arguments import as_photo, finite_number, random_keys, whole_number
-from sisma_jax.config import Config, FlowConfig, MeshConfig, Sampling
-from sisma_jax.data import photos, regions
+from sisma_jax.call_arguments import Output, Photograph, as_photo, is_pil, random_keys, whole_number
+from sisma_jax.config import Config, MeshConfig, Sampling
+from sisma_jax.data import regions
 from sisma_jax.data.classes import ClassSet, as_classes
-from sisma_jax.data.faces import Square, find_faces
+from sisma_jax.data.faces import Square
 from sisma_jax.data.location_prior import LocationPrior
-from sisma_jax.data.masks import Masks, convert_mask, read_masks, report_cropping, resize_mask
+from sisma_jax.data.masks import Masks, convert_mask, palette_image, read_masks, report_cropping, resize_mask
 from sisma_jax.data.photo_files import to_8_bits
-from sisma_jax.diffusion.sampling import sample
+from sisma_jax.edits import prepare_edit
 from sisma_jax.errors import InputError
 from sisma_jax.files import to_path
-from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
-from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.autoencoder import IdentityAutoencoder
 from sisma_jax.models.face_parser import FaceParser
-from sisma_jax.models.factory import Params, make_graph
-from sisma_jax.parallel import compiler, sharding
+from sisma_jax.models.factory import Params
+from sisma_jax.parallel import sharding
+from sisma_jax.runs import named_weights
 from sisma_jax.runs.export import EXPORT_SUFFIX, load_exported
+from sisma_jax.sampler import Autoencoder, Faces, Sampler
 from sisma_jax.segmentation import paint, segment
 
 if TYPE_CHECKING:
     from sisma_jax.runs.folder import Checkpoint, RunFolder
 
-logger = logging.getLogger(__name__)
-
-Autoencoder = IdentityAutoencoder | KlAutoencoder
+Keys = Key[Array, ""] | Key[Array, " N"]
+"""One random key, or one per face."""
 
 
 class Pipeline:
@@ -48,7 +47,7 @@ class Pipeline:
 
     Attributes:
       config: configuration of the run.
-      params: EMA parameters of the denoiser, sharded over the mesh.
+      sampler: the compiled programs, with the EMA parameters of the denoiser.
       step: training step of the parameters.
       autoencoder: converts between images and latents.
       mesh: of the devices that sample.
@@ -83,11 +82,17 @@ class Pipeline:
         self.step = step
         self.autoencoder = autoencoder or IdentityAutoencoder()
         self.mesh = sharding.make_mesh(MeshConfig()) if mesh is None else mesh
-        self.params = sharding.distribute(params, sharding.of_state(params, self.mesh))
-        autoencoder_graph, autoencoder_params = nnx.split(self.autoencoder)
-        replicated = jax.tree.map(lambda _: sharding.replicated(self.mesh), autoencoder_params)
-        self._autoencoder_params = sharding.distribute(autoencoder_params, replicated)
-        self._sample = jit_sampler(config, autoencoder_graph, self.mesh)
+        self.sampler = Sampler(config, params, self.autoencoder, self.mesh)
+
+    @property
+    def params(self) -> Params:
+        """EMA parameters of the denoiser, sharded over the mesh; they may be replaced by others of the same shapes."""
+        return self.sampler.params
+
+    @params.setter
+    def params(self, params: Params) -> None:
+        """Replaces the parameters."""
+        self.sampler.params = params
 
     @functools.cached_property
     def parser(self) -> FaceParser | None:
@@ -98,19 +103,36 @@ class Pipeline:
         """
         return self._parser() if callable(self._parser) else self._parser
 
+    @overload
+    def __call__(
+        self, mask: Masks, *, key: Keys, output: Literal["array"] = "array", **options: Any
+    ) -> UInt8[np.ndarray, "N S S 3"]: ...
+    @overload
+    def __call__(self, mask: Masks, *, key: Keys, output: Literal["pil"], **options: Any) -> list[Image.Image]: ...
     def __call__(
         self,
         mask: Masks,
         *,
-        key: Key[Array, ""] | Key[Array, " N"],
+        key: Keys,
         num_samples: int = 1,
+        output: Output = "array",
         classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
-    ) -> UInt8[np.ndarray, "N S S 3"]:
+    ) -> UInt8[np.ndarray, "N S S 3"] | list[Image.Image]:
         """Returns sampled faces as RGB images of the model's resolution S x S.
 
         The same key, mask and settings give the same faces, independently of the number of faces per call.
+
+        >>> pipe = sisma_jax.load("demo")
+        >>> size, classes = pipe.config.data.image_size, pipe.config.data.classes
+        >>> mask = np.full((size, size), classes.names.index("skin"), np.uint8)
+        >>> faces = pipe(mask, key=jax.random.key(0), num_samples=2, steps=1)
+        >>> faces.shape == (2, size, size, 3)
+        True
+        >>> [image] = pipe(mask, key=jax.random.key(0), output="pil")
+        >>> image.mode
+        'RGB'
 
         Args:
           mask: one mask or several: class indices, (H, W) or (B, H, W), one-hot, class colours, a PIL image, a path, or
@@ -119,6 +141,7 @@ class Pipeline:
           key: one key, or one key for each of the N faces. Face n depends on `fold_in(key, n)` or on key n. With the
             same key, another mask gives a face of a similar style.
           num_samples: faces per mask. The faces of mask i start at row i * num_samples of the result.
+          output: "array", or "pil" for a list of PIL images.
           classes: classes in whose order or colours the mask is, if these are not the classes of the model: a built-in
             name, a JSON file, or a class set.
           sampling: settings in place of the configuration's section `sample`. Its `seed` is not used, because `key`
@@ -130,32 +153,91 @@ class Pipeline:
             or a setting is out of range.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        classes = as_classes(classes)
-        masks = self._resized(self._checked(self._read(mask, "mask", classes), "mask", classes))
-        return self._run({"mask": masks}, key, num_samples, self._settings(sampling, overrides))
+        settings, is_list = self.settings(sampling, **overrides), is_pil(output)
+        faces = self._sampled(self.faces(self.masks(mask, classes), key, num_samples), settings)
+        return _pil_images(faces) if is_list else faces
 
-    def edit(
+    @overload
+    def stream(
+        self, mask: Masks, *, key: Keys, output: Literal["array"] = "array", **options: Any
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "N S S 3"]]]: ...
+    @overload
+    def stream(
+        self, mask: Masks, *, key: Keys, output: Literal["pil"], **options: Any
+    ) -> Iterator[tuple[int, list[Image.Image]]]: ...
+    def stream(
         self,
-        image: np.ndarray,
         mask: Masks,
         *,
-        key: Key[Array, ""] | Key[Array, " N"],
-        image_mask: Masks | None = None,
-        region: Bool[np.ndarray, "h w"] | None = None,
-        square: Square | None = None,
-        margin: int | None = None,
+        key: Keys,
         num_samples: int = 1,
+        every: int = 1,
+        output: Output = "array",
         classes: ClassSet | str | None = None,
         sampling: Sampling | None = None,
         **overrides: Any,
-    ) -> np.ndarray:
+    ) -> Iterator[tuple[int, UInt8[np.ndarray, "N S S 3"] | list[Image.Image]]]:
+        """Returns an iterator of (step, images): the predictions during sampling, and at last the sampled faces.
+
+        The images of a step are the data that the model predicts at the last function evaluation of this step,
+        x + (1 - t) v, decoded. The last item has the number of all steps and images that are bit-identical to those of
+        `__call__` with the same arguments: both run the same compiled programs. The computation proceeds while the
+        caller iterates.
+
+        Args:
+          mask: as for `__call__`.
+          key: as for `__call__`.
+          num_samples: as for `__call__`.
+          every: the predictions of every so many steps.
+          output: as for `__call__`.
+          classes: as for `__call__`.
+          sampling: as for `__call__`.
+          overrides: as for `__call__`.
+
+        Raises:
+          InputError: as for `__call__`, or `every` is not positive.
+          TypeError: `Sampling` has no field of the name of an override.
+        """
+        settings, every = self.settings(sampling, **overrides), whole_number(every, "every", least=1)
+        form = _pil_images if is_pil(output) else lambda images: images
+        batches = self._batches(self.faces(self.masks(mask, classes), key, num_samples), settings)
+        streams = [self.sampler.steps(faces, settings, size, every) for faces, size in batches]
+        return (
+            (items[0][0], form(np.concatenate([images for _, images in items]))) for items in zip(*streams, strict=True)
+        )
+
+    @overload
+    def edit(
+        self, image: Photograph, mask: Masks, *, key: Keys, output: Literal["array"] = "array", **options: Any
+    ) -> np.ndarray: ...
+    @overload
+    def edit(
+        self, image: Photograph, mask: Masks, *, key: Keys, output: Literal["pil"], **options: Any
+    ) -> list[Image.Image]: ...
+    def edit(
+        self,
+        image: Photograph,
+        mask: Masks,
+        *,
+        key: Keys,
+        image_mask: Masks | None = None,
+        region: regions.Region | None = None,
+        square: Square | None = None,
+        margin: float | None = None,
+        num_samples: int = 1,
+        output: Output = "array",
+        classes: ClassSet | str | None = None,
+        sampling: Sampling | None = None,
+        **overrides: Any,
+    ) -> np.ndarray | list[Image.Image]:
         """Returns edits of a photograph, (N, H, W, 3), which is generated anew where its mask was edited.
 
         All other pixels stay bit-identical. The face is sampled at the model's resolution in a square of the
         photograph, and resized to the resolution of the photograph.
 
         Args:
-          image: photograph, uint8 or uint16 (H, W, 3), RGB, of any size. The edits have its dtype.
+          image: photograph, uint8 or uint16 (H, W, 3), RGB, of any size; a PIL image; or a path. The edits have its
+            dtype.
           mask: edited mask, or a batch of edited masks, as for `__call__`. Each gives an edit of the same photograph.
             It has the aspect ratio of the photograph, or is square, for the central square of the photograph.
           key: as for `__call__`.
@@ -167,6 +249,7 @@ class Pipeline:
           margin: width, in pixels at the model's resolution S, of the band around the region in which the face is
             blended with the photograph. None: S / 32. 0: no pixel outside of the region changes.
           num_samples: edits per mask. The edits of mask i start at row i * num_samples of the result.
+          output: as for `__call__`.
           classes: as for `__call__`, of `mask` and `image_mask`.
           sampling: as for `__call__`.
           overrides: as for `__call__`.
@@ -175,139 +258,166 @@ class Pipeline:
           InputError: the photograph is not RGB with 8 or 16 bits, a mask has unknown class indices, `mask` and
             `image_mask` have different sizes, the region is empty or lies outside of `square`, `image_mask` and
             `region` are both given, or neither and there is no face parser, `margin` is negative, the number of keys is
-            wrong, or a setting is out of range.
+            wrong, a setting is out of range, or PIL images are to have 16 bits.
           TypeError: `Sampling` has no field of the name of an override.
         """
-        image, size = as_photo(image, "image"), self.config.data.image_size
-        (height, width), small = image.shape[:2], to_8_bits(image)
-        band = size // 32 if margin is None else finite_number(margin, "margin")
-        classes = as_classes(classes)
-        masks = self._read(mask, "mask", classes)
-        if image_mask is not None and region is not None:
-            raise InputError("give either image_mask, the mask before it was edited, or region, not both.")
-        if image_mask is not None:
-            changed = regions.changed_regions(masks, self._read(image_mask, "image_mask", classes))
-        elif region is not None:
-            changed = [regions.as_region(region)] * len(masks)
-        else:
-            changed = regions.guessed_regions(masks, self._guess(small))
-        for one in changed:
-            regions.require_region(one, height, width)
-        if square is None:
-            square = regions.choose_square(changed, find_faces(small), height, width)
-        regions.require_square(square, height, width)
-        inside = [regions.crop_region(one, square, height, width) for one in changed]
-        weights = [regions.feather(one, band * square.side / size) for one in inside]
-        reach = np.stack([regions.feather(regions.resize_region(one, size), band) > 0 for one in inside])
-        framed = [regions.sample_mask(one, square, height, width, size) for one in masks]
-        faces = self._run(
-            {"mask": np.stack(self._checked(framed, "mask", classes))},
-            key,
-            num_samples,
-            self._settings(sampling, overrides),
-            photos.resize_image(square.crop(small), size)[None],
-            reach,
+        photo, is_list = as_photo(image, "image"), is_pil(output)
+        if is_list and photo.dtype != np.uint8:
+            raise InputError("image has 16 bits per sample, and a PIL image 8; take the edits as output='array'.")
+        edit = prepare_edit(
+            self,
+            photo,
+            mask,
+            key=key,
+            image_mask=image_mask,
+            region=region,
+            square=square,
+            margin=margin,
+            num_samples=num_samples,
+            classes=classes,
         )
-        return np.stack(
-            [regions.composite(image, face, weights[i // num_samples], square) for i, face in enumerate(faces)]
-        )
+        edits = edit.composite(self._sampled(edit.faces, self.settings(sampling, **overrides)))
+        return _pil_images(edits) if is_list else edits
 
-    def _guess(self, photo: UInt8[np.ndarray, "H W 3"]) -> UInt8[np.ndarray, "H W"]:
-        """Returns the predicted mask of a photograph whose mask is not given."""
-        if self.parser is None:
-            raise InputError(
-                "give image_mask, the mask before it was edited, or region, the region to generate: there is no face "
-                "parser that could predict the mask."
-            )
-        logger.warning(
-            "The photograph's own mask (image_mask) is not given. The region to generate is where the mask differs "
-            "from the prediction of the face parser, which is a rough guess."
-        )
-        return self.segment(photo, whole=True)
-
-    def segment(self, photo: np.ndarray, *, whole: bool = False) -> UInt8[np.ndarray, "_ _"]:
+    @overload
+    def segment(
+        self, photo: Photograph, *, whole: bool = False, output: Literal["array"] = "array"
+    ) -> UInt8[np.ndarray, "_ _"]: ...
+    @overload
+    def segment(self, photo: Photograph, *, whole: bool = False, output: Literal["pil"]) -> Image.Image: ...
+    def segment(
+        self, photo: Photograph, *, whole: bool = False, output: Output = "array"
+    ) -> UInt8[np.ndarray, "_ _"] | Image.Image:
         """Returns the mask of a photograph, as the face parser predicts it: class indices.
 
         Faces are found first. The mask is that of the largest face, in a square that frames it as the training images
         are framed, and fits `__call__`. If no face is found, the square is the central one.
 
         Args:
-          photo: uint8 or uint16 (H, W, 3), RGB, of any size.
+          photo: uint8 or uint16 (H, W, 3), RGB, of any size; a PIL image; or a path.
           whole: return the mask (H, W) of the whole photograph with all its faces, which fits `edit`.
+          output: "array", or "pil" for a palette image with the colours of the classes.
 
         Raises:
           InputError: the photograph is not RGB with 8 or 16 bits, or there is no face parser.
         """
-        photo = to_8_bits(as_photo(photo, "photo"))
+        pixels, is_image = to_8_bits(as_photo(photo, "photo")), is_pil(output)
         if self.parser is None:
             raise InputError(
                 "there is no face parser; train one with the command `parser`, or load a run or a file that has one."
             )
-        faces = segment(photo, self.parser, "photo")
-        return paint(faces, *photo.shape[:2]) if whole else faces[0].mask
+        faces = segment(pixels, self.parser, "photo")
+        mask = paint(faces, *pixels.shape[:2]) if whole else faces[0].mask
+        return palette_image(mask, self.config.data.classes) if is_image else mask
 
-    def _settings(self, given: Sampling | None, overrides: Mapping[str, Any]) -> Sampling:
-        """Returns the given settings, or those of the configuration, with the overrides, which are checked here."""
+    def settings(self, sampling: Sampling | None = None, **overrides: Any) -> Sampling:
+        """Returns the given settings, or those of the configuration, with single fields replaced.
+
+        Args:
+          sampling: as for `__call__`.
+          overrides: as for `__call__`.
+
+        Raises:
+          InputError: a setting is out of range, or `seed` is given.
+          TypeError: `Sampling` has no field of the name of an override.
+        """
         if "seed" in overrides:
             raise InputError("seed cannot be overridden in a call; give key=jax.random.key(seed).")
-        settings = dataclasses.replace(self.config.sample if given is None else given, **overrides)
+        settings = dataclasses.replace(self.config.sample if sampling is None else sampling, **overrides)
         self.config.flow.check_sampling(settings)
         return settings
 
-    def _run(
+    def masks(self, mask: Masks, classes: ClassSet | str | None = None) -> UInt8[np.ndarray, "B S S"]:
+        """Returns masks as `__call__` reads them: class indices of the model, at its resolution.
+
+        Args:
+          mask: as for `__call__`.
+          classes: as for `__call__`.
+
+        Raises:
+          InputError: the mask has unknown class indices or another form.
+        """
+        classes = as_classes(classes)
+        return self._resized(self.require_known_order(self.read_masks(mask, "mask", classes), "mask", classes))
+
+    def faces(
         self,
-        inputs: Mapping[str, np.ndarray],
-        key: Key[Array, ""] | Key[Array, " N"],
-        num_samples: int,
-        settings: Sampling,
-        image: UInt8[np.ndarray, "1 S S 3"] | None = None,
-        reach: Bool[np.ndarray, "B S S"] | None = None,
-    ) -> UInt8[np.ndarray, "N S S 3"]:
+        masks: UInt8[np.ndarray, "B S S"],
+        key: Keys,
+        num_samples: int = 1,
+        image: UInt8[np.ndarray, "S S 3"] | None = None,
+        region: Bool[np.ndarray, "B S S"] | None = None,
+    ) -> Faces:
+        """Returns the inputs of the sampler, one row per face.
+
+        Args:
+          masks: of `masks`.
+          key: as for `__call__`.
+          num_samples: faces per mask.
+          image: photograph to edit, at the model's resolution.
+          region: its pixels to generate, for each mask.
+
+        Raises:
+          InputError: `key` is no key, the number of keys is wrong, or `num_samples` is not positive.
+        """
         num_samples = whole_number(num_samples, "num_samples", least=1)
-        total = len(inputs["mask"]) * num_samples
-        keys = random_keys(key, total)
-        key_data = np.asarray(jax.random.key_data(keys))
-        # Powers of two, so that calls for different numbers of faces share few compiled programs.
-        batch_size = sharding.round_up(min(1 << (total - 1).bit_length(), settings.batch_size), self.mesh)
-        faces = []
-        for start in range(0, total, batch_size):
-            # The last batch is padded with copies, so that only one shape is compiled. Their faces are discarded.
-            rows = np.minimum(np.arange(start, start + batch_size), total - 1)
-            given = inputs if reach is None else {**inputs, "region": reach}
-            batch = sharding.to_devices(
-                {name: x[rows // num_samples] for name, x in given.items()}, self.mesh, batch_size
-            )
-            region = batch.pop("region", None)
-            with jax.set_mesh(self.mesh):
-                faces.append(
-                    self._sample(
-                        self.params,
-                        self._autoencoder_params,
-                        key_data[rows],
-                        batch,
-                        settings,
-                        image,
-                        region,
-                        key_impl=jax.random.key_impl(keys),
-                    )
-                )
-        return np.concatenate([np.asarray(batch) for batch in faces])[:total]
+        keys = random_keys(key, total := len(masks) * num_samples)
+        rows = np.arange(total) // num_samples
+        return Faces(
+            np.asarray(jax.random.key_data(keys)),
+            masks[rows],
+            None if image is None else np.repeat(image[None], total, axis=0),
+            None if region is None else region[rows],
+            str(jax.random.key_impl(keys)),
+        )
+
+    def _sampled(self, faces: Faces, settings: Sampling) -> UInt8[np.ndarray, "N S S 3"]:
+        """Returns the sampled images, in batches of at most `settings.batch_size`."""
+        batches = self._batches(faces, settings)
+        return np.concatenate(
+            [images for one, size in batches for _, images in self.sampler.steps(one, settings, size)]
+        )
+
+    def _batches(self, faces: Faces, settings: Sampling) -> list[tuple[Faces, int]]:
+        """Returns the faces of each batch and the size of its program, which is the same for all of them."""
+        size = self.sampler.batch_size(len(faces), settings.batch_size)
+        starts = range(0, len(faces), size)
+        return [(faces.take(range(start, min(start + size, len(faces)))), size) for start in starts]
 
     def _resized(self, masks: Sequence[UInt8[np.ndarray, "_ _"]]) -> UInt8[np.ndarray, "B S S"]:
         report_cropping(masks)
         return np.stack([resize_mask(mask, self.config.data.image_size) for mask in masks])
 
-    def _read(self, mask: Any, name: str, classes: ClassSet | None) -> list[UInt8[np.ndarray, "_ _"]]:
+    def read_masks(self, mask: Masks, name: str, classes: ClassSet | None) -> list[UInt8[np.ndarray, "_ _"]]:
+        """Returns masks in their own sizes: class indices of the model, each (H, W).
+
+        Args:
+          mask: as for `__call__`.
+          name: of the argument, for messages.
+          classes: of the masks; None for those of the model.
+
+        Raises:
+          InputError: the mask has unknown class indices or another form.
+        """
         own = self.config.data.classes
         masks = read_masks(mask, own if classes is None else classes, name)
         if classes is not None and classes != own:
             masks = [convert_mask(one, classes, own, name) for one in masks]
         return masks
 
-    def _checked(
+    def require_known_order(
         self, masks: Sequence[UInt8[np.ndarray, "_ _"]], name: str, named: ClassSet | None
     ) -> list[UInt8[np.ndarray, "_ _"]]:
-        """Returns the masks as `LocationPrior.check` does; `named` are the classes from which they were converted."""
+        """Returns masks, after a comparison with where the classes lie in the training masks (`LocationPrior.check`).
+
+        Args:
+          masks: class indices of the model.
+          name: of the argument, for the message.
+          named: the classes from which they were converted, if the caller named them.
+
+        Raises:
+          InputError: the classes of a mask lie where those of another class set would.
+        """
         if self.mask_prior is None:
             return list(masks)
         labels = [name] if len(masks) == 1 else [f"{name}[{i}]" for i in range(len(masks))]
@@ -315,57 +425,16 @@ class Pipeline:
         return [self.mask_prior.check(one, own, label, named=named) for one, label in zip(masks, labels, strict=True)]
 
 
-def jit_sampler(
-    config: Config, autoencoder_graph: nnx.GraphDef[Autoencoder], mesh: Mesh
-) -> Callable[..., UInt8[Array, "B S S 3"]]:
-    """Returns the jitted function from parameters, keys and masks to faces, which are replicated.
-
-    Its arguments are those of `_sample` from `params` on. The mesh must be in context when it is called or lowered.
-
-    Args:
-      config: configuration of the run.
-      autoencoder_graph: graph definition of the autoencoder, from `nnx.split`.
-      mesh: of all devices.
-    """
-    return jax.jit(
-        functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow),
-        static_argnames="key_impl",
-        out_shardings=sharding.replicated(mesh),
-        compiler_options=compiler.options(mesh),
-    )
-
-
-def _sample(
-    graph: nnx.GraphDef[Denoiser],
-    autoencoder_graph: nnx.GraphDef[Autoencoder],
-    flow: FlowConfig,
-    params: Params,
-    autoencoder_params: nnx.State[Any, Any],
-    key_data: UInt32[Array, "B words"],
-    inputs: Mapping[str, Array],
-    settings: Sampling,
-    image: UInt8[Array, "1 S S 3"] | None,
-    region: Bool[Array, "B S S"] | None,
-    *,
-    key_impl: str,
-) -> UInt8[Array, "B S S 3"]:
-    return sample(
-        nnx.merge(graph, params),
-        jax.random.wrap_key_data(key_data, impl=key_impl),
-        inputs,
-        settings,
-        autoencoder=nnx.merge(autoencoder_graph, autoencoder_params),
-        flow=flow,
-        image=image,
-        region=region,
-    )
+def _pil_images(images: UInt8[np.ndarray, "N H W 3"]) -> list[Image.Image]:
+    return [Image.fromarray(image) for image in images]
 
 
 def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", mesh: Mesh | None = None) -> Pipeline:
     """Returns the pipeline for a run's folder, or for a file that the command `export` wrote.
 
     Args:
-      path: folder or file, on the disk or in a bucket (gs://...).
+      path: folder or file, on the disk or in a bucket (gs://...); "demo", the demo's weights in the package; or
+        `hf://OWNER/NAME[/FILE][@REVISION]`, an exported file on the Hugging Face Hub.
       checkpoint: for a folder, the checkpoint whose EMA parameters are used: "newest", "best" (by the metric
         `train.best`), or the step of a checkpoint. The first two skip damaged checkpoints.
       mesh: of all devices. By default, the parameters are replicated and batches are sharded.
@@ -374,7 +443,7 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
       InputError: the folder contains no run; its checkpoint or its autoencoder does not exist or is damaged; or the
         file does not exist, is damaged, or was written by another program.
     """
-    path = to_path(path)
+    path = to_path(named_weights.find(path))
     if path.suffix == EXPORT_SUFFIX:
         return from_exported(path, mesh=mesh)
     from sisma_jax.runs.folder import RunFolder  # exported files do not need it

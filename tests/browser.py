@@ -1,6 +1,6 @@
 """A headless Chromium for tests of pages: Debian's packages chromium and chromium-driver, driven by Selenium.
 
-`make browser` installs them. Nothing is downloaded by the tests, and the pages are files.
+`make browser` installs them. Nothing is downloaded by the tests: pages are files, or come from a server on loopback.
 """
 
 import contextlib
@@ -35,17 +35,17 @@ class Browser:
     def __init__(self, driver: webdriver.Chrome):
         self.driver = driver
 
-    def open(self, page: Path, *, width: int, height: int = 900, dark: bool = False) -> None:
-        """Opens a file at a viewport of `width` x `height` CSS pixels, and forgets what earlier pages logged."""
-        self._command(
+    def open(self, page: Path | str, *, width: int, height: int = 900, dark: bool = False) -> None:
+        """Opens a file or an address at a viewport of `width` x `height` CSS pixels, and forgets what was logged."""
+        self.command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._command("Emulation.setEmulatedMedia", features=[scheme])
+        self.command("Emulation.setEmulatedMedia", features=[scheme])
         self.driver.get("about:blank")
         for log in ("browser", "performance"):
             self.driver.get_log(log)
-        self.driver.get(page.resolve().as_uri())
+        self.driver.get(page if isinstance(page, str) else page.resolve().as_uri())
 
     def evaluate(self, expression: str) -> object:
         """Returns the value of a JavaScript expression in the page."""
@@ -66,12 +66,13 @@ class Browser:
         """Writes the whole page, not only what is in the viewport, as a PNG file."""
         height = self.evaluate("document.documentElement.scrollHeight")
         width = self.evaluate("window.innerWidth")
-        self._command(
+        self.command(
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
         )
         self.driver.save_screenshot(str(path))
 
-    def _command(self, name: str, **arguments: object) -> None:
+    def command(self, name: str, **arguments: object) -> None:
+        """Sends a command of the Chrome DevTools Protocol."""
         self.driver.execute_cdp_cmd(name, arguments)
 
 

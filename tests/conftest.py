@@ -130,6 +130,16 @@ def finished(tmp_path_factory):
     return file, folder / "run"
 
 
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory):
+    """An exported file of a tiny model with a face parser."""
+    from tests.export_tiny import export_tiny
+
+    file = tmp_path_factory.mktemp("exported") / "tiny.safetensors"
+    export_tiny(file)
+    return file
+
+
 @pytest.fixture
 def mask_file(tmp_path):
     """The file of a mask of 32 x 32 pixels."""

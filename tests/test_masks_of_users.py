@@ -105,7 +105,7 @@ def test_a_mask_may_overwrite_nothing_beside_it(capsys, weights, tmp_path):
 
 def test_numbers_of_faces_share_few_compiled_programs(pipe):
     pipe.config = dataclasses.replace(pipe.config, sample=dataclasses.replace(pipe.config.sample, batch_size=64))
-    compiled = pipe._sample._cache_size
+    compiled = pipe.sampler.num_programs
     before = compiled()
     shapes = {len(pipe(FACE, key=jax.random.key(0), num_samples=count)) for count in range(9, 17)}
     assert shapes == set(range(9, 17))

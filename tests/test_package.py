@@ -21,7 +21,23 @@ from tests.sample_with_core import TRAINING
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Modules that a distribution provides under another name.
-DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "google": "protobuf", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cv2": "opencv-python-headless",
+    "google": "protobuf",
+    "orbax": "orbax-checkpoint",
+    "python_multipart": "python-multipart",
+}
+# All that the package imports somewhere, except the extras of its own name.
+REQUIREMENTS = [
+    text
+    for group in (
+        PROJECT["dependencies"],
+        *(PROJECT["optional-dependencies"][name] for name in ("train", "serve", "hub")),
+    )
+    for text in group
+    if not text.startswith("sisma-jax")
+]
 
 
 def run(*command: str | os.PathLike, **options: object) -> subprocess.CompletedProcess[str]:
@@ -138,7 +154,7 @@ def _declared(requirements: list[str]) -> set[str]:
 
 
 def test_every_package_that_is_imported_is_declared_and_every_declared_one_is_imported():
-    declared = _declared([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]])
+    declared = _declared(REQUIREMENTS)
     imported = {
         DISTRIBUTIONS.get(name, name).lower().replace("_", "-")
         for folder in ("sisma_jax", "kernels")
@@ -150,7 +166,7 @@ def test_every_package_that_is_imported_is_declared_and_every_declared_one_is_im
 
 def test_versions_of_the_tests_are_within_the_declared_bounds():
     packaging = pytest.importorskip("packaging.requirements")
-    for text in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["train"]):
+    for text in REQUIREMENTS:
         requirement = packaging.Requirement(text)
         version = importlib.metadata.version(requirement.name)
         assert requirement.specifier.contains(version), f"{text}: {version} is installed"

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import cv2
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,34 +15,17 @@ from sisma_jax.data.drawing import draw_face
 from sisma_jax.data.location_prior import LocationPrior
 from sisma_jax.data.masks import read_mask_file
 from sisma_jax.data.photo_files import Photo, read_photo, save_photo
-from sisma_jax.models.face_parser import FaceParser, make_graph
-from sisma_jax.models.face_parser import init_params as init_parser_params
-from sisma_jax.models.factory import init_params
-from sisma_jax.runs.export import export_params
 from tests.data.test_location_prior import in_order_of
 from tests.edits import write_edit
-from tests.tiny import tiny_config
-
-
-def export(path: Path, prior: LocationPrior | None = None) -> Path:
-    """Writes a model with random parameters, whose faces depend on the mask, and an untrained face parser."""
-    config, rng = tiny_config(Path("data")), np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    params = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape), x.dtype), shapes)
-    parser = FaceParser(make_graph(8, 19), init_parser_params(jax.random.key(1), 8, 19), CELEBAMASK_HQ, 16)
-    export_params(path, config, 4, params, mask_prior=prior, parser=parser)
-    return path
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return export(tmp_path_factory.mktemp("weights") / "faces.safetensors")
+from tests.export_tiny import export_tiny
 
 
 @pytest.fixture(scope="module")
 def weights_with_prior(tmp_path_factory) -> Path:
     prior = LocationPrior.fit([draw_face((0, i), 64)[1] for i in range(100)], CELEBAMASK_HQ)
-    return export(tmp_path_factory.mktemp("weights") / "faces.safetensors", prior)
+    file = tmp_path_factory.mktemp("weights") / "faces.safetensors"
+    export_tiny(file, prior)
+    return file
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ d_state), for the gradient, so this implementation is not for training.
 import jax
 import jax.numpy as jnp
 
-from ..typing import Array, Float
+from ..typing import Array, Float, Size
 
 CHECKPOINT_NAME = "selective_scan"
 """The name, for policies of `jax.checkpoint`, of a scan's outputs and of the states that its gradient needs."""
@@ -81,7 +81,7 @@ def first_state(
     return initial_state.astype(dtype)
 
 
-def batch_zeros(u: Float[Array, "B L D"], shape: tuple[int, ...], dtype: jnp.dtype, batch_axis: int = 0) -> Array:
+def batch_zeros(u: Float[Array, "B L D"], shape: tuple[Size, ...], dtype: jnp.dtype, batch_axis: int = 0) -> Array:
     """Returns zeros whose batch axis is sharded, or varies inside a `jax.shard_map`, like that of u.
 
     Args:

@@ -21,10 +21,11 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 
 from ..derivatives import with_gradient
-from ..typing import Array, Float, Index
+from ..typing import Array, Float, Index, Size
 from .reference import CHECKPOINT_NAME, batch_zeros, compute_dtype, discretization_step, first_state, skip_and_gate
 from .xla_windows import Window, at_step, for_windows, loop_into, pad_to_chunks, read, read_steps, write, write_steps
 
@@ -95,7 +96,7 @@ class BlockSizes:
     steps: int
 
 
-def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSizes:
+def block_sizes(batch: Size, length: int, d_inner: int, d_state: int) -> BlockSizes:
     """Returns the most channels whose states take up to 96 KiB, and the most steps whose states take up to 1.5 MiB.
 
     A block has at most 768 channels, unless the number of channels has no such divisor. The sizes are those of float32
@@ -103,11 +104,12 @@ def block_sizes(batch: int, length: int, d_inner: int, d_state: int) -> BlockSiz
     varies by a tenth between 12 and 96 KiB, and between 0.5 and 2 MiB, and is longer beyond these ranges.
 
     Args:
-      batch: number of examples.
+      batch: number of examples; a symbolic one (`jax.export`) counts as 8.
       length: steps of the sequence, at least 1.
       d_inner: number of channels, at least 1.
       d_state: states per channel.
     """
+    batch = 8 if jax.export.is_symbolic_dim(batch) else batch
     # Entries of 4 bytes: 96 KiB and 1.5 MiB.
     max_states, max_chunk_states = 24 * 1024, 384 * 1024
     # At batch 1, 1,536 channels are within the limit for states, but two blocks of 768 with chunks of twice the length

@@ -30,7 +30,8 @@ def output_folder(
     """Creates the folder for a command's results.
 
     The folder is created before the work in the block starts, so that an unwritable folder is reported early. If the
-    block fails and has written nothing, the folder is deleted again. Every process of a job must call this.
+    block fails and has written nothing, the folder is deleted again, and its parent if it was created. Every process of
+    a job must call this.
 
     Args:
       given: folder that the user named; "" for the first free folder PARENT/0001, PARENT/0002, ...
@@ -44,15 +45,16 @@ def output_folder(
       InputError: the folder cannot be created.
     """
     folder = to_path(given) if given else parent / from_primary(lambda: _next_number(parent, is_unfinished))
-    existed = from_primary(lambda: folder.exists())
+    absent = [path for path in (folder, folder.parent) if not path.exists()] if is_primary() else []
     if is_primary():
         make_folder(folder)
     try:
         yield folder
     except BaseException:
-        if is_primary() and not existed:
+        if is_primary():
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                for path in absent:
+                    path.rmdir()
         raise
 
 

@@ -19,6 +19,11 @@ from sisma_jax.errors import InputError
 _KNOWN = Path(__file__).parent / "class_sets"
 
 
+def known_names() -> list[str]:
+    """Returns the names of the class sets in `class_sets/`, sorted."""
+    return sorted(file.stem for file in _KNOWN.glob("*.json"))
+
+
 @dataclasses.dataclass(frozen=True)
 class ClassSet:
     """The names and colours of the classes, the classes that a flip exchanges, and the label without a class.
@@ -66,7 +71,7 @@ class ClassSet:
         try:
             values = json.loads(path.read_bytes())
         except FileNotFoundError as error:
-            known = ", ".join(sorted(file.stem for file in _KNOWN.glob("*.json")))
+            known = ", ".join(known_names())
             raise InputError(f"classes {name_or_file}: there is no such file; known by name: {known}.") from error
         except (OSError, ValueError) as error:
             raise InputError(f"classes {path} cannot be read as JSON ({error}).") from error
@@ -105,7 +110,7 @@ class ClassSet:
     @property
     def known_name(self) -> str | None:
         """The name of this class set in `class_sets/`, or None if it is not there."""
-        return next((file.stem for file in sorted(_KNOWN.glob("*.json")) if ClassSet.load(file.stem) == self), None)
+        return next((name for name in known_names() if ClassSet.load(name) == self), None)
 
     @functools.cached_property
     def index(self) -> dict[str, int]:

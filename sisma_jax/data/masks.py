@@ -279,6 +279,18 @@ def convert_mask(mask: np.ndarray, classes: ClassSet, to: ClassSet, name: str) -
     return table[mask]
 
 
+def palette_image(mask: np.ndarray, classes: ClassSet) -> Image.Image:
+    """Returns a mask as a PIL image of class indices with a palette, the colours of the classes.
+
+    Args:
+      mask: uint8 (H, W), class indices or the ignored label.
+      classes: of the mask.
+    """
+    image = Image.fromarray(mask)
+    image.putpalette(classes.colorize(np.arange(256, dtype=np.uint8)).tobytes())
+    return image
+
+
 def report_cropping(masks: Sequence[np.ndarray]) -> None:
     """Logs in one line how much of masks (H, W) that are not square lies outside of their central squares."""
     oblong = [mask for mask in masks if mask.shape[0] != mask.shape[1]]

@@ -1,28 +1,37 @@
 """The region of an edit: where masks differ, the square in which the model generates it, and the blended result."""
 
 import logging
+import os
 from collections.abc import Sequence
-from typing import Any
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
+from PIL import Image
 
 from sisma_jax.data.faces import Square, central_square, square_around
+from sisma_jax.data.masks import decode_part
+from sisma_jax.data.photos import read_bytes
 from sisma_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
+Region = np.ndarray | Image.Image | str | os.PathLike[str]
+"""The region of an edit in any form that `as_region` takes."""
 
-def as_region(region: Any) -> Bool[np.ndarray, "H W"]:
+
+def as_region(region: Region) -> Bool[np.ndarray, "H W"]:
     """Returns a region that a caller gives as a bool array: True where it is not zero.
 
     Args:
-      region: (H, W), of numbers or booleans.
+      region: (H, W), of numbers or booleans; a PIL image of one channel; or the path of a lossless image file.
 
     Raises:
-      InputError: the region has another number of dimensions, no pixels, or values that are not finite.
+      InputError: the region has another number of dimensions, no pixels, or values that are not finite; or the file
+        cannot be read.
     """
+    if isinstance(region, str | os.PathLike):
+        return decode_part(read_bytes(region), os.fspath(region))
     array = np.asarray(region)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
         raise InputError(f"region must be an array (H, W), got {array.dtype} {array.shape}.")

@@ -7,6 +7,9 @@ from jaxtyping import Array, Bool, Float
 
 from sisma_jax.diffusion.solvers import Point
 
+LEAST_STEPS = 2
+"""Least steps of a mean flow in an edit, because the first evaluation sees only noise of the photograph."""
+
 
 def keeping(
     velocity: Callable[..., Point], noise: Point, kept: Float[Array, "#B H W C"], is_generated: Bool[Array, "#B H W 1"]

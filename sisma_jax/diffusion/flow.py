@@ -4,10 +4,11 @@ Time runs from noise to data: x0 ~ Normal(0, I) at t = 0, and the latent x1 at t
 xt = t x1 + (1 - t) x0, whose velocity is x1 - x0.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 # The velocity of a network that predicts data is (x1 - xt) / (1 - t), which is singular at t = 1. The loss bounds the
@@ -29,7 +30,9 @@ def sample_time(key: Key[Array, ""], batch: int, mean: float, std: float) -> Flo
     return jax.nn.sigmoid(mean + std * jax.random.normal(key, (batch,), jnp.float32))
 
 
-def shift_time(t: Float[Array, "*T"], shift: float | Float[Array, ""]) -> Float[Array, "*T"]:
+def shift_time(
+    t: Float[Array | np.ndarray, "*T"], shift: float | np.floating[Any] | Float[Array, ""]
+) -> Float[Array | np.ndarray, "*T"]:
     """Returns times in [0, 1], moved towards noise if shift > 1 and towards data if shift < 1.
 
     The noise level n = 1 - t becomes n' = shift n / (1 + (shift - 1) n). This subtracts log(shift) from the logit of t
@@ -54,7 +57,7 @@ def interpolate(
 def to_velocity(
     output: Float[Array, "B H W C"],
     xt: Float[Array, "B H W C"],
-    t: Float[Array, " B"],
+    t: Float[Array, " #B"],
     prediction: Literal["velocity", "data"],
     min_remaining: float = MIN_REMAINING,
 ) -> Float[Array, "B H W C"]:
@@ -63,7 +66,7 @@ def to_velocity(
     Args:
       output: the velocity itself, or an estimate of x1.
       xt: input of the network.
-      t: times in [0, 1].
+      t: times in [0, 1]; one row for all examples, or one per example.
       prediction: which of the two `output` is.
       min_remaining: lower bound of the divisor 1 - t for an estimate of x1.
     """

@@ -15,7 +15,7 @@ MIN_DEVIATION = 1e-6
 
 
 def guided(
-    denoise: Callable[[Point, Float[Array, " B"], Condition], Point],
+    denoise: Callable[[Point, Float[Array, " #B"], Condition], Point],
     condition: Condition,
     null: Condition,
     scale: float | Float[Array, ""],
@@ -43,7 +43,7 @@ def guided(
     """
     velocities = jointly(denoise, condition, null)
 
-    def velocity(x: Point, t: Float[Array, " B"]) -> Point:
+    def velocity(x: Point, t: Float[Array, " #B"]) -> Point:
         low, high = interval
         is_guided = (low <= t) & (t < high)
 
@@ -62,7 +62,7 @@ def guided(
 
 
 def jointly(
-    denoise: Callable[[Point, Float[Array, " B"], Condition], Point], *conditions: Condition
+    denoise: Callable[[Point, Float[Array, " #B"], Condition], Point], *conditions: Condition
 ) -> Callable[..., tuple[Point, ...]]:
     """Returns a function of a pair (x, t) for each condition, which returns the velocity of each.
 
@@ -70,13 +70,15 @@ def jointly(
 
     Args:
       denoise: (x, t, condition) -> velocity.
-      conditions: each of B examples, or of one; at least one of B.
+      conditions: each of B examples, or of one; at least one of B. If all points have the same time, it may have
+        one row.
     """
     every = interleaved(*conditions)
 
-    def velocities(*points: tuple[Point, Float[Array, " B"]]) -> tuple[Point, ...]:
+    def velocities(*points: tuple[Point, Float[Array, " #B"]]) -> tuple[Point, ...]:
         xs, times = zip(*points, strict=True)
-        y = denoise(_in_turn(xs), _in_turn(times), every)
+        is_one = times[0].shape[0] == 1 and all(t is times[0] for t in times)
+        y = denoise(_in_turn(xs), times[0] if is_one else _in_turn(times), every)
         return tuple(jnp.moveaxis(y.reshape(-1, len(points), *y.shape[1:]), 1, 0))
 
     return velocities
@@ -88,7 +90,7 @@ def _in_turn(arrays: Sequence[Array]) -> Array:
 
 
 def _rescaled(
-    extrapolated: Point, conditional: Point, x: Point, t: Float[Array, " B"], rescale: float | Float[Array, ""]
+    extrapolated: Point, conditional: Point, x: Point, t: Float[Array, " #B"], rescale: float | Float[Array, ""]
 ) -> Point:
     """Returns the guided velocity, rescaled against over-exposure (arXiv 2305.08891, eq. 15 and 16).
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, UInt8
 
@@ -17,9 +18,6 @@ from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, fro
 from sisma_jax.models.condition import Condition
 from sisma_jax.models.denoiser import Denoiser
 from sisma_jax.parallel import sharding
-
-# The first evaluation of an edit sees only noise of the photograph; see `editing.keeping`.
-_LEAST_STEPS_OF_EDIT = 2
 
 MOST_READ_BYTES = 2**30
 """Largest size per device of what the layers read from the masks, if it is to be computed once per image.
@@ -67,13 +65,18 @@ jax.tree_util.register_pytree_node(Sampling, _flatten, _unflatten)
 def read_once(model: Denoiser, condition: Condition) -> Condition:
     """Returns the condition with what the layers read from it, unless that takes too much memory.
 
+    For a batch of unknown size (`jax.export`), one image must not take too much.
+
     Args:
       model: the denoiser.
       condition: the encoded inputs.
     """
     read = jax.eval_shape(model.read, condition).read
     devices = max(jax.sharding.get_abstract_mesh().size, 1)
-    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read))
+    num_images = condition.mask.shape[0]
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(read)) // num_images
+    if not jax.export.is_symbolic_dim(num_images):
+        size *= num_images
     return model.read(condition) if size <= MOST_READ_BYTES * devices else condition
 
 
@@ -125,13 +128,13 @@ def sample(
 
     if flow.objective == "mean_flow":
         one = jnp.stack([guidance, low, high])[None]
-        condition = read_once(model, model.encode({**inputs, "guidance": jnp.broadcast_to(one, (len(x0), 3))}))
+        condition = read_once(model, model.encode({**inputs, "guidance": jnp.broadcast_to(one, (x0.shape[0], 3))}))
 
-        def average(x: Point, t: Float[Array, " B"], duration: Float[Array, " B"]) -> Point:
+        def average(x: Point, t: Float[Array, " #B"], duration: Float[Array, " #B"]) -> Point:
             # With the divisor of the loss, which is part of what the network was trained to predict.
             return to_velocity(model(x, t, condition, duration), x, t, flow.prediction, MIN_REMAINING_IN_LOSS)
 
-        steps = settings.steps if image is None else max(settings.steps, _LEAST_STEPS_OF_EDIT)
+        steps = settings.steps if image is None else max(settings.steps, editing.LEAST_STEPS)
         x1 = jump(keeping(average), x0, time_grid(steps, shift))
         return to_uint8(autoencoder.decode(x1))
 
@@ -140,7 +143,7 @@ def sample(
     null = model.null(jax.tree.map(lambda x: x[:1], condition)) if settings.is_guided else None
     condition = read_once(model, condition)
 
-    def denoise(x: Point, t: Float[Array, " B"], condition: Condition) -> Point:
+    def denoise(x: Point, t: Float[Array, " #B"], condition: Condition) -> Point:
         return to_velocity(model(x, t, condition), x, t, flow.prediction)
 
     if null is not None:

@@ -5,10 +5,10 @@ import io
 
 import cv2
 import numpy as np
-from PIL import Image
 
 from sisma_jax.data import photos
 from sisma_jax.data.classes import ClassSet
+from sisma_jax.data.masks import palette_image
 
 LARGEST_SIDE = 512
 """Larger images are shrunk to this side, since a page shows them smaller than that."""
@@ -46,10 +46,8 @@ def mask_uri(mask: np.ndarray, classes: ClassSet) -> str:
       mask: uint8 (H, W), class indices or the ignored label.
       classes: of the mask.
     """
-    indexed = Image.fromarray(_shrink(mask, cv2.INTER_NEAREST))
-    indexed.putpalette(classes.colorize(np.arange(256, dtype=np.uint8)).tobytes())
     buffer = io.BytesIO()
-    indexed.save(buffer, "png", optimize=True)
+    palette_image(_shrink(mask, cv2.INTER_NEAREST), classes).save(buffer, "png", optimize=True)
     return _uri("image/png", buffer.getvalue())
 
 

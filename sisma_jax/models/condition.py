@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -32,15 +31,16 @@ class Condition:
       regions: for region pooling, the share of each token's pixels that have each class.
       read: what the layers of the denoiser have read from the condition, so that they need not read it again: arrays
         (layers, B, ...); None if they have not.
-      guidance: embedding of the guidance that a mean flow contains; None in other models.
+      guidance: embedding of the guidance that a mean flow contains, one row per image or one for all of them; None in
+        other models.
     """
 
     mask: Float[Array, "B h w D"]
-    guidance: Float[Array, "B D"] | None = None
+    guidance: Float[Array, "#B D"] | None = None
     regions: Float[Array, "B h w K"] | None = None
     read: PyTree[Array] = None
 
-    def embedding(self, time: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    def embedding(self, time: Float[Array, "#B D"]) -> Float[Array, "#B D"]:
         """Returns the vector per image that modulates the layers.
 
         Args:
@@ -58,7 +58,7 @@ def interleaved(*conditions: Condition) -> Condition:
 
     def in_turn(axis: int) -> Callable[..., Array]:
         def stacked(*arrays: Array) -> Array:
-            shape = np.broadcast_shapes(*(x.shape for x in arrays))
+            shape = jnp.broadcast_shapes(*(x.shape for x in arrays))
             rows = jnp.stack([jnp.broadcast_to(x, shape) for x in arrays], axis=axis + 1)
             return rows.reshape(*shape[:axis], -1, *shape[axis + 1 :])
 
@@ -119,7 +119,7 @@ class ConditionEncoder(nnx.Module):
           ValueError: a side of the mask is not a multiple of `downsampling`.
         """
         mask = self.mask_encoder(inputs["mask"])
-        condition = Condition(mask, self._guidance(inputs.get("guidance"), len(mask)))
+        condition = Condition(mask, self._guidance(inputs.get("guidance"), mask))
         if self.has_regions:
             condition = dataclasses.replace(condition, regions=self.mask_encoder.class_shares(inputs["mask"]))
         if is_dropped is None:
@@ -134,13 +134,22 @@ class ConditionEncoder(nnx.Module):
         """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
         shape = condition.mask.shape
         regions = None if condition.regions is None else jnp.zeros_like(condition.regions)
-        return Condition(self.mask_encoder.null_features(shape), self._guidance(None, shape[0]), regions)
+        return Condition(self.mask_encoder.null_features(shape), self._guidance(None, condition.mask), regions)
 
-    def _guidance(self, given: Float[Array, "B 3"] | None, batch: int) -> Float[Array, "B D"] | None:
+    def with_guidance(self, condition: Condition, guidance: Float[Array, "#B 3"]) -> Condition:
+        """Returns the condition of a mean flow with another guidance.
+
+        Args:
+          condition: what `__call__` returned.
+          guidance: as for `__call__`; one row for all examples, or one per example.
+        """
+        return dataclasses.replace(condition, guidance=self._guidance(guidance, condition.mask))
+
+    def _guidance(self, given: Float[Array, "#B 3"] | None, mask: Float[Array, "B ..."]) -> Float[Array, "#B D"] | None:
         if self.guidance is None:
             return None
         if given is None:
-            given = jnp.broadcast_to(jnp.asarray([[1.0, 0.0, 1.0]], jnp.float32), (batch, 3))
+            given = jnp.broadcast_to(jnp.asarray([[1.0, 0.0, 1.0]], jnp.float32), (mask.shape[0], 3))
         scale, low, high = given.T
         # The share of the guided velocity that is guidance is 1 - 1 / scale, which is in [0, 1); see `MeanFlow`.
         return self.guidance(1 - 1 / scale, low, high)

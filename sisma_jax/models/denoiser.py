@@ -39,7 +39,7 @@ class Head(nnx.Module):
         self.modulation = Modulation(d_model, 2 * d_model, rngs=rngs)
         self.out_proj = nnx.Linear(d_model, d_patch, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
-    def __call__(self, x: Grid, embedding: Float[Array, "B D"]) -> Float[Array, "B H W P"]:
+    def __call__(self, x: Grid, embedding: Float[Array, "#B D"]) -> Float[Array, "B H W P"]:
         """Returns the values of each token's patch, float32.
 
         Args:
@@ -142,19 +142,29 @@ class Denoiser(nnx.Module):
         """Returns the learned condition that stands for absent inputs, with the shapes of the given condition."""
         return self.condition_encoder.null(condition)
 
+    def with_guidance(self, condition: Condition, guidance: Float[Array, "#B 3"]) -> Condition:
+        """Returns the condition of a mean flow with another guidance.
+
+        Args:
+          condition: result of `encode`.
+          guidance: as for `ConditionEncoder`; one row for all examples, or one per example.
+        """
+        return self.condition_encoder.with_guidance(condition, guidance)
+
     def __call__(
         self,
         xt: Float[Array, "B H W C"],
-        t: Float[Array, " B"],
+        t: Float[Array, " #B"],
         condition: Condition,
-        duration: Float[Array, " B"] | None = None,
+        duration: Float[Array, " #B"] | None = None,
     ) -> Float[Array, "B H W C"]:
         """Returns the network's prediction at (xt, t), float32. `FlowConfig.prediction` says what is predicted.
 
         Args:
           xt: latent between noise (t = 0) and data (t = 1). H and W are multiples of the patch size and, in a U with n
             levels above its coarsest resolution, of 2^n times the patch size.
-          t: time of each latent, in [0, 1].
+          t: time of each latent, or one row for all of them, in [0, 1]. With one row, the products that depend on the
+            time alone are computed once, and do not depend on the size of the batch.
           condition: result of `encode`.
           duration: for a mean flow, the length of the interval that begins at t, in [0, 1 - t]; None is zero.
 
@@ -179,7 +189,7 @@ class Denoiser(nnx.Module):
         x = self.layers(x, self.modulation(embedding), condition)
         return overlap_add(self.head(x, embedding), self.patch_size, self.patch_overlap)
 
-    def _of_interval(self, t: Float[Array, " B"], duration: Float[Array, " B"] | None) -> Float[Array, "B D"]:
+    def _of_interval(self, t: Float[Array, " #B"], duration: Float[Array, " #B"] | None) -> Float[Array, "#B D"]:
         if self.duration is None:
             if duration is not None:
                 raise ValueError("a duration was given, but only mean flows predict for intervals of time")
@@ -187,6 +197,6 @@ class Denoiser(nnx.Module):
         return self.time(t) + self.duration(jnp.zeros_like(t) if duration is None else duration)
 
 
-def _same(embedding: Float[Array, "B D"]) -> Float[Array, "B D"]:
+def _same(embedding: Float[Array, "#B D"]) -> Float[Array, "#B D"]:
     """Returns the embedding unchanged; every layer then has a modulation of its own."""
     return embedding

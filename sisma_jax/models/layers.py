@@ -59,7 +59,7 @@ class LayerParts:
     cross_reader: MakeSublayer
 
 
-def modulate(x: Grid, shift: Float[Array, "B D"], scale: Float[Array, "B D"]) -> Grid:
+def modulate(x: Grid, shift: Float[Array, "#B D"], scale: Float[Array, "#B D"]) -> Grid:
     """Returns x (1 + scale) + shift, with the same scale and shift for all tokens of an example."""
     return x * (1 + scale[:, None, None]) + shift[:, None, None]
 
@@ -129,7 +129,7 @@ class Modulation(nnx.Linear):
         zeros = nnx.initializers.zeros
         super().__init__(d_model, size, kernel_init=zeros, bias_init=zeros, rngs=rngs)
 
-    def __call__(self, embedding: Float[Array, "B D"], out_sharding: None = None) -> Float[Array, "B M"]:
+    def __call__(self, embedding: Float[Array, "#B D"], out_sharding: None = None) -> Float[Array, "#B M"]:
         """Returns the values; `out_sharding` is not used."""
         return super().__call__(jax.nn.silu(embedding))
 
@@ -144,7 +144,7 @@ class ModulationOffset(nnx.Module):
     def __init__(self, size: int):
         self.offset = nnx.Param(jnp.zeros((size,), jnp.float32))
 
-    def __call__(self, shared: Float[Array, "B M"]) -> Float[Array, "B M"]:
+    def __call__(self, shared: Float[Array, "#B M"]) -> Float[Array, "#B M"]:
         """Returns the values."""
         return shared + self.offset[...][None]
 
@@ -176,13 +176,14 @@ class Block(nnx.Module):
         return {name: getattr(self, name).read(condition, paths) for name in self.names}
 
     def __call__(
-        self, x: Grid, embedding: Float[Array, "B E"], read: Mapping[str, PyTree[Array]], paths: Paths
+        self, x: Grid, embedding: Float[Array, "#B E"], read: Mapping[str, PyTree[Array]], paths: Paths
     ) -> Grid:
         """Returns the tokens after all sub-layers.
 
         Args:
           x: tokens.
-          embedding: of the time and of conditions per image, or the modulation that all layers share.
+          embedding: of the time and of conditions per image, or the modulation that all layers share; one row if all
+            images have the same.
           read: result of `read`.
           paths: scan paths of this layer.
         """
@@ -270,7 +271,7 @@ class Stack(nnx.Module):
         keys = jax.random.split(rngs.params(), len(layers))
         setattr(self, sharding.STACKED, nnx.vmap(lambda key: make_layer(nnx.Rngs(key)))(keys))
 
-    def __call__(self, x: Grid, embedding: Float[Array, "B E"], condition: Condition) -> Grid:
+    def __call__(self, x: Grid, embedding: Float[Array, "#B E"], condition: Condition) -> Grid:
         """Returns the output of the last layer; the arguments are those of `run`."""
         return self.run(x, embedding, condition, condition.read)[0]
 
@@ -301,7 +302,7 @@ class Stack(nnx.Module):
     def run(
         self,
         x: Grid,
-        embedding: Float[Array, "B E"],
+        embedding: Float[Array, "#B E"],
         condition: Condition,
         read: PyTree[Array] = None,
         *per_layer: PyTree[Array],

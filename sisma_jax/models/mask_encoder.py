@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer
 
+from sisma_jax.kernels.typing import Size
 from sisma_jax.models.convolution import DepthwiseConv
 from sisma_jax.models.patches import Grid, space_to_depth
 from sisma_jax.parallel import sharding
@@ -103,7 +104,7 @@ class MaskEncoder(nnx.Module):
         shares = jax.nn.one_hot(tokens, self.num_classes, dtype=jnp.float32).mean(axis=(2, 4))
         return sharding.constrain(shares.astype(self.dtype))
 
-    def null_features(self, shape: tuple[int, ...]) -> Float[Array, "B h w D"]:
+    def null_features(self, shape: tuple[Size, ...]) -> Float[Array, "B h w D"]:
         """Returns the learned features that stand for an absent mask.
 
         Args:

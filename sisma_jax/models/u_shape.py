@@ -36,7 +36,7 @@ class SkipBlock(nnx.Module):
     def __call__(
         self,
         x: Grid,
-        embedding: Float[Array, "B E"],
+        embedding: Float[Array, "#B E"],
         read: Mapping[str, PyTree[Array]],
         paths: Paths,
         skip: Grid,
@@ -119,7 +119,7 @@ class UShape(nnx.Module):
             Level(config, make_block, layers[i], layers[-1 - i], dtype=dtype, rngs=rngs) for i in range(num_levels)
         )
 
-    def __call__(self, x: Grid, embedding: Float[Array, "B E"], condition: Condition) -> Grid:
+    def __call__(self, x: Grid, embedding: Float[Array, "#B E"], condition: Condition) -> Grid:
         """Returns the output of the last layer.
 
         Args:

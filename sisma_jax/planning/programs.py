@@ -2,20 +2,25 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, UInt8, UInt32
 
-from sisma_jax.config import AutoencoderConfig, Config
+from sisma_jax.config import AutoencoderConfig, Config, FlowConfig, Sampling
+from sisma_jax.diffusion.sampling import sample
 from sisma_jax.errors import InputError
 from sisma_jax.kernels.selective_scan.api import PREFERENCE, SUPPORT_CHECKS
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlConfig
 from sisma_jax.models.condition import ConditionEncoder
-from sisma_jax.models.factory import init_params
+from sisma_jax.models.denoiser import Denoiser
+from sisma_jax.models.factory import Params, init_params, make_graph
 from sisma_jax.parallel import sharding
-from sisma_jax.pipeline import jit_sampler
+from sisma_jax.sampler import Autoencoder
 from sisma_jax.training.state import TrainState, init_state
 from sisma_jax.training.step import jit_update, make_update
 
@@ -109,15 +114,13 @@ def trace_sampler(config: Config, mesh: Mesh, batch_size: int) -> jax.stages.Tra
     keys = jax.eval_shape(lambda: jax.random.key_data(jax.random.split(jax.random.key(0, impl=KEY_IMPL), batch_size)))
     replicated = jax.tree.map(lambda _: sharding.replicated(mesh), (autoencoder_params, keys))
     with jax.set_mesh(mesh):
-        sample = jit_sampler(config, graph, mesh)
-        assert isinstance(sample, jax.stages.Wrapped), "jit_sampler returns the result of jax.jit"
+        sample = _jit_sampler(config, graph, mesh)
+        assert isinstance(sample, jax.stages.Wrapped), "_jit_sampler returns the result of jax.jit"
         return sample.trace(
             sharding.place(params, sharding.of_state(params, mesh)),
             *sharding.place((autoencoder_params, keys), replicated),
             _batched(ConditionEncoder.input_shapes(config.data.image_size), mesh, batch_size),
             config.sample,
-            None,
-            None,
             key_impl=KEY_IMPL,
         )
 
@@ -127,3 +130,39 @@ def _autoencoder(config: AutoencoderConfig) -> IdentityAutoencoder | KlAutoencod
         return IdentityAutoencoder()
     sizes = ("latent_channels", "block_channels", "layers_per_block", "norm_groups")
     return KlAutoencoder(KlConfig(**{name: getattr(config, name) for name in sizes}), rngs=nnx.Rngs(0))
+
+
+def _jit_sampler(
+    config: Config, autoencoder_graph: nnx.GraphDef[Autoencoder], mesh: Mesh
+) -> Callable[..., UInt8[Array, "B S S 3"]]:
+    """Returns the jitted function from parameters, keys and masks to faces, which are replicated.
+
+    Its computation is that of `sampler.Sampler` in one program with a static number of steps, which a plan needs.
+    """
+    return jax.jit(
+        functools.partial(_sample, make_graph(config), autoencoder_graph, config.flow),
+        static_argnames="key_impl",
+        out_shardings=sharding.replicated(mesh),
+    )
+
+
+def _sample(
+    graph: nnx.GraphDef[Denoiser],
+    autoencoder_graph: nnx.GraphDef[Autoencoder],
+    flow: FlowConfig,
+    params: Params,
+    autoencoder_params: nnx.State[Any, Any],
+    key_data: UInt32[Array, "B words"],
+    inputs: Mapping[str, Array],
+    settings: Sampling,
+    *,
+    key_impl: str,
+) -> UInt8[Array, "B S S 3"]:
+    return sample(
+        nnx.merge(graph, params),
+        jax.random.wrap_key_data(key_data, impl=key_impl),
+        inputs,
+        settings,
+        autoencoder=nnx.merge(autoencoder_graph, autoencoder_params),
+        flow=flow,
+    )

@@ -33,7 +33,7 @@ from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder, KlC
 from sisma_jax.models.face_parser import FaceParser
 from sisma_jax.models.factory import Params, init_params
 from sisma_jax.parallel.agreement import is_primary, together
-from sisma_jax.runs import flat_trees, parser_file
+from sisma_jax.runs import flat_trees, named_weights, parser_file
 
 EXPORT_SUFFIX = ".safetensors"
 
@@ -125,13 +125,13 @@ def load_exported(path: str | PathLike[str]) -> Exported:
     """Returns the content of a file that `export_params` wrote.
 
     Args:
-      path: the file, on a disk or in a bucket.
+      path: the file, on a disk or in a bucket, or a name of `named_weights`.
 
     Raises:
       InputError: the file does not exist, is damaged, or was written by another program or version; its arrays differ
         from those that its configuration describes, or one of them is not finite.
     """
-    path = to_path(path)
+    path = to_path(named_weights.find(path))
     with _opened(path) as content:
         metadata = content.metadata()
         arrays = {name: content.get_tensor(name) for name in content.keys()}
@@ -170,12 +170,12 @@ def read_config(path: str | PathLike[str]) -> Config:
     """Returns the configuration in a file that `export_params` wrote; does not read the arrays.
 
     Args:
-      path: the file, on a disk or in a bucket.
+      path: the file, on a disk or in a bucket, or a name of `named_weights`.
 
     Raises:
       InputError: the file does not exist, is damaged, or was written by another program or version.
     """
-    path = to_path(path)
+    path = to_path(named_weights.find(path))
     with _opened(path) as content:
         return config_files.from_json(content.metadata()["config"], f"the configuration in {path}")
 

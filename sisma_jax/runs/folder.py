@@ -39,7 +39,6 @@ from sisma_jax.models.factory import Params, init_params
 from sisma_jax.parallel import sharding
 from sisma_jax.parallel.agreement import is_primary, together
 from sisma_jax.runs import lock, parser_file
-from sisma_jax.runs.export import EXPORT_SUFFIX
 from sisma_jax.runs.ranking import BEST_METRICS
 
 Checkpoint = Literal["newest", "best"] | int
@@ -199,10 +198,10 @@ class RunFolder(TrainingFolder):
         """Returns the file for the plan of the run on a `topology` such as "v5e:4x4"."""
         return self.path / f"plan_{topology.replace(':', '-')}.json"
 
-    def exported(self, step: int) -> AnyPath:
-        """Returns the default file for the exported parameters of a training `step`."""
+    def exported(self, step: int, suffix: str) -> AnyPath:
+        """Returns the default file for an export of a training `step`, with a suffix such as .safetensors."""
         name = (self.path if is_bucket(self.path) else self.path.resolve()).name
-        return self.path / f"{name}_{step:07d}{EXPORT_SUFFIX}"
+        return self.path / f"{name}_{step:07d}{suffix}"
 
     def has_autoencoder(self) -> bool:
         """Returns whether the run has the weights of a KL autoencoder."""

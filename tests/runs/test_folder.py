@@ -184,7 +184,7 @@ def test_every_file_of_a_run_has_one_name(tmp_path, monkeypatch):
             run.loss_curve,
             run.parser_path,
             run.plan("v5e:4x4"),
-            run.exported(1200),
+            run.exported(1200, ".safetensors"),
             run.autoencoder_path,
         ),
         run.autoencoder_training.checkpoints,
@@ -197,7 +197,7 @@ def test_every_file_of_a_run_has_one_name(tmp_path, monkeypatch):
     assert not run.path.exists()
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path / "demo")
-    assert RunFolder(".", CONFIG).exported(7).name == "demo_0000007.safetensors"
+    assert RunFolder(".", CONFIG).exported(7, ".safetensors").name == "demo_0000007.safetensors"
 
 
 def test_a_home_is_expanded(tmp_path, monkeypatch):

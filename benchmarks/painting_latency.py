@@ -4,10 +4,9 @@
     python -m benchmarks.painting_latency --url http://127.0.0.1:8000 --steps 1
 
 Needs the packages of the group `dev`, and Chromium (`make browser`). Server and browser share the machine. A stroke is
-drawn by mouse events, about 16 ms apart, in a random place and class. Its time runs from the time stamp of the event
-that releases the mouse button to the task after the next frame with the face for the painted mask. It is 0 if that
-face was there before, since the page also asks for faces while the stroke is drawn. The first face is timed from the
-start of the navigation.
+drawn by mouse events, about 16 ms apart, in a random place and class. Its time runs from the time stamp of its last
+movement, after which the mask does not change, to the task after the next frame with the face for the painted mask. The
+button is released a little later. The first face is timed from the start of the navigation.
 """
 
 import argparse
@@ -26,22 +25,23 @@ _MOVES = 12
 _MOVE_SECS = 0.016
 _PAUSE_SECS = 0.3
 
-# Collects one number per stroke. The listener runs before the page's own, so the time starts first.
+# Collects one number per stroke. The listeners run before the page's own, so the time starts first.
 _MEASURE = """
 const [mask, face] = ['mask', 'face'].map((id) => document.getElementById(id));
-const isCurrent = () => mask.dataset.version === face.dataset.version;
 window.latencies = [];
-let released = null;
+let moved = 0, isReleased = false, shown = {};
 const record = () => {
-  const start = released;
-  released = null;
-  requestAnimationFrame(() => setTimeout(() => window.latencies.push(performance.now() - start)));
+  if (!isReleased || shown.version !== mask.dataset.version) return;
+  isReleased = false;
+  window.latencies.push(shown.time - moved);
 };
-addEventListener('pointerup', (event) => {
-  if (isCurrent()) window.latencies.push(0);
-  else released = event.timeStamp;
-}, true);
-addEventListener('finished', () => { if (released !== null && isCurrent()) record(); });
+addEventListener('pointerdown', (event) => { moved = event.timeStamp; }, true);
+addEventListener('pointermove', (event) => { if (event.buttons) moved = event.timeStamp; }, true);
+addEventListener('pointerup', () => { isReleased = true; setTimeout(record); }, true);
+addEventListener('finished', () => {
+  const version = face.dataset.version;
+  requestAnimationFrame(() => setTimeout(() => { shown = {version, time: performance.now()}; record(); }));
+});
 """
 
 

@@ -1,6 +1,7 @@
-r"""The model that the package ships (`sisma_jax.load("demo")`): the demo's, trained for longer on more drawn faces.
+r"""The model for the package (`sisma_jax.load("demo")`): the demo's, trained for longer on more drawn faces.
 
-Cost: about an hour on 2 CPU cores, half of it for flow matching, from which the mean flow starts. Run:
+Cost: about an hour on 2 CPU cores by the time of a step, half of it for flow matching, from which the mean flow
+starts. Run:
     python run.py --config configs/demo_weights.py --workdir runs/demo_flow train --flow.objective=flow_matching \
         --flow.adaptive_weights --train.num_steps=5000 --optim.decay_steps=5000
     python run.py --workdir runs/demo_flow export --out runs/demo_flow.safetensors

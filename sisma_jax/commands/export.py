@@ -59,7 +59,7 @@ class Export:
                     stablehlo.export_sampler(path, config, params, run.autoencoder, self.platforms)
             settings = config.sample
             tell(f"Sampler of step {step} with {settings.steps} steps and guidance {settings.guidance:g}: {path}")
-            tell("Run it with jax.export.deserialize; docs/stablehlo.md has the program.")
+            tell("Run it with jax.export.deserialize; docs/export.md has the program.")
             return
         parser = run.parser if run.has_parser() else None
         if parser is not None and not parser.is_own:

@@ -112,13 +112,25 @@ def export_params(
         if parser is not None:
             parser_arrays, metadata[_PARSER] = parser_file.pack(parser)
             arrays |= {_PARSER_PREFIX + name: array for name, array in parser_arrays.items()}
-        try:
-            with bucket_errors(file):
-                file.parent.mkdir(parents=True, exist_ok=True)
-            content = safetensors.numpy.save(arrays, metadata | {"crc32": flat_trees.crc32(arrays)})
-            write_atomically(file, content)
-        except OSError as error:
-            raise InputError(f"{file} cannot be written ({error}); free disk space or name another file.") from error
+        write_exported(file, safetensors.numpy.save(arrays, metadata | {"crc32": flat_trees.crc32(arrays)}))
+
+
+def write_exported(file: AnyPath, content: bytes) -> None:
+    """Writes a file atomically, in a folder that is created.
+
+    Args:
+      file: on a disk or in a bucket; an existing file is replaced.
+      content: all bytes of the file.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    try:
+        with bucket_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, content)
+    except OSError as error:
+        raise InputError(f"{file} cannot be written ({error}); free disk space or name another file.") from error
 
 
 def load_exported(path: str | PathLike[str]) -> Exported:

@@ -1,7 +1,7 @@
 """Exported samplers: one file of `jax.export` that maps keys and masks to faces, and needs nothing but JAX to run.
 
 The file contains the sampler as StableHLO for several platforms, for batches of any size, with the parameters and the
-sampling settings as constants. docs/stablehlo.md shows how a program runs it.
+sampling settings as constants. docs/export.md shows how a program runs it.
 """
 
 import dataclasses
@@ -17,9 +17,10 @@ from jaxtyping import Array, UInt8, UInt32
 from sisma_jax.config import Config, ModelConfig
 from sisma_jax.diffusion import sampling
 from sisma_jax.errors import InputError
-from sisma_jax.files import bucket_errors, to_path, write_atomically
+from sisma_jax.files import to_path
 from sisma_jax.models.autoencoder import IdentityAutoencoder, KlAutoencoder
 from sisma_jax.models.factory import Params, make_graph
+from sisma_jax.runs.export import write_exported
 
 SUFFIX = ".stablehlo"
 PLATFORMS = ("cpu", "tpu", "cuda")
@@ -75,13 +76,7 @@ def export_sampler(
         jax.ShapeDtypeStruct((batch, side, side), jnp.uint8),
     )
     content = jax.export.export(jax.jit(sample), platforms=platforms)(*arguments).serialize()
-    file = to_path(path)
-    try:
-        with bucket_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, bytes(content))
-    except OSError as error:
-        raise InputError(f"{file} cannot be written ({error}); free disk space or name another file.") from error
+    write_exported(to_path(path), bytes(content))
 
 
 def _portable(model: ModelConfig) -> ModelConfig:

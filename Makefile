@@ -9,10 +9,21 @@ PIP := -m pip --quiet --disable-pip-version-check
 SUDO := $(shell test "$$(id -u)" = 0 || echo sudo)
 PYTEST := -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo check lint types test test-newest core-check docs tpu-compiler browser cuda-compile gpu-check tpu-check clean
+.PHONY: demo weights check lint types test test-newest core-check docs tpu-compiler browser cuda-compile gpu-check tpu-check clean
 
 demo: $(VENV)/installed
 	$(VENV)/bin/python run.py --config configs/demo.py
+
+# Trains the weights in the package again, and measures them. If it is interrupted, the same command resumes.
+weights: $(VENV)/installed
+	$(VENV)/bin/python run.py --config configs/demo_weights.py --workdir runs/demo_flow train \
+	    --flow.objective=flow_matching --flow.adaptive_weights --train.num_steps=2000 --optim.decay_steps=5000
+	$(VENV)/bin/python run.py --workdir runs/demo_flow export --out runs/demo_flow.safetensors --overwrite
+	$(VENV)/bin/python run.py --config configs/demo_weights.py --train.init_from=runs/demo_flow.safetensors
+	$(VENV)/bin/python run.py --workdir runs/demo_weights export --out sisma_jax/weights/demo.safetensors --overwrite
+	rm -rf runs/demo_card
+	$(VENV)/bin/python run.py evaluate --weights demo --out runs/demo_card
+	cp runs/demo_card/model_card.md sisma_jax/weights/README.md
 
 # What a change must pass before the whole suite is worth its time: under three minutes on two cores.
 check: lint types

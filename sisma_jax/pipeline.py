@@ -124,7 +124,7 @@ class Pipeline:
 
         The same key, mask and settings give the same faces, independently of the number of faces per call.
 
-        >>> pipe = sisma_jax.load("runs/demo")
+        >>> pipe = sisma_jax.load("demo")
         >>> size, classes = pipe.config.data.image_size, pipe.config.data.classes
         >>> mask = np.full((size, size), classes.names.index("skin"), np.uint8)
         >>> faces = pipe(mask, key=jax.random.key(0), num_samples=2, steps=1)
@@ -433,8 +433,8 @@ def load(path: str | os.PathLike[str], *, checkpoint: "Checkpoint" = "newest", m
     """Returns the pipeline for a run's folder, or for a file that the command `export` wrote.
 
     Args:
-      path: folder or file, on the disk or in a bucket (gs://...); "demo", the weights in the package, if it has them;
-        or `hf://OWNER/NAME[/FILE][@REVISION]`, an exported file on the Hugging Face Hub.
+      path: folder or file, on the disk or in a bucket (gs://...); "demo", the weights in the package, for
+        drawn faces of 64 px; or `hf://OWNER/NAME[/FILE][@REVISION]`, an exported file on the Hugging Face Hub.
       checkpoint: for a folder, the checkpoint whose EMA parameters are used: "newest", "best" (by the metric
         `train.best`), or the step of a checkpoint. The first two skip damaged checkpoints.
       mesh: of all devices. By default, the parameters are replicated and batches are sharded.

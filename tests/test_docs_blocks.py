@@ -166,11 +166,11 @@ GIVEN: dict[str, Callable[[], dict[str, object]]] = {
 }
 # What a document says of its variables after its last block.
 SHAPES = {
-    "README.md": {"faces": (4, 16, 16, 3), "edits": (1, 32, 32, 3), "y": (1, 5, 8)},
+    "README.md": {"faces": (4, 64, 64, 3), "edits": (1, 32, 32, 3), "y": (1, 5, 8)},
     "docs/export.md": {"faces": (4, 16, 16, 3)},
-    "docs/first_faces.md": {"faces": (4, 16, 16, 3), "edits": (3, 64, 64, 3)},
+    "docs/first_faces.md": {"faces": (4, 64, 64, 3), "edits": (3, 64, 64, 3)},
     "docs/masks.md": {"faces": (1, 16, 16, 3), "mask": (32, 32)},
-    "docs/painting_page.md": {"face": (1, 16, 16, 3)},
+    "docs/painting_page.md": {"face": (1, 64, 64, 3)},
 }
 
 
@@ -179,11 +179,17 @@ def model(weights) -> pipeline.Pipeline:
     return pipeline.load(weights)
 
 
+@pytest.fixture(scope="module")
+def demo() -> pipeline.Pipeline:
+    return pipeline.load("demo")
+
+
 @pytest.mark.parametrize("document", sorted({block.document for block in BLOCKS if block.language == "python"}))
-def test_python_blocks_run(document, model, tmp_path, monkeypatch):
+def test_python_blocks_run(document, demo, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # One pipeline for all documents compiles its programs once.
-    monkeypatch.setattr(sisma_jax, "load", {"runs/demo": model, "faces.safetensors": model}.__getitem__)
+    models = {"demo": demo, "runs/demo": model, "faces.safetensors": model}
+    monkeypatch.setattr(sisma_jax, "load", models.__getitem__)
     names = GIVEN.get(document, dict)()
     for block in blocks(document):
         if block.language == "python":

@@ -91,9 +91,7 @@ def test_other_forms_of_results_are_refused_before_sampling(pipe):
         pipe.edit(PHOTO.astype(np.uint16), MASK, region=REGION, key=KEY, output="pil")
 
 
-def test_the_example_in_the_docstring_runs(weights, monkeypatch):
-    load = sisma_jax.load
-    monkeypatch.setattr(sisma_jax, "load", lambda name: load({"runs/demo": weights}[name]))
+def test_the_example_in_the_docstring_runs():
     names = {"sisma_jax": sisma_jax, "jax": jax, "np": np}
     [example] = doctest.DocTestFinder(recurse=False).find(Pipeline.__call__, "Pipeline.__call__", globs=names)
     assert len(example.examples) == 7

@@ -77,7 +77,7 @@ def test_a_wheel_contains_one_top_level_package(wheel):
     expected = {str(path.relative_to(ROOT)) for path in files}
     assert {name.removeprefix("sisma_jax/") for name in names if name.startswith("sisma_jax/kernels/")} == expected
     data = ("py.typed", "data/class_sets/celebamask_hq.json", "evaluation/report.html", "evaluation/report.css")
-    data += ("planning/scan_bundles.json",)
+    data += ("planning/scan_bundles.json", "weights/demo.safetensors", "weights/README.md")
     assert {f"sisma_jax/{file}" for file in data} < set(names)
 
 

@@ -25,7 +25,7 @@ class Serve:
 
     weights: str = ""
     """File that the command `export` wrote, hf://OWNER/NAME[/FILE][@REVISION], or demo. If empty: the run in workdir;
-    without config and workdir: demo, the weights in the package, if it has them."""
+    without config and workdir: demo, the weights in the package."""
     checkpoint: Checkpoint = "newest"
     """Checkpoint of the run: the newest, the best (see train.best), or the one of a step."""
     host: str = "127.0.0.1"

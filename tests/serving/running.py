@@ -45,12 +45,13 @@ class Server:
       log: the lines of its standard error.
     """
 
-    def __init__(self, weights: Path, *options: str, environment: dict[str, str] | None = None):
+    def __init__(self, weights: Path | None, *options: str, environment: dict[str, str] | None = None):
         # One device and XLA's optimisations, unlike in the tests' own process.
         variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONUNBUFFERED": "1"}
         variables.pop("JAX_DISABLE_MOST_OPTIMIZATIONS", None)
         variables |= environment or {}
-        command = [sys.executable, "run.py", "serve", "--weights", str(weights), "--port", "0", *options]
+        model = [] if weights is None else ["--weights", str(weights)]
+        command = [sys.executable, "run.py", "serve", *model, "--port", "0", *options]
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
@@ -93,7 +94,7 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(weights: Path, *options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(weights: Path | None, *options: str, environment: dict[str, str] | None = None) -> Iterator[Server]:
     server = Server(weights, *options, environment=environment)
     try:
         yield server.wait_until_ready()

@@ -75,8 +75,9 @@ def test_keys_give_different_people(pipe):
 
 
 def test_the_server_without_a_model_paints_with_them(pipe):
-    with serving(None, "--max_batch", "1") as server:
+    # Fewer optimisations, as in this process, compile faster.
+    with serving(None, "--max_batch", "1", environment={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}) as server:
         answer = server.client().post("/v1/sample?seed=3", content=png(MASKS[0]), headers={"Content-Type": "image/png"})
     assert answer.status_code == 200, answer.text
     wanted = pipe(MASKS[0], key=jax.random.key(3))[0].astype(int)
-    assert np.abs(pixels(answer.content) - wanted).max() <= 2  # compiled with other optimisations
+    assert np.abs(pixels(answer.content) - wanted).max() <= 2  # compiled for other devices

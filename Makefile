@@ -23,7 +23,7 @@ weights: $(VENV)/installed
 	$(VENV)/bin/python run.py --workdir runs/demo_weights export --out sisma_jax/weights/demo.safetensors --overwrite
 	rm -rf runs/demo_card
 	$(VENV)/bin/python run.py evaluate --weights demo --out runs/demo_card
-	cp runs/demo_card/model_card.md sisma_jax/weights/README.md
+	sed 's/^# Add the licence of the weights.*/license: apache-2.0/' runs/demo_card/model_card.md > sisma_jax/weights/README.md
 
 # What a change must pass before the whole suite is worth its time: under three minutes on two cores.
 check: lint types

@@ -122,8 +122,8 @@ class Pipeline:
     ) -> UInt8[np.ndarray, "N S S 3"] | list[Image.Image]:
         """Returns sampled faces as RGB images of the model's resolution S x S.
 
-        The same key, mask and settings give the same faces, independently of the number of faces per call;
-        on some CPUs, programs for several faces round differently.
+        The same key, mask and settings give the same faces, independently of the number of faces per call; up to
+        rounding on CPUs where batches of different sizes round differently.
 
         >>> pipe = sisma_jax.load("demo")
         >>> size, classes = pipe.config.data.image_size, pipe.config.data.classes

@@ -39,13 +39,14 @@ def test_the_file_is_small_and_has_what_users_need(pipe):
     assert (FOLDER / "demo.safetensors").stat().st_size < 10 * 2**20
     assert pipe.parser is not None
     assert pipe.mask_prior is not None
-    assert config_files.load(ROOT / "configs/demo_weights.py").data == pipe.config.data
+    assert config_files.differences(pipe.config, config_files.load(ROOT / "configs/demo_weights.py")) == []
 
 
 def test_the_card_is_that_of_the_file(pipe):
     card = (FOLDER / "README.md").read_text()
     assert f"`{params_checksum(pipe)}`" in card
     assert 'sisma_jax.load("demo")' in card
+    assert "\nlicense: apache-2.0\n" in card
 
 
 def test_faces_follow_their_masks(pipe, faces):
@@ -79,5 +80,6 @@ def test_the_server_without_a_model_paints_with_them(pipe):
     with serving(None, "--max_batch", "1", environment={"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}) as server:
         answer = server.client().post("/v1/sample?seed=3", content=png(MASKS[0]), headers={"Content-Type": "image/png"})
     assert answer.status_code == 200, answer.text
+    assert not [line for line in server.log if '"warning"' in line]
     wanted = pipe(MASKS[0], key=jax.random.key(3))[0].astype(int)
-    assert np.abs(pixels(answer.content) - wanted).max() <= 2  # compiled for other devices
+    assert np.abs(pixels(answer.content) - wanted).max() <= 1  # compiled for one device, not for eight

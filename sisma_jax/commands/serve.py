@@ -88,6 +88,7 @@ class Serve:
         )
         policy = security.Policy.of(self.host, self.allowed_hosts, self.cors, key)
         pipe = self._load(config, workdir)
+        tell("Compiling the sampler; the first start takes a minute or more, later ones take seconds.")
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(observing.JsonFormatter())
         logging.getLogger().handlers[:] = [handler]

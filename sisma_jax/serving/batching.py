@@ -257,7 +257,7 @@ class Batcher:
         for _ in pipe.sampler.steps(edited, settings, pipe.sampler.batch_size(1, self._limits.max_batch)):
             pass
         if pipe.parser is not None:
-            pipe.segment(image[0])
+            pipe.parser.predict(image)
         self._metrics.warm_programs.set(pipe.sampler.num_programs())
         self._metrics.programs.set_function(pipe.sampler.num_programs)
         logger.info(
